@@ -1,0 +1,51 @@
+//! Key managers, and the secret types they hand out.
+
+use std::fmt;
+
+use crate::policy::KeySize;
+use crate::refusal::Refusal;
+use crate::volume::VolumeId;
+
+mod key;
+
+pub use key::{CheckValue, Key};
+
+/// Where volume keys live.
+///
+/// Implementations are shared between threads. Every call may take as long as its own deadline
+/// allows, so it is never made on the thread that polls the guests' listeners.
+pub trait KeyManager: Send + Sync {
+    /// The key of `volume`.
+    fn get(&self, volume: &VolumeId) -> Result<Key, Refusal>;
+
+    /// Makes and stores a random key of `size` for `volume`, reads it back and compares it. A key
+    /// that is there already is handed out as it is, never replaced, if it has the right size.
+    fn create(&self, volume: &VolumeId, size: KeySize) -> Result<Key, Refusal>;
+
+    /// Destroys the key of `volume`. What was encrypted with it can never be read again.
+    fn destroy(&self, volume: &VolumeId) -> Result<(), Refusal>;
+
+    /// What is known of every key; the keys themselves stay where they are.
+    fn list(&self) -> Result<Vec<KeyInfo>, Refusal>;
+}
+
+/// What may be shown of a key.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct KeyInfo {
+    /// The volume whose key it is.
+    pub volume: VolumeId,
+    /// The size of the key.
+    pub key_size: KeySize,
+    /// The version of the record that holds it.
+    pub version: u32,
+    /// When it was created, in seconds since 1970-01-01 UTC.
+    pub created_at: i64,
+    /// Whether it was destroyed.
+    pub destroyed: bool,
+}
+
+impl fmt::Display for KeyInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({} bits, version {})", self.volume, self.key_size.bits(), self.version)
+    }
+}

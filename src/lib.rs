@@ -1,0 +1,25 @@
+//! volcrypt encrypts virtual machines' volumes on the hypervisor.
+//!
+//! A **volume** is a block device the hypervisor sees (an iSCSI LUN first of all). A **mapping** is
+//! the dm-crypt device on top of it. The guest reads and writes the mapping; the volume holds
+//! ciphertext only. Folders are subjects:
+//!
+//! - [`volume`]: what a volume is called and how the kernel identifies it;
+//! - [`policy`]: the configuration file, its rules and profiles;
+//! - [`keys`]: key managers and the secret types they hand out;
+//! - [`store`]: the database of enrolled volumes and wrapped keys;
+//! - [`encryptor`]: making, checking and flagging mappings;
+//! - [`guest`]: the wrapped QEMUs and the system calls they send;
+//! - [`daemon`], [`hook`], [`wrapper`], [`cli`]: the four programs;
+//! - [`sys`]: the only place with unsafe code.
+
+#![deny(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod keys;
+pub mod policy;
+pub mod refusal;
+pub mod store;
+#[allow(unsafe_code)]
+pub mod sys;
+pub mod volume;

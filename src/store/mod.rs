@@ -1,0 +1,1 @@
+//! The database of enrolled volumes and wrapped keys.

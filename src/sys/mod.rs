@@ -1,0 +1,4 @@
+//! The system calls that no safe crate offers. All unsafe code of the project is in this folder.
+
+pub mod keyring;
+pub mod memory;

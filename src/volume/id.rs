@@ -1,0 +1,107 @@
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// The name of a volume: 1 to 64 ASCII letters, digits, `.`, `_` or `-`, the first one a letter or
+/// a digit.
+///
+/// Device-mapper names, key descriptions and database rows are built from it, so nothing else ever
+/// gets into one of those.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct VolumeId(String);
+
+impl VolumeId {
+    /// The longest id, in bytes. With its prefixes it has to fit a device-mapper name (127 bytes).
+    pub const MAX_LENGTH: usize = 64;
+
+    /// The id as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for VolumeId {
+    type Err = InvalidVolumeId;
+
+    fn from_str(text: &str) -> Result<Self, InvalidVolumeId> {
+        let valid_byte = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+        let valid = text.len() <= Self::MAX_LENGTH
+            && text.bytes().next().is_some_and(|first| first.is_ascii_alphanumeric())
+            && text.bytes().all(valid_byte);
+        match valid {
+            true => Ok(VolumeId(text.to_owned())),
+            false => Err(InvalidVolumeId(text.chars().take(80).collect())),
+        }
+    }
+}
+
+impl TryFrom<String> for VolumeId {
+    type Error = InvalidVolumeId;
+
+    fn try_from(text: String) -> Result<Self, InvalidVolumeId> {
+        text.parse()
+    }
+}
+
+impl From<VolumeId> for String {
+    fn from(id: VolumeId) -> String {
+        id.0
+    }
+}
+
+impl fmt::Display for VolumeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A text that cannot be a volume id. Holds the first 80 characters of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InvalidVolumeId(String);
+
+impl fmt::Display for InvalidVolumeId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{:?} is not a volume id: use 1 to {} letters, digits, '.', '_' or '-', the first a letter or a digit",
+            self.0,
+            VolumeId::MAX_LENGTH
+        )
+    }
+}
+
+impl std::error::Error for InvalidVolumeId {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn names_in_use_are_accepted() {
+        for name in ["a", "0b1f7c1e-1111-4222-8333-444455556666", "vol_1.lun0", &"x".repeat(64)] {
+            assert_eq!(name.parse::<VolumeId>().map(String::from).as_deref(), Ok(name));
+        }
+    }
+
+    #[test]
+    fn names_that_could_mean_something_elsewhere_are_refused() {
+        let long = "x".repeat(65);
+        for name in ["", ".", "..", "-x", "../x", "a/b", "a b", "a\0b", "a\n", "é", "a:b", long.as_str()] {
+            assert!(name.parse::<VolumeId>().is_err(), "{name:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_is_accepted_is_safe_in_names(text in ".{0,100}") {
+            if let Ok(id) = text.parse::<VolumeId>() {
+                prop_assert_eq!(id.as_str(), &text);
+                prop_assert!(text.len() <= 64 && text.is_ascii());
+                prop_assert!(!text.contains(['/', '\0', ':', ' ', '%']) && !text.starts_with(['.', '-']));
+            }
+        }
+    }
+}

@@ -8,9 +8,7 @@
 //! - [`policy`]: the configuration file, its rules and profiles;
 //! - [`keys`]: key managers and the secret types they hand out;
 //! - [`store`]: the database of enrolled volumes and wrapped keys;
-//! - [`encryptor`]: making, checking and flagging mappings;
-//! - [`guest`]: the wrapped QEMUs and the system calls they send;
-//! - [`daemon`], [`hook`], [`wrapper`], [`cli`]: the four programs;
+//! - [`protocol`]: what the programs say to each other;
 //! - [`sys`]: the only place with unsafe code.
 
 #![deny(unsafe_code)]
@@ -18,6 +16,7 @@
 
 pub mod keys;
 pub mod policy;
+pub mod protocol;
 pub mod refusal;
 pub mod store;
 #[allow(unsafe_code)]

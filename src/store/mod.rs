@@ -1,1 +1,5 @@
 //! The database of enrolled volumes and wrapped keys.
+
+mod record;
+
+pub use record::{EnrolledDevice, VolumeRecord};

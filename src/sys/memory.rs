@@ -78,33 +78,40 @@ pub fn lock_all() -> io::Result<()> {
     Ok(())
 }
 
-/// Reads a NUL-terminated string of at most `limit` bytes from the memory of process `pid`.
+/// Reads as much of `buffer` as can be read at `address` in the memory of thread `tid`.
 ///
 /// # Errors
-/// `EFAULT` when the memory is not there, `ENAMETOOLONG` when no NUL comes within `limit`, `ESRCH`
-/// when the process is gone, `EPERM` without the right to trace it: process_vm_readv(2).
-pub fn read_c_string(pid: u32, address: u64, limit: usize) -> io::Result<Vec<u8>> {
-    const CHUNK: usize = 256;
+/// `EFAULT` when the memory is not there, `ESRCH` when the thread is gone, `EPERM` without the right
+/// to trace it: process_vm_readv(2).
+pub fn read(tid: u32, address: u64, buffer: &mut [u8]) -> io::Result<usize> {
+    let local = libc::iovec { iov_base: buffer.as_mut_ptr().cast(), iov_len: buffer.len() };
+    let remote = libc::iovec { iov_base: address as *mut libc::c_void, iov_len: buffer.len() };
+    // SAFETY: `local` describes `buffer`, borrowed exclusively; `remote` is only looked at in the
+    // other process.
+    let read = unsafe { libc::process_vm_readv(tid as libc::pid_t, &local, 1, &remote, 1, 0) };
+    usize::try_from(read).map_err(|_| io::Error::last_os_error())
+}
+
+/// Reads a NUL-terminated string of at most `limit` bytes at `address` in the memory of thread `tid`.
+///
+/// # Errors
+/// Those of [`read`], and `ENAMETOOLONG` when no NUL comes within `limit`.
+pub fn read_c_string(tid: u32, address: u64, limit: usize) -> io::Result<Vec<u8>> {
+    let fault = || io::Error::from_raw_os_error(libc::EFAULT);
     let mut text = Vec::new();
-    let mut chunk = [0_u8; CHUNK];
+    let mut chunk = [0_u8; 256];
     while text.len() <= limit {
-        let at = address.checked_add(text.len() as u64).ok_or(io::Error::from_raw_os_error(libc::EFAULT))?;
+        let at = address.checked_add(text.len() as u64).ok_or_else(fault)?;
         // Never reach across a page: the string may end right before one that is not mapped.
-        let wanted = CHUNK.min(4096 - (at % 4096) as usize);
-        let local = libc::iovec { iov_base: chunk.as_mut_ptr().cast(), iov_len: wanted };
-        let remote = libc::iovec { iov_base: at as *mut libc::c_void, iov_len: wanted };
-        // SAFETY: `local` describes `chunk`, which outlives the call; `remote` is only looked at in
-        // the other process.
-        let read = unsafe { libc::process_vm_readv(pid as libc::pid_t, &local, 1, &remote, 1, 0) };
-        let read = usize::try_from(read).map_err(|_| io::Error::last_os_error())?;
-        let read = &chunk[..read];
-        match read.iter().position(|&byte| byte == 0) {
+        let wanted = chunk.len().min(4096 - (at % 4096) as usize);
+        let length = read(tid, at, &mut chunk[..wanted])?;
+        match chunk[..length].iter().position(|&byte| byte == 0) {
             Some(end) => {
-                text.extend_from_slice(&read[..end]);
+                text.extend_from_slice(&chunk[..end]);
                 return Ok(text);
             }
-            None if read.is_empty() => return Err(io::Error::from_raw_os_error(libc::EFAULT)),
-            None => text.extend_from_slice(read),
+            None if length == 0 => return Err(fault()),
+            None => text.extend_from_slice(&chunk[..length]),
         }
     }
     Err(io::Error::from_raw_os_error(libc::ENAMETOOLONG))

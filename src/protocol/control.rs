@@ -1,0 +1,263 @@
+use std::fmt;
+use std::fs::File;
+use std::io::{self, BufRead, BufReader, IoSlice, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use serde::{Deserialize, Serialize};
+
+use crate::keys::KeyInfo;
+use crate::store::VolumeRecord;
+use crate::volume::VolumeId;
+
+/// The longest message in bytes. A domain with a thousand disks needs about half a megabyte.
+pub const MAX_MESSAGE: u64 = 16 << 20;
+
+/// What a client of the control socket asks for.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Request {
+    /// libvirt called the hook.
+    Hook {
+        /// What is about to happen or has happened to the domain.
+        operation: HookOperation,
+        /// The domain's name, as libvirt gave it to the hook.
+        domain: String,
+        /// The domain's XML, as libvirt gave it to the hook.
+        xml: String,
+    },
+    /// What is mapped, for whom.
+    Status,
+    /// Every enrolled volume.
+    Volumes,
+    /// One enrolled volume.
+    Volume {
+        /// Its id.
+        id: VolumeId,
+    },
+    /// Every key, without the keys.
+    Keys,
+    /// Make the blank volume on a device ready for its first use.
+    Enrol {
+        /// A path of the device.
+        device: PathBuf,
+    },
+    /// Write a volume's key into the file whose descriptor comes with the request.
+    ExportKey {
+        /// The volume's id.
+        id: VolumeId,
+    },
+}
+
+/// The hook's operations that concern the daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HookOperation {
+    /// Before libvirt makes anything of the domain.
+    Prepare,
+    /// QEMU has ended; or libvirt has released everything of the domain.
+    Stopped,
+}
+
+/// The daemon's answer.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Response {
+    /// It was done; this is what came of it.
+    Done(Reply),
+    /// It was refused.
+    Refused {
+        /// What is wrong and what to do, in one sentence.
+        sentence: String,
+        /// The errno that an opener would get for the same reason.
+        errno: i32,
+    },
+}
+
+/// What comes of a request.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Reply {
+    /// Nothing to report.
+    Nothing,
+    /// The answer to [`Request::Status`].
+    Status(Status),
+    /// The answer to [`Request::Volumes`], [`Request::Volume`] and [`Request::Enrol`].
+    Volumes(Vec<VolumeStatus>),
+    /// The answer to [`Request::Keys`].
+    Keys(Vec<KeyInfo>),
+}
+
+/// What the daemon and the kernel know right now.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// The daemon's version.
+    pub version: String,
+    /// Why the configuration could not be used, if so: everything protected is refused then.
+    pub configuration_error: Option<String>,
+    /// Why the key store could not be used, if so.
+    pub key_store_error: Option<String>,
+    /// Every mapping of volcrypt's in the kernel.
+    pub mappings: Vec<MappingStatus>,
+    /// Every QEMU whose opens the daemon answers.
+    pub guests: Vec<GuestStatus>,
+}
+
+/// One mapping in the kernel.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MappingStatus {
+    /// The mapped volume.
+    pub volume: VolumeId,
+    /// The name of the mapping: `volcrypt-<volume id>`.
+    pub name: String,
+    /// Its device: `/dev/dm-0`.
+    pub device: PathBuf,
+    /// The device that holds the ciphertext: `/dev/sda`; its number if it has no name any more.
+    pub backing: String,
+    /// The on-disk format.
+    pub format: String,
+    /// The cipher in dm-crypt's notation.
+    pub cipher: String,
+    /// How many times the mapping is open.
+    pub open_count: i32,
+    /// Whether the kernel will remove it at the last close.
+    pub deferred_removal: bool,
+    /// The domains whose QEMU has it open.
+    pub domains: Vec<String>,
+    /// When it was made, in seconds since 1970-01-01 UTC.
+    pub since: Option<i64>,
+}
+
+/// One registered QEMU.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct GuestStatus {
+    /// The process that registered.
+    pub pid: u32,
+    /// The domain's name as its command line says it.
+    pub domain: Option<String>,
+}
+
+/// An enrolled volume and whether it is mapped.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct VolumeStatus {
+    /// What was written down when it was enrolled.
+    #[serde(flatten)]
+    pub record: VolumeRecord,
+    /// Whether there is a mapping of it on this host now.
+    pub mapped: bool,
+}
+
+/// A connection to the control socket.
+pub struct ControlClient {
+    stream: UnixStream,
+}
+
+impl ControlClient {
+    /// Connects to `socket`. Every later step may take `deadline` at most.
+    ///
+    /// # Errors
+    /// [`CallError::Unreachable`].
+    pub fn connect(socket: &Path, deadline: Duration) -> Result<Self, CallError> {
+        let unreachable = |source| CallError::Unreachable { socket: socket.to_owned(), source };
+        let stream = UnixStream::connect(socket).map_err(unreachable)?;
+        stream.set_read_timeout(Some(deadline)).map_err(unreachable)?;
+        stream.set_write_timeout(Some(deadline)).map_err(unreachable)?;
+        Ok(ControlClient { stream })
+    }
+
+    /// Sends `request` and waits for what comes of it.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub fn call(self, request: &Request) -> Result<Reply, CallError> {
+        self.exchange(request, None)
+    }
+
+    /// As [`Self::call`], with a file for the daemon to write to.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub fn call_with_file(self, request: &Request, file: &File) -> Result<Reply, CallError> {
+        self.exchange(request, Some(file))
+    }
+
+    fn exchange(self, request: &Request, file: Option<&File>) -> Result<Reply, CallError> {
+        let mut message = serde_json::to_vec(request).map_err(|error| CallError::Broken(error.into()))?;
+        message.push(b'\n');
+        self.send(&message, file).map_err(CallError::Broken)?;
+
+        let mut answer = String::new();
+        BufReader::new((&self.stream).take(MAX_MESSAGE)).read_line(&mut answer).map_err(CallError::Broken)?;
+        match serde_json::from_str(&answer) {
+            Ok(Response::Done(reply)) => Ok(reply),
+            Ok(Response::Refused { sentence, errno }) => Err(CallError::Refused { sentence, errno }),
+            Err(_) if answer.is_empty() => Err(CallError::Broken(io::ErrorKind::UnexpectedEof.into())),
+            Err(error) => Err(CallError::Broken(error.into())),
+        }
+    }
+
+    fn send(&self, message: &[u8], file: Option<&File>) -> io::Result<()> {
+        let descriptors: Vec<_> = file.iter().map(|file| file.as_fd()).collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !descriptors.is_empty() {
+            ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
+        }
+        // The descriptor travels with the first bytes; the rest of a long message follows.
+        let sent = rustix::net::sendmsg(&self.stream, &[IoSlice::new(message)], &mut ancillary, SendFlags::NOSIGNAL)?;
+        io::Write::write_all(&mut &self.stream, &message[sent..])
+    }
+}
+
+/// Why a call to the daemon gave no result.
+#[derive(Debug)]
+pub enum CallError {
+    /// Nobody listens on the socket.
+    Unreachable {
+        /// The socket that was tried.
+        socket: PathBuf,
+        /// What connecting to it said.
+        source: io::Error,
+    },
+    /// The daemon did not answer, or not in time, or what it said makes no sense.
+    Broken(io::Error),
+    /// The daemon answered no.
+    Refused {
+        /// What is wrong and what to do.
+        sentence: String,
+        /// The errno that an opener would get for the same reason.
+        errno: i32,
+    },
+}
+
+impl CallError {
+    /// Whether the daemon cannot be reached, as opposed to a daemon that says no.
+    pub fn is_daemon_down(&self) -> bool {
+        !matches!(self, CallError::Refused { .. })
+    }
+}
+
+impl fmt::Display for CallError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            CallError::Unreachable { socket, source } => write!(
+                f,
+                "volcryptd cannot be reached on {} ({source}): run 'systemctl status volcryptd' to see why",
+                socket.display()
+            ),
+            CallError::Broken(source) if source.kind() == io::ErrorKind::WouldBlock => {
+                f.write_str("volcryptd did not answer in time: run 'journalctl -u volcryptd' to see why")
+            }
+            CallError::Broken(source) => {
+                write!(f, "volcryptd broke off ({source}): run 'journalctl -u volcryptd' to see why")
+            }
+            CallError::Refused { sentence, .. } => f.write_str(sentence),
+        }
+    }
+}
+
+impl std::error::Error for CallError {}

@@ -1,0 +1,20 @@
+//! What the programs say to each other on the daemon's two sockets.
+//!
+//! On the **control socket** (root only) a client sends one [`Request`] and gets one [`Response`],
+//! each a line of JSON; no key is ever part of one. On the **wrapper socket** a wrapper sends its
+//! seccomp listener and gets one byte back: see [`registration`].
+
+mod control;
+pub mod registration;
+
+pub use control::{
+    CallError, ControlClient, GuestStatus, HookOperation, MAX_MESSAGE, MappingStatus, Reply, Request, Response, Status,
+    VolumeStatus,
+};
+
+/// Where both sockets are.
+pub const RUNTIME_DIRECTORY: &str = "/run/volcrypt";
+/// The socket for the hook and for `volcrypt`.
+pub const CONTROL_SOCKET: &str = "/run/volcrypt/control.sock";
+/// The socket for the emulator wrapper.
+pub const WRAPPER_SOCKET: &str = "/run/volcrypt/wrapper.sock";

@@ -8,12 +8,16 @@
 //! - [`policy`]: the configuration file, its rules and profiles;
 //! - [`keys`]: key managers and the secret types they hand out;
 //! - [`store`]: the database of enrolled volumes and wrapped keys;
+//! - [`encryptor`]: making, checking and flagging mappings;
+//! - [`guest`]: the wrapped QEMUs and the system calls they send;
 //! - [`protocol`]: what the programs say to each other;
 //! - [`sys`]: the only place with unsafe code.
 
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod encryptor;
+pub mod guest;
 pub mod keys;
 pub mod policy;
 pub mod protocol;

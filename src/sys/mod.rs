@@ -1,5 +1,7 @@
 //! The system calls that no safe crate offers. All unsafe code of the project is in this folder.
 
+pub mod inherited;
 pub mod keyring;
 pub mod memory;
 pub mod seccomp;
+pub mod trace;

@@ -45,18 +45,14 @@ const FILTER: [sock_filter; 11] = [
 /// Installs the filter for this thread and everything it executes, and gives up new privileges for
 /// good (`PR_SET_NO_NEW_PRIVS`). The listener is close-on-exec.
 ///
+/// `SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV` is left out on purpose: with it, a call that a daemon
+/// received and did not live to answer could not be interrupted any more, and would wait for ever
+/// (see [`crate::sys::trace::interrupt`]).
+///
 /// # Errors
 /// Those of prctl(2) and seccomp(2): `EBUSY` when a filter with a listener is installed already.
 pub fn install_filter() -> io::Result<Listener> {
     rustix::thread::set_no_new_privs(true)?;
-    // A received call that can be killed but not interrupted is not sent twice (Linux 5.19).
-    match install(libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV) {
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => install(0),
-        outcome => outcome,
-    }
-}
-
-fn install(flags: libc::c_ulong) -> io::Result<Listener> {
     let mut filter = FILTER;
     let program = sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
     // SAFETY: `program` points to `len` instructions, which the kernel copies and checks.
@@ -64,7 +60,7 @@ fn install(flags: libc::c_ulong) -> io::Result<Listener> {
         libc::syscall(
             libc::SYS_seccomp,
             libc::SECCOMP_SET_MODE_FILTER,
-            libc::SECCOMP_FILTER_FLAG_NEW_LISTENER | flags,
+            libc::SECCOMP_FILTER_FLAG_NEW_LISTENER,
             &program,
         )
     };

@@ -1,0 +1,194 @@
+//! Device-mapper as volcrypt needs it: no step waits for udev.
+//!
+//! The devicemapper crate waits for udev's rules, without a deadline, whenever the kernel announces a
+//! device. A mapping is usable before udev has looked at it, so a resume is waited for by asking the
+//! kernel, and removal is always the deferred one of a device that is still open, which announces
+//! nothing at that moment.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use devicemapper::{DM, DevId, DeviceInfo, DmError, DmFlags, DmName, DmOptions, DmUuid, errors};
+use rustix::fs::OFlags;
+
+use super::table::Target;
+use crate::volume::DeviceNumber;
+
+/// How long a resume may take before it is given up.
+const RESUME_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A connection to the kernel's device-mapper.
+pub struct DeviceMapper {
+    dm: DM,
+}
+
+/// A device of device-mapper's.
+#[derive(Debug)]
+pub struct Device {
+    /// Its number.
+    pub number: DeviceNumber,
+    /// Its UUID, empty when it has none.
+    pub uuid: String,
+    /// How many times it is open.
+    pub open_count: i32,
+    /// Whether it is removed at its last close.
+    pub deferred_removal: bool,
+    /// Whether its table is in force.
+    pub live: bool,
+}
+
+impl DeviceMapper {
+    /// Connects.
+    ///
+    /// # Errors
+    /// When /dev/mapper/control is not there or may not be opened.
+    pub fn connect() -> io::Result<Self> {
+        // The crate keeps this errno as text only, so look first.
+        File::open("/dev/mapper/control")?;
+        Ok(DeviceMapper { dm: DM::new().map_err(io_error)? })
+    }
+
+    /// The names of all devices.
+    pub fn names(&self) -> io::Result<Vec<String>> {
+        let devices = self.dm.list_devices().map_err(io_error)?;
+        Ok(devices.into_iter().map(|(name, _, _)| name.to_string()).collect())
+    }
+
+    /// The device called `name`, if there is one.
+    pub fn find(&self, name: &str) -> io::Result<Option<Device>> {
+        found(self.dm.device_info(&DevId::Name(dm_name(name)?)).map(|info| Device::from(&info)))
+    }
+
+    /// The table in force of the device called `name`; `None` when the device is gone.
+    pub fn table(&self, name: &str) -> io::Result<Option<Vec<Target>>> {
+        let options = DmOptions::default().set_flags(DmFlags::DM_STATUS_TABLE);
+        found(self.dm.table_status(&DevId::Name(dm_name(name)?), options).map(|(_, targets)| targets))
+    }
+
+    /// Makes a device without a table.
+    pub fn create(&self, name: &str, uuid: &str, read_only: bool) -> io::Result<Device> {
+        let uuid = DmUuid::new(uuid).map_err(io_error)?;
+        let info = self.dm.device_create(dm_name(name)?, Some(uuid), options(read_only)).map_err(io_error)?;
+        Ok(Device::from(&info))
+    }
+
+    /// Loads `target` as the device's whole table, not yet in force.
+    pub fn load(&self, name: &str, target: Target, read_only: bool) -> io::Result<()> {
+        self.dm.table_load(&DevId::Name(dm_name(name)?), &[target], options(read_only)).map_err(io_error)?;
+        Ok(())
+    }
+
+    /// Puts the loaded table in force. udev hears of it with the flags that keep blkid, LVM and the
+    /// by-uuid links away from the device; its rules run on their own time.
+    pub fn resume(&self, name: &str) -> io::Result<()> {
+        let (report, reported) = mpsc::channel();
+        let resumed = name.to_owned();
+        std::thread::Builder::new().name("resume".to_owned()).stack_size(128 << 10).spawn(move || {
+            let outcome = DeviceMapper::connect().and_then(|mapper| {
+                let name = DevId::Name(dm_name(&resumed)?);
+                mapper.dm.device_suspend(&name, DmOptions::private()).map_err(io_error)
+            });
+            // Nobody listens any more once the kernel has told the other side by itself.
+            let _ = report.send(outcome);
+        })?;
+        let deadline = Instant::now() + RESUME_DEADLINE;
+        let mut pause = Duration::from_micros(100);
+        loop {
+            match reported.recv_timeout(pause) {
+                Ok(outcome) => return outcome.map(drop),
+                Err(_) if self.find(name)?.is_some_and(|device| device.live) => return Ok(()),
+                Err(_) if Instant::now() > deadline => return Err(io::ErrorKind::TimedOut.into()),
+                Err(_) => pause = (pause * 2).min(Duration::from_millis(20)),
+            }
+        }
+    }
+
+    /// Opens the device called `name`, which must be `number`.
+    ///
+    /// # Errors
+    /// Those of open(2), and `ENXIO` when the name or the number is another device's meanwhile.
+    pub fn open(&self, name: &str, number: DeviceNumber, flags: OFlags) -> io::Result<OwnedFd> {
+        let descriptor =
+            rustix::fs::open(device_path(number), flags | OFlags::CLOEXEC | OFlags::NOCTTY, rustix::fs::Mode::empty())?;
+        // An open device keeps its name and number, so from here on this holds.
+        let opened = DeviceNumber::from_raw(rustix::fs::fstat(&descriptor)?.st_rdev);
+        match self.find(name)? {
+            Some(device) if device.number == number && opened == number => Ok(descriptor),
+            _ => Err(io::Error::from_raw_os_error(libc::ENXIO)),
+        }
+    }
+
+    /// Has the kernel remove the device called `name` when `opened`, and whoever else has it open,
+    /// closes it.
+    pub fn remove_at_last_close(&self, name: &str, _opened: impl AsFd) -> io::Result<()> {
+        let options = DmOptions::default().set_flags(DmFlags::DM_DEFERRED_REMOVE);
+        self.dm.device_remove(&DevId::Name(dm_name(name)?), options).map_err(io_error)?;
+        Ok(())
+    }
+
+    /// Removes the device called `name` now, or at its last close when somebody has it open.
+    pub fn discard(&self, name: &str) -> io::Result<()> {
+        let Some(device) = self.find(name)? else { return Ok(()) };
+        let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(device_path(device.number));
+        match opened {
+            Ok(opened) => self.remove_at_last_close(name, opened),
+            // It is being removed right now.
+            Err(error) if is_gone(&error) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// The device's node in /dev, which the kernel itself makes.
+pub fn device_path(number: DeviceNumber) -> PathBuf {
+    PathBuf::from(format!("/dev/dm-{}", number.minor))
+}
+
+/// Whether `error` says that a device is not there, or not any more.
+pub fn is_gone(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENXIO | libc::ENODEV | libc::ENOENT))
+}
+
+impl From<&DeviceInfo> for Device {
+    fn from(info: &DeviceInfo) -> Self {
+        let flags = info.flags();
+        Device {
+            number: DeviceNumber { major: info.device().major, minor: info.device().minor },
+            uuid: info.uuid().map(ToString::to_string).unwrap_or_default(),
+            open_count: info.open_count(),
+            deferred_removal: flags.contains(DmFlags::DM_DEFERRED_REMOVE),
+            live: flags.contains(DmFlags::DM_ACTIVE_PRESENT) && !flags.contains(DmFlags::DM_SUSPEND),
+        }
+    }
+}
+
+fn options(read_only: bool) -> DmOptions {
+    match read_only {
+        true => DmOptions::private().set_flags(DmFlags::DM_READONLY),
+        false => DmOptions::private(),
+    }
+}
+
+fn dm_name(name: &str) -> io::Result<&DmName> {
+    DmName::new(name).map_err(io_error)
+}
+
+fn found<T>(result: Result<T, DmError>) -> io::Result<Option<T>> {
+    match result.map_err(io_error) {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn io_error(error: DmError) -> io::Error {
+    match error {
+        DmError::Core(errors::Error::Ioctl(_, _, _, errno)) => io::Error::from_raw_os_error(*errno as i32),
+        other => io::Error::other(other.to_string()),
+    }
+}

@@ -1,0 +1,9 @@
+//! The wrapped QEMUs: what their stopped system calls ask for, and who they are.
+
+mod node;
+mod process;
+mod request;
+
+pub use node::{BlockNode, Located, block_device_at, locate};
+pub use process::{Credentials, domain_name, processes_with_open};
+pub use request::{Malformed, OpenRequest};

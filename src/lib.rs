@@ -8,6 +8,7 @@
 //! - [`policy`]: the configuration file, its rules and profiles;
 //! - [`keys`]: key managers and the secret types they hand out;
 //! - [`store`]: the database of enrolled volumes and wrapped keys;
+//! - [`domain`]: domains as libvirt describes them;
 //! - [`encryptor`]: making, checking and flagging mappings;
 //! - [`guest`]: the wrapped QEMUs and the system calls they send;
 //! - [`protocol`]: what the programs say to each other;
@@ -16,6 +17,7 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod domain;
 pub mod encryptor;
 pub mod guest;
 pub mod keys;

@@ -2,6 +2,10 @@
 
 mod device;
 mod id;
+mod identity;
+mod sysfs;
 
 pub use device::DeviceNumber;
 pub use id::{InvalidVolumeId, VolumeId};
+pub use identity::{Identity, Iscsi, Mapping};
+pub use sysfs::Sysfs;

@@ -191,6 +191,26 @@ fn a_session_without_a_readable_target_does_not_pass_for_a_local_disk() {
 }
 
 #[test]
+fn a_number_that_goes_to_another_disk_meanwhile_is_refused() {
+    let tree = Tree::new();
+    tree.iscsi_disk(b"iqn.2026-11.org.lab:v0");
+    // A FIFO stops the reader at an attribute that is read after the first look at the number.
+    let wwid = tree.directory.path().join("devices/platform/host2/session1/target2:0:0/2:0:0:1/wwid");
+    fs::remove_file(&wwid).unwrap();
+    rustix::fs::mknodat(rustix::fs::CWD, &wwid, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    let identified = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut fifo = File::options().write(true).open(&wwid).unwrap();
+            tree.write(&format!("{DISK}/diskseq"), "13\n");
+            fs::remove_file(&wwid).unwrap();
+            std::io::Write::write_all(&mut fifo, b"naa.6001405aaaa\n").unwrap();
+        });
+        tree.identify(8, 0)
+    });
+    assert_eq!(identified.unwrap_err().reason(), Reason::DeviceGone);
+}
+
+#[test]
 fn what_no_kernel_writes_is_refused() {
     let page = vec![b'x'; ATTRIBUTE_LIMIT + 1];
     for (attribute, bytes) in [("size", b"many".as_slice()), ("ro", b"-1"), ("diskseq", b"1 2"), ("size", &page)] {

@@ -6,9 +6,14 @@ use crate::policy::KeySize;
 use crate::refusal::Refusal;
 use crate::volume::VolumeId;
 
+mod kek;
 mod key;
+mod key_file;
+mod secret_file;
 
+pub use kek::KeyEncryptionKey;
 pub use key::{CheckValue, Key};
+pub use key_file::{KeyFileManager, OneKeyForEveryVolume};
 
 /// Where volume keys live.
 ///

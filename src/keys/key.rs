@@ -64,9 +64,14 @@ impl Key {
     /// What tells this key from another one without revealing it: the first 16 bytes of
     /// HMAC-SHA-256 under the key over `volcrypt key check v1` NUL and the volume's id.
     pub fn check_value(&self, volume: &VolumeId) -> CheckValue {
+        self.check_value_for(b"volcrypt key check v1\0", volume.as_str())
+    }
+
+    /// The first 16 bytes of HMAC-SHA-256 under the key over `label` and `name`.
+    pub(super) fn check_value_for(&self, label: &[u8], name: &str) -> CheckValue {
         let mut context = hmac::Context::with_key(&hmac::Key::new(hmac::HMAC_SHA256, self.bytes()));
-        context.update(b"volcrypt key check v1\0");
-        context.update(volume.as_str().as_bytes());
+        context.update(label);
+        context.update(name.as_bytes());
         let mut value = [0; 16];
         value.copy_from_slice(&context.sign().as_ref()[..16]);
         CheckValue(value)

@@ -17,14 +17,19 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod daemon;
 pub mod domain;
 pub mod encryptor;
 pub mod guest;
+pub mod hook;
 pub mod keys;
+pub mod logging;
 pub mod policy;
 pub mod protocol;
 pub mod refusal;
 pub mod store;
 #[allow(unsafe_code)]
 pub mod sys;
+pub mod unguarded;
 pub mod volume;
+pub mod wrapper;

@@ -1,6 +1,7 @@
 //! Mappings: the devices on top of the volumes that the guests really read and write.
 
 mod device_mapper;
+pub use device_mapper::device_path;
 mod locks;
 mod plain;
 mod table;
@@ -15,6 +16,7 @@ use crate::refusal::Refusal;
 use crate::store::VolumeRecord;
 use crate::volume::{DeviceNumber, VolumeId};
 
+pub use locks::VolumeLocks;
 pub use plain::PlainEncryptor;
 
 /// Makes mappings and gives them out.

@@ -20,7 +20,10 @@ pub const DEFAULT_PATH: &str = "/etc/volcrypt/volcrypt.toml";
 const SIZE_LIMIT: u64 = 1 << 20;
 /// The name of the profile that always exists.
 const DEFAULT_PROFILE: &str = "default";
-const DEFAULT_DIRECTORY: &str = "/var/lib/volcrypt";
+/// Where the database and the key-encryption key are, unless the configuration says otherwise.
+pub const DEFAULT_DIRECTORY: &str = "/var/lib/volcrypt";
+/// In seconds.
+const DEFAULT_HOOK_DEADLINE: u64 = 30;
 const EXAMPLE: &str = "/usr/share/doc/volcrypt/examples/volcrypt.toml";
 
 /// The configuration. An empty file is a valid one; it protects nothing.
@@ -67,6 +70,15 @@ pub struct HookConfig {
     pub when_daemon_unreachable: WhenUnreachable,
     /// How long the hook waits for the daemon: 1 to 300 seconds.
     pub deadline: Duration,
+}
+
+impl Default for HookConfig {
+    fn default() -> Self {
+        HookConfig {
+            when_daemon_unreachable: WhenUnreachable::Refuse,
+            deadline: Duration::from_secs(DEFAULT_HOOK_DEADLINE),
+        }
+    }
 }
 
 /// What becomes of domains that start while the daemon cannot be reached.
@@ -241,7 +253,7 @@ fn hook(table: HookTable) -> Result<HookConfig, Fault> {
             }
         },
     };
-    let deadline = seconds("deadline_seconds", table.deadline_seconds, 30, 1..=300)?;
+    let deadline = seconds("deadline_seconds", table.deadline_seconds, DEFAULT_HOOK_DEADLINE, 1..=300)?;
     Ok(HookConfig { when_daemon_unreachable, deadline })
 }
 

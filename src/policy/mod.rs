@@ -9,7 +9,9 @@ mod profile;
 mod rule;
 mod template;
 
-pub use config::{Config, DEFAULT_PATH, DaemonConfig, HookConfig, KeyManagerConfig, WhenUnreachable};
+pub use config::{
+    Config, DEFAULT_DIRECTORY, DEFAULT_PATH, DaemonConfig, HookConfig, KeyManagerConfig, WhenUnreachable,
+};
 pub use decision::{Decision, Protection};
 pub use error::ConfigError;
 pub use profile::{KeySize, Profile, Provider, UnsupportedKeySize};

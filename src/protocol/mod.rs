@@ -16,5 +16,7 @@ pub use control::{
 pub const RUNTIME_DIRECTORY: &str = "/run/volcrypt";
 /// The socket for the hook and for `volcrypt`.
 pub const CONTROL_SOCKET: &str = "/run/volcrypt/control.sock";
+/// The folder of the links named `qemu-system-*` that lead to the wrapper.
+pub const EMULATOR_DIRECTORY: &str = "/usr/libexec/volcrypt/emulators";
 /// The socket for the emulator wrapper.
 pub const WRAPPER_SOCKET: &str = "/run/volcrypt/wrapper.sock";

@@ -54,6 +54,23 @@ pub struct Mapping {
 }
 
 impl Identity {
+    /// A logical unit that is no device of this host, known by its address only.
+    pub fn of_iscsi_unit(target: &str, lun: u64) -> Self {
+        Identity {
+            number: DeviceNumber { major: 0, minor: 0 },
+            name: format!("LUN {lun} of {target}"),
+            size: 0,
+            read_only: false,
+            sequence: None,
+            partition: None,
+            iscsi: Some(Iscsi { target: target.to_owned(), portal: None }),
+            lun: Some(lun),
+            wwid: None,
+            mapping: None,
+            underlying: Vec::new(),
+        }
+    }
+
     /// Whether this is a mapping that volcrypt made: its dm UUID starts with `VOLCRYPT-`.
     pub fn is_own_mapping(&self) -> bool {
         self.mapping.as_ref().is_some_and(|mapping| mapping.uuid.starts_with("VOLCRYPT-"))

@@ -1,0 +1,5 @@
+//! The program `volcrypt-hook`: see [`volcrypt::hook`].
+
+fn main() -> std::process::ExitCode {
+    volcrypt::hook::main()
+}

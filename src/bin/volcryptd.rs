@@ -1,0 +1,5 @@
+//! The program `volcryptd`: see [`volcrypt::daemon`].
+
+fn main() -> std::process::ExitCode {
+    volcrypt::daemon::main()
+}

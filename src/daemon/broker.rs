@@ -1,0 +1,350 @@
+//! What is decided and done for a volume, whoever asks: a guest's open, the hook, or an operator.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rustix::fs::OFlags;
+
+use super::devices::Devices;
+use crate::encryptor::{MappingSpec, VolumeEncryptor, VolumeLocks};
+use crate::keys::{EmbeddedKeyManager, Key, KeyFileManager, KeyManager, OneKeyForEveryVolume};
+use crate::policy::{Config, ConfigError, DEFAULT_DIRECTORY, Decision, KeyManagerConfig, Protection};
+use crate::refusal::{Reason, Refusal};
+use crate::store::{EnrolledDevice, Store, VolumeRecord};
+use crate::volume::{Content, DeviceNumber, Identity, VolumeId, examine};
+
+/// Holds the policy, the keys and the mappings together.
+pub struct Broker {
+    config: Result<Config, ConfigError>,
+    devices: Box<dyn Devices>,
+    encryptor: Box<dyn VolumeEncryptor>,
+    vault: Mutex<Option<Arc<Vault>>>,
+    enrolling: VolumeLocks,
+}
+
+/// The database and the key manager, once both could be opened.
+pub struct Vault {
+    /// The enrolled volumes.
+    pub store: Arc<Store>,
+    /// Their keys.
+    pub keys: Box<dyn KeyManager>,
+}
+
+/// What becomes of a block device that a guest opens.
+#[derive(Debug)]
+pub enum Verdict {
+    /// It is not protected.
+    LetThrough,
+    /// It is protected: this is the opened mapping of the volume.
+    Mapping(VolumeId, OwnedFd),
+}
+
+impl Broker {
+    /// A broker that works by `config`. With a faulty configuration it refuses every block device:
+    /// which of them are protected is not known then.
+    pub fn new(
+        config: Result<Config, ConfigError>,
+        devices: Box<dyn Devices>,
+        encryptor: Box<dyn VolumeEncryptor>,
+    ) -> Self {
+        Broker { config, devices, encryptor, vault: Mutex::default(), enrolling: VolumeLocks::default() }
+    }
+
+    /// The configuration.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn config(&self) -> Result<&Config, Refusal> {
+        self.config.as_ref().map_err(|error| {
+            Refusal::new(Reason::Configuration, format!("{error}; then run 'systemctl restart volcryptd'"))
+        })
+    }
+
+    /// The maker of mappings.
+    pub fn encryptor(&self) -> &dyn VolumeEncryptor {
+        self.encryptor.as_ref()
+    }
+
+    /// Opens `device` for a guest: through its mapping if it is protected. `permitted` says whether
+    /// the guest may open the device's node at all.
+    ///
+    /// # Errors
+    /// When the volume must not or cannot be opened.
+    pub fn open(&self, device: DeviceNumber, permitted: bool, flags: OFlags) -> Result<Verdict, Refusal> {
+        let config = self.config()?;
+        let identity = self.devices.identify(device)?;
+        let protection = match config.decide(&identity) {
+            Decision::Pass => return Ok(Verdict::LetThrough),
+            Decision::Refuse(refusal) => return Err(refusal),
+            Decision::Protect(protection) => protection,
+        };
+        let volume = &protection.volume;
+        if !permitted {
+            let sentence =
+                format!("{identity} is the protected volume {volume}, and libvirt has not given it to this QEMU");
+            return Err(Refusal::new(Reason::NotAllowed, sentence));
+        }
+        if identity.read_only && flags.intersects(OFlags::WRONLY | OFlags::RDWR) {
+            let sentence = format!("volume {volume} on {identity} can only be read: mark the disk <readonly/>");
+            return Err(Refusal::new(Reason::NotAllowed, sentence));
+        }
+        let record = self.record(&identity, &protection)?;
+        let spec = MappingSpec {
+            record: &record,
+            profile: protection.profile,
+            device,
+            size_bytes: identity.size,
+            read_only: identity.read_only,
+        };
+        let opened = self.encryptor.open(&spec, flags, &|| self.key(&record))?;
+        // The device number may have been given to another device while all this went on; the
+        // mapping holds it now, so what is there now stays.
+        self.check_device(&self.devices.identify(device)?, &record)?;
+        Ok(Verdict::Mapping(protection.volume, opened))
+    }
+
+    /// Whether `identity` is protected, and if so, makes sure that it can be opened: the volume is
+    /// enrolled, the device is its own, and its key is there and the right one.
+    ///
+    /// # Errors
+    /// When it is protected and an open would be refused.
+    pub fn make_ready(&self, identity: &Identity) -> Result<Option<VolumeId>, Refusal> {
+        match self.config()?.decide(identity) {
+            Decision::Pass => Ok(None),
+            Decision::Refuse(refusal) => Err(refusal),
+            Decision::Protect(protection) => {
+                let record = self.record(identity, &protection)?;
+                self.key(&record)?;
+                Ok(Some(record.id))
+            }
+        }
+    }
+
+    /// What the kernel says of `device`.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn identify(&self, device: DeviceNumber) -> Result<Identity, Refusal> {
+        self.devices.identify(device)
+    }
+
+    /// Enrols the volume on `device`, which a rule must protect and which must be blank. A volume
+    /// that is enrolled already stays as it is.
+    ///
+    /// # Errors
+    /// When no rule protects the device, when it holds anything, and when its key cannot be kept.
+    pub fn enrol(&self, device: DeviceNumber) -> Result<VolumeRecord, Refusal> {
+        let identity = self.devices.identify(device)?;
+        match self.config()?.decide(&identity) {
+            Decision::Protect(protection) => self.enrol_as(&identity, &protection),
+            Decision::Refuse(refusal) => Err(refusal),
+            Decision::Pass => Err(Refusal::new(
+                Reason::Configuration,
+                format!(
+                    "no rule protects {identity}: add one to /etc/volcrypt/volcrypt.toml; 'volcrypt config check' explains the present ones"
+                ),
+            )),
+        }
+    }
+
+    /// The database and the key manager. Both are opened when first needed, and tried again until
+    /// that succeeds.
+    ///
+    /// # Errors
+    /// When either cannot be opened.
+    pub fn vault(&self) -> Result<Arc<Vault>, Refusal> {
+        let mut vault = self.vault.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*vault {
+            Some(vault) => Ok(Arc::clone(vault)),
+            None => {
+                let opened = Arc::new(Vault::open(&self.config()?.key_manager)?);
+                Ok(Arc::clone(vault.insert(opened)))
+            }
+        }
+    }
+
+    /// The record of the protected volume on `identity`; enrols it if its rule says so.
+    fn record(&self, identity: &Identity, protection: &Protection<'_>) -> Result<VolumeRecord, Refusal> {
+        let volume = &protection.volume;
+        match self.vault()?.store.volume(volume)? {
+            Some(record) => {
+                self.check_device(identity, &record)?;
+                Ok(record)
+            }
+            None if protection.rule.create_keys() => self.enrol_as(identity, protection),
+            None => Err(Refusal::new(
+                Reason::NoKey,
+                format!(
+                    "volume {volume} on {identity} has no key and rule {:?} does not create keys: run 'volcrypt volume \
+                     enrol {identity}' if it is new and blank",
+                    protection.rule.name()
+                ),
+            )),
+        }
+    }
+
+    fn enrol_as(&self, identity: &Identity, protection: &Protection<'_>) -> Result<VolumeRecord, Refusal> {
+        let Protection { volume, profile, .. } = protection;
+        self.enrolling.with(volume, || {
+            let vault = self.vault()?;
+            if let Some(record) = vault.store.volume(volume)? {
+                self.check_device(identity, &record)?;
+                return Ok(record);
+            }
+            if !identity.size.is_multiple_of(profile.sector_size.into()) || identity.size == 0 {
+                let sentence = format!(
+                    "the size of {identity}, {} bytes, is no multiple of sector_size = {}: use a profile with a smaller one",
+                    identity.size, profile.sector_size
+                );
+                return Err(Refusal::new(Reason::Configuration, sentence));
+            }
+            self.check_blank(identity, volume)?;
+            let key = vault.keys.create(volume, profile.key_size)?;
+            let record = VolumeRecord {
+                id: volume.clone(),
+                device: enrolled_device(identity),
+                size_bytes: identity.size,
+                profile: protection.profile_name.to_owned(),
+                provider: profile.provider,
+                cipher: profile.cipher.clone(),
+                key_size: profile.key_size,
+                sector_size: profile.sector_size,
+                check_value: key.check_value(volume),
+                enrolled_at: seconds_now(),
+            };
+            vault.store.enrol(&record)?;
+            tracing::info!(volume = %volume, device = %identity, rule = protection.rule.name(), "enrolled volume {volume} on {identity}");
+            Ok(record)
+        })
+    }
+
+    fn check_blank(&self, identity: &Identity, volume: &VolumeId) -> Result<(), Refusal> {
+        let device = self.devices.open_exclusively(identity).map_err(|error| match error.raw_os_error() {
+            Some(libc::EBUSY) => Refusal::new(
+                Reason::ForeignData,
+                format!(
+                    "{identity} is in use by the host itself, so volume {volume} is not enrolled: 'lsblk' shows by what"
+                ),
+            ),
+            _ => Refusal::new(
+                Reason::DeviceGone,
+                format!("{identity} cannot be read ({error}): is its storage server up?"),
+            ),
+        })?;
+        match examine(&device, identity.size)? {
+            Content::Blank => Ok(()),
+            Content::Holds(what) => Err(Refusal::new(
+                Reason::ForeignData,
+                format!(
+                    "{identity} holds {what}, so volume {volume} is not enrolled: encrypting it would destroy that; wipe it \
+                     first if nobody needs it"
+                ),
+            )),
+        }
+    }
+
+    /// Whether `identity` is the device that the volume was enrolled on.
+    fn check_device(&self, identity: &Identity, record: &VolumeRecord) -> Result<(), Refusal> {
+        let VolumeRecord { id, device: enrolled, size_bytes, .. } = record;
+        let found = enrolled_device(identity);
+        let differs = [
+            differing("iSCSI target", &enrolled.iscsi_target, &found.iscsi_target),
+            differing("LUN", &enrolled.lun, &found.lun),
+            differing("WWID", &enrolled.wwid, &found.wwid),
+        ];
+        if let Some(difference) = differs.into_iter().flatten().next() {
+            let sentence = format!(
+                "{identity} is not the device that volume {id} was enrolled on: {difference}; nothing was written to it"
+            );
+            return Err(Refusal::new(Reason::ForeignData, sentence));
+        }
+        if identity.size < *size_bytes {
+            let sentence = format!(
+                "{identity} has {} bytes, and volume {id} had {size_bytes} when it was enrolled: a volume may grow but \
+                 not shrink; nothing was written to it",
+                identity.size
+            );
+            return Err(Refusal::new(Reason::ForeignData, sentence));
+        }
+        Ok(())
+    }
+
+    /// The key that `record` was made for, and no other.
+    pub fn key(&self, record: &VolumeRecord) -> Result<Key, Refusal> {
+        let id = &record.id;
+        let key = self.vault()?.keys.get(id)?;
+        if key.bits() != record.key_size.bits() as usize {
+            let sentence = format!(
+                "the key of volume {id} has {} bits and not the {} it was enrolled with: restore the right key",
+                key.bits(),
+                record.key_size.bits()
+            );
+            return Err(Refusal::new(Reason::WrongKey, sentence));
+        }
+        if key.check_value(id) != record.check_value {
+            let sentence = format!(
+                "the key manager's key for volume {id} is not the one it was enrolled with: restore the right key"
+            );
+            return Err(Refusal::new(Reason::WrongKey, sentence));
+        }
+        Ok(key)
+    }
+}
+
+impl Vault {
+    fn open(config: &KeyManagerConfig) -> Result<Self, Refusal> {
+        let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(std::path::PathBuf::from);
+        match config {
+            KeyManagerConfig::Embedded { directory } => {
+                let store = Arc::new(Store::open(directory)?);
+                let keys = EmbeddedKeyManager::open(Arc::clone(&store), credentials.as_deref(), directory)?;
+                Ok(Vault { store, keys: Box::new(keys) })
+            }
+            KeyManagerConfig::KeyFile { file } => {
+                tracing::warn!(
+                    "every volume is encrypted with the one key in {}: this protects nothing",
+                    file.display()
+                );
+                let store = Arc::new(Store::open(DEFAULT_DIRECTORY.as_ref())?);
+                Ok(Vault { store, keys: Box::new(KeyFileManager::open(file, OneKeyForEveryVolume)?) })
+            }
+        }
+    }
+}
+
+fn enrolled_device(identity: &Identity) -> EnrolledDevice {
+    EnrolledDevice {
+        iscsi_target: identity.iscsi.as_ref().map(|iscsi| iscsi.target.clone()),
+        lun: identity.lun,
+        wwid: identity.wwid.clone(),
+    }
+}
+
+fn differing<T: std::fmt::Debug + PartialEq>(what: &str, enrolled: &Option<T>, found: &Option<T>) -> Option<String> {
+    let enrolled = enrolled.as_ref()?;
+    match found {
+        Some(found) if found == enrolled => None,
+        Some(found) => Some(format!("its {what} was {enrolled:?} and is {found:?}")),
+        None => Some(format!("its {what} was {enrolled:?} and is not reported now")),
+    }
+}
+
+fn seconds_now() -> i64 {
+    // A clock before 1970 is not worth refusing a volume for.
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
+}
+
+/// The refusal for a path that an operator or libvirt gave and that cannot be used.
+pub fn no_such_device(path: &std::path::Path, error: &io::Error) -> Refusal {
+    let shown = path.display();
+    let sentence = match error.raw_os_error() {
+        Some(libc::ENOTBLK) => {
+            format!("{shown} is no block device: give the device of an iSCSI volume, for example /dev/sda")
+        }
+        Some(libc::ENOENT) => format!("{shown} does not exist: log in to its target first"),
+        _ => format!("{shown} cannot be looked at: {error}"),
+    };
+    Refusal::new(Reason::DeviceGone, sentence)
+}

@@ -1,0 +1,166 @@
+//! Serves the control socket: the hook and the operator's command.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::broker::{Broker, no_such_device};
+use super::guests::Guests;
+use super::pool::Pool;
+use super::{prepare, status};
+use crate::guest::block_device_at;
+use crate::protocol::registration::receive_with_descriptors;
+use crate::protocol::{HookOperation, MAX_MESSAGE, Reply, Request, Response, VolumeStatus};
+use crate::refusal::{Reason, Refusal};
+use crate::store::VolumeRecord;
+use crate::volume::VolumeId;
+
+/// How long a client may take for each part of its request, and to read the answer.
+const CLIENT_DEADLINE: Duration = Duration::from_secs(10);
+
+/// What the threads of the control socket share.
+pub struct Control {
+    broker: Arc<Broker>,
+    guests: Arc<Guests>,
+}
+
+impl Control {
+    /// A server of the control socket.
+    pub fn new(broker: Arc<Broker>, guests: Arc<Guests>) -> Arc<Self> {
+        Arc::new(Control { broker, guests })
+    }
+
+    /// Serves `socket` for ever.
+    pub fn serve(self: Arc<Self>, socket: &UnixListener, pool: &Pool) -> ! {
+        loop {
+            match socket.accept() {
+                Ok((stream, _)) => {
+                    let control = Arc::clone(&self);
+                    pool.run(move || {
+                        if let Err(error) = control.converse(&stream) {
+                            tracing::warn!("a client of the control socket was not served: {error}");
+                        }
+                    });
+                }
+                Err(error) => {
+                    tracing::error!("no client can be taken on the control socket: {error}");
+                    std::thread::sleep(Duration::from_millis(100));
+                }
+            }
+        }
+    }
+
+    fn converse(&self, stream: &UnixStream) -> io::Result<()> {
+        let peer = rustix::net::sockopt::socket_peercred(stream)?;
+        if !peer.uid.is_root() {
+            // The socket's mode says so as well.
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, "the client is not root"));
+        }
+        stream.set_read_timeout(Some(CLIENT_DEADLINE))?;
+        stream.set_write_timeout(Some(CLIENT_DEADLINE))?;
+        let (message, file) = receive(stream)?;
+        let request = serde_json::from_slice(&message)
+            .map_err(|error| Refusal::new(Reason::Configuration, format!("volcryptd does not understand the request ({error}): hook, command and daemon must be of one version, so run 'systemctl restart volcryptd'")));
+        let response = match request.and_then(|request| self.carry_out(request, file)) {
+            Ok(reply) => Response::Done(reply),
+            Err(refusal) => Response::Refused { sentence: refusal.to_string(), errno: refusal.errno() },
+        };
+        let mut answer = serde_json::to_vec(&response)?;
+        answer.push(b'\n');
+        (&*stream).write_all(&answer)
+    }
+
+    fn carry_out(&self, request: Request, file: Option<OwnedFd>) -> Result<Reply, Refusal> {
+        match request {
+            Request::Hook { operation: HookOperation::Prepare, domain, xml } => {
+                prepare::prepare(&self.broker, &domain, &xml)
+                    .inspect_err(|refusal| tracing::error!(domain, "domain {domain} may not start: {refusal}"))?;
+                Ok(Reply::Nothing)
+            }
+            Request::Hook { operation: HookOperation::Stopped, .. } => {
+                sweep(&self.broker)?;
+                Ok(Reply::Nothing)
+            }
+            Request::Status => Ok(Reply::Status(status::status(&self.broker, &self.guests)?)),
+            Request::Volumes => Ok(Reply::Volumes(self.volumes(self.broker.vault()?.store.volumes()?)?)),
+            Request::Volume { id } => Ok(Reply::Volumes(self.volumes(vec![self.record(&id)?])?)),
+            Request::Keys => Ok(Reply::Keys(self.broker.vault()?.keys.list()?)),
+            Request::Enrol { device } => {
+                let record = self.broker.enrol(at(&device)?)?;
+                Ok(Reply::Volumes(self.volumes(vec![record])?))
+            }
+            Request::ExportKey { id } => {
+                self.export(&id, file)?;
+                Ok(Reply::Nothing)
+            }
+        }
+    }
+
+    fn record(&self, id: &VolumeId) -> Result<VolumeRecord, Refusal> {
+        let unknown = || {
+            Refusal::new(
+                Reason::NoKey,
+                format!("volume {id} is not enrolled: 'volcrypt volume list' shows those that are"),
+            )
+        };
+        self.broker.vault()?.store.volume(id)?.ok_or_else(unknown)
+    }
+
+    fn volumes(&self, records: Vec<VolumeRecord>) -> Result<Vec<VolumeStatus>, Refusal> {
+        let mappings = self.broker.encryptor().mappings()?;
+        let mapped = |record: &VolumeRecord| mappings.iter().any(|mapping| mapping.volume == record.id);
+        Ok(records.into_iter().map(|record| VolumeStatus { mapped: mapped(&record), record }).collect())
+    }
+
+    /// Writes a key into the client's file. It passes through no message and no buffer.
+    fn export(&self, id: &VolumeId, file: Option<OwnedFd>) -> Result<(), Refusal> {
+        let Some(file) = file else {
+            return Err(Refusal::new(Reason::Configuration, "no file came with the request for a key"));
+        };
+        let key = self.broker.key(&self.record(id)?)?;
+        let mut file = File::from(file);
+        let written = file.write_all(key.bytes()).and_then(|()| file.sync_all());
+        written.map_err(|error| {
+            Refusal::new(Reason::Kernel, format!("the key of volume {id} cannot be written to the file: {error}"))
+        })?;
+        tracing::warn!(volume = %id, "exported the key of volume {id}");
+        Ok(())
+    }
+}
+
+/// Removes what a daemon that died may have left.
+///
+/// # Errors
+/// When device-mapper does not answer.
+pub fn sweep(broker: &Broker) -> Result<(), Refusal> {
+    for mapping in broker.encryptor().sweep()? {
+        tracing::warn!(mapping, "removed the mapping {mapping}, which nobody had taken over");
+    }
+    Ok(())
+}
+
+fn at(path: &Path) -> Result<crate::volume::DeviceNumber, Refusal> {
+    block_device_at(path).map_err(|error| no_such_device(path, &error))
+}
+
+/// One line, and the file that came with it.
+fn receive(stream: &UnixStream) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
+    let mut message = Vec::new();
+    let mut file = None;
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        let (length, mut descriptors) = receive_with_descriptors(stream, &mut buffer)?;
+        file = file.or_else(|| descriptors.pop());
+        message.extend_from_slice(&buffer[..length]);
+        if message.ends_with(b"\n") {
+            return Ok((message, file));
+        }
+        if length == 0 || message.len() as u64 > MAX_MESSAGE {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the request is cut off or too long"));
+        }
+    }
+}

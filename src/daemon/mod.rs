@@ -1,0 +1,169 @@
+//! `volcryptd`: the only holder of keys and maker of mappings.
+
+mod broker;
+mod control;
+mod deadlines;
+mod devices;
+mod guests;
+mod pool;
+mod prepare;
+mod registrar;
+mod server;
+mod service_manager;
+mod status;
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Parser;
+
+use self::broker::Broker;
+use self::control::Control;
+use self::devices::HostDevices;
+use self::guests::Guests;
+use self::pool::Pool;
+use self::registrar::Registrar;
+use self::server::Server;
+use self::service_manager::Inherited;
+use crate::encryptor::PlainEncryptor;
+use crate::logging;
+use crate::policy::{Config, DEFAULT_PATH};
+use crate::protocol::{CONTROL_SOCKET, WRAPPER_SOCKET};
+use crate::sys::memory;
+
+/// How many threads may answer guests and clients at the same time. A thread that waits for dead
+/// storage is lost until the storage answers, so there are many.
+const MOST_WORKERS: usize = 256;
+/// How many threads serve the two sockets.
+const MOST_CLIENTS: usize = 32;
+/// The deadline while the configuration, which would say it, is faulty.
+const FALLBACK_DEADLINE: Duration = Duration::from_secs(20);
+
+/// The daemon that holds the keys and makes the mappings of protected volumes.
+#[derive(Debug, Parser)]
+#[command(name = "volcryptd", version)]
+struct Options {
+    /// The configuration file
+    #[arg(long, value_name = "FILE", default_value = DEFAULT_PATH)]
+    config: PathBuf,
+}
+
+/// Runs the daemon until it is killed. There is nothing to put in order at the end: the kernel has
+/// the mappings, systemd the listeners, and the next daemon takes up both.
+pub fn main() -> ExitCode {
+    let options = Options::parse();
+    logging::start("volcryptd");
+    match run(&options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("volcryptd cannot run: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: &Options) -> io::Result<()> {
+    protect_memory()?;
+    let inherited = Inherited::take()?;
+    let config = Config::load(&options.config);
+    if let Err(error) = &config {
+        tracing::error!("{error}; until that is mended and volcryptd restarted, guests can open no block device");
+    }
+    let (open_deadline, users) = match &config {
+        Ok(config) => (config.daemon.open_deadline, user_ids(&config.daemon.qemu_users)),
+        Err(_) => (FALLBACK_DEADLINE, user_ids(&["libvirt-qemu".to_owned(), "qemu".to_owned()])),
+    };
+    let status = match &config {
+        Ok(_) => "Serving".to_owned(),
+        Err(error) => format!("Refusing every block device: {error}"),
+    };
+
+    let broker = Arc::new(Broker::new(config, Box::new(HostDevices::new()), Box::new(PlainEncryptor::new())));
+    if let Err(refusal) = control::sweep(&broker) {
+        tracing::warn!("mappings of an earlier daemon were not looked for: {refusal}");
+    }
+    let guests = Arc::new(Guests::new()?);
+    let registrar = Registrar::new(Arc::clone(&guests), users);
+    registrar.take_up(inherited.guests);
+
+    let wrapper_socket = inherited.wrapper.map_or_else(|| bind(WRAPPER_SOCKET.as_ref(), 0o666), Ok)?;
+    let control_socket = inherited.control.map_or_else(|| bind(CONTROL_SOCKET.as_ref(), 0o600), Ok)?;
+    let clients = Pool::new(MOST_CLIENTS);
+    let control = Control::new(Arc::clone(&broker), Arc::clone(&guests));
+    let controlling = clients.clone();
+    start("control", move || control.serve(&control_socket, &controlling))?;
+    start("registrar", move || registrar.serve(&wrapper_socket, &clients))?;
+
+    service_manager::ready(&status);
+    Server::new(broker, guests, Pool::new(MOST_WORKERS), open_deadline).serve()
+}
+
+/// No core dump, no tracing by others, no swap.
+fn protect_memory() -> io::Result<()> {
+    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?;
+    let none = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
+    rustix::process::setrlimit(rustix::process::Resource::Core, none)?;
+    memory::lock_all().map_err(|error| {
+        io::Error::new(error.kind(), format!("memory cannot be locked ({error}): LimitMEMLOCK=infinity is needed"))
+    })
+}
+
+/// A socket of our own, for a daemon that systemd did not start.
+fn bind(path: &Path, mode: u32) -> io::Result<UnixListener> {
+    let explain = |error: io::Error| {
+        io::Error::new(error.kind(), format!("the socket {} cannot be made: {error}", path.display()))
+    };
+    if let Some(directory) = path.parent() {
+        fs::create_dir_all(directory).map_err(explain)?;
+    }
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(explain(error)),
+        _ => {}
+    }
+    // Between bind and chmod nobody but root may connect.
+    let previous = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
+    let socket = UnixListener::bind(path).map_err(explain);
+    rustix::process::umask(previous);
+    let socket = socket?;
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(explain)?;
+    Ok(socket)
+}
+
+fn start(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    std::thread::Builder::new().name(name.to_owned()).stack_size(256 << 10).spawn(work)?;
+    Ok(())
+}
+
+/// The numbers of those `users` that the host has, from /etc/passwd, where packages put theirs.
+fn user_ids(users: &[String]) -> Vec<u32> {
+    let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
+    parse_user_ids(&passwd, users)
+}
+
+fn parse_user_ids(passwd: &str, users: &[String]) -> Vec<u32> {
+    let entry = |line: &str| {
+        let mut fields = line.split(':');
+        let name = fields.next()?;
+        let id = fields.nth(1)?.parse().ok()?;
+        users.iter().any(|user| user == name).then_some(id)
+    };
+    passwd.lines().filter_map(entry).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_that_the_host_lacks_are_left_out() {
+        let passwd = "root:x:0:0:root:/root:/bin/sh\nlibvirt-qemu:x:64055:994::/var/lib/libvirt:/bin/false\nbad\n";
+        let users = ["libvirt-qemu".to_owned(), "qemu".to_owned()];
+        assert_eq!(parse_user_ids(passwd, &users), [64055]);
+    }
+}

@@ -1,0 +1,91 @@
+//! Before a domain starts: everything it needs is there, or the start is refused with a sentence.
+
+use std::path::Path;
+
+use super::broker::{Broker, no_such_device};
+use crate::domain::{Disk, Domain, Source};
+use crate::guest::block_device_at;
+use crate::protocol::EMULATOR_DIRECTORY;
+use crate::refusal::{Reason, Refusal};
+use crate::volume::{Identity, VolumeId};
+
+/// Makes every protected disk of the domain in `xml` ready for QEMU's open, or refuses.
+///
+/// # Errors
+/// When a protected disk could not be opened, or would be opened past its mapping.
+pub fn prepare(broker: &Broker, name: &str, xml: &str) -> Result<(), Refusal> {
+    let domain = Domain::parse(xml).map_err(|error| Refusal::new(Reason::Configuration, error.to_string()))?;
+    for disk in &domain.disks {
+        let refused = |refusal: Refusal| in_disk(disk, &refusal);
+        match &disk.source {
+            Source::Path(path) => {
+                if let Some(volume) = prepare_path(broker, path).map_err(refused)? {
+                    check_disk(disk, &volume).map_err(refused)?;
+                    check_emulator(name, &domain, &volume)?;
+                    tracing::info!(domain = name, volume = %volume, "volume {volume} is ready for disk {} of domain {name}", disk.target);
+                }
+            }
+            Source::IscsiUnit { target, lun } => check_unit(broker, target, *lun).map_err(refused)?,
+            Source::Other => {}
+        }
+    }
+    Ok(())
+}
+
+fn prepare_path(broker: &Broker, path: &Path) -> Result<Option<VolumeId>, Refusal> {
+    match block_device_at(path) {
+        Ok(device) => broker.make_ready(&broker.identify(device)?),
+        // An image file, which no rule protects; or nothing yet, about which libvirt says its own.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTBLK | libc::ENOENT | libc::ENOTDIR)) => Ok(None),
+        Err(error) => Err(no_such_device(path, &error)),
+    }
+}
+
+/// QEMU's own iSCSI client never opens a device, so nothing would encrypt what it sends.
+fn check_unit(broker: &Broker, target: &str, lun: u64) -> Result<(), Refusal> {
+    match broker.make_ready(&Identity::of_iscsi_unit(target, lun)) {
+        Ok(None) => Ok(()),
+        _ => Err(Refusal::new(
+            Reason::NotAllowed,
+            format!(
+                "LUN {lun} of {target} is protected, and QEMU's own iSCSI client would write to it unencrypted: log in to \
+                 the target on the host and give the guest the block device"
+            ),
+        )),
+    }
+}
+
+fn check_disk(disk: &Disk, volume: &VolumeId) -> Result<(), Refusal> {
+    match disk.device.as_str() {
+        "lun" => Err(Refusal::new(
+            Reason::NotAllowed,
+            format!(
+                "volume {volume} is protected, and device='lun' passes SCSI commands around its encryption: use device='disk'"
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn check_emulator(name: &str, domain: &Domain, volume: &VolumeId) -> Result<(), Refusal> {
+    match &domain.emulator {
+        Some(emulator) if emulator.parent() == Some(Path::new(EMULATOR_DIRECTORY)) => Ok(()),
+        Some(emulator) => Err(Refusal::new(
+            Reason::NotAllowed,
+            format!(
+                "domain {name} runs {} and would write to the protected volume {volume} unencrypted: run 'virsh edit \
+                 {name}' and make that {EMULATOR_DIRECTORY}/{}",
+                emulator.display(),
+                emulator.file_name().unwrap_or_default().display()
+            ),
+        )),
+        None => Err(Refusal::new(
+            Reason::NotAllowed,
+            format!("domain {name} names no emulator, so it cannot be told whether it encrypts volume {volume}"),
+        )),
+    }
+}
+
+fn in_disk(disk: &Disk, refusal: &Refusal) -> Refusal {
+    Refusal::new(refusal.reason(), format!("disk {}: {refusal}", disk.target))
+}

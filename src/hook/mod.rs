@@ -1,0 +1,111 @@
+//! `volcrypt-hook`: libvirt's qemu hook, <https://libvirt.org/hooks.html>.
+//!
+//! libvirt calls it with the domain's name, an operation, a sub-operation and an extra argument, and
+//! the domain's XML on standard input. What it writes to standard error is what `virsh` shows when
+//! it exits with an error. Its standard output would replace the domain's XML; it writes none.
+
+use std::ffi::OsString;
+use std::io::{self, Read};
+use std::path::Path;
+use std::process::ExitCode;
+
+use crate::domain::{Domain, Source};
+use crate::guest::block_device_at;
+use crate::policy::{Config, DEFAULT_PATH, Decision, HookConfig, WhenUnreachable};
+use crate::protocol::{CONTROL_SOCKET, CallError, ControlClient, HookOperation, MAX_MESSAGE, Request};
+use crate::unguarded::Marker;
+use crate::volume::{Identity, Sysfs};
+
+/// Runs the hook.
+pub fn main() -> ExitCode {
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let word = |at: usize| arguments.get(at).map(|word| word.to_string_lossy().into_owned()).unwrap_or_default();
+    match run(&word(0), &word(1), &word(2)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(sentence) => {
+            eprintln!("volcrypt: {sentence}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Operations that are not named here are none of volcrypt's business, those of future versions of
+/// libvirt included. `reconnect` above all: libvirt kills the guest if its hook fails, so it does
+/// not get as far as reading the XML.
+fn run(domain: &str, operation: &str, sub_operation: &str) -> Result<(), String> {
+    match (operation, sub_operation) {
+        ("prepare", "begin") => prepare(domain, &read_xml()?),
+        ("release", "end") => {
+            Marker::of_xml(&read_xml()?).remove();
+            sweep(domain);
+            Ok(())
+        }
+        ("stopped", "end") => {
+            sweep(domain);
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn prepare(domain: &str, xml: &str) -> Result<(), String> {
+    let marker = Marker::of_xml(xml);
+    marker.remove();
+    let config = Config::load(Path::new(DEFAULT_PATH));
+    // With a faulty configuration the daemon is asked all the same: its refusal names the fault.
+    let hook = config.as_ref().map(|config| config.hook.clone()).unwrap_or_default();
+    match ask(domain, HookOperation::Prepare, xml, &hook) {
+        Ok(()) => Ok(()),
+        Err(error) if error.is_daemon_down() && hook.when_daemon_unreachable == WhenUnreachable::StartUnprotected => {
+            let config = config.map_err(|error| error.to_string())?;
+            refuse_protected(&config, domain, xml).map_err(|sentence| format!("{sentence}; {error}"))?;
+            marker.set().map_err(|failure| format!("{failure}; {error}"))
+        }
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Mappings go away by themselves. This is for those that a dead daemon left half-way, and no reason
+/// to hold up libvirt.
+fn sweep(domain: &str) {
+    let hook = Config::load(Path::new(DEFAULT_PATH)).map(|config| config.hook).unwrap_or_default();
+    if let Err(error) = ask(domain, HookOperation::Stopped, "", &hook) {
+        eprintln!("volcrypt: {error}");
+    }
+}
+
+fn ask(domain: &str, operation: HookOperation, xml: &str, hook: &HookConfig) -> Result<(), CallError> {
+    let request = Request::Hook { operation, domain: domain.to_owned(), xml: xml.to_owned() };
+    ControlClient::connect(Path::new(CONTROL_SOCKET), hook.deadline)?.call(&request).map(drop)
+}
+
+/// Decides without the daemon that a domain has no protected disk.
+fn refuse_protected(config: &Config, domain: &str, xml: &str) -> Result<(), String> {
+    let sysfs = Sysfs::system();
+    let domain_xml = Domain::parse(xml).map_err(|error| error.to_string())?;
+    for disk in &domain_xml.disks {
+        let identity = match &disk.source {
+            Source::Path(path) => match block_device_at(path) {
+                Ok(device) => sysfs.identify(device).map_err(|refusal| refusal.to_string())?,
+                Err(_) => continue,
+            },
+            Source::IscsiUnit { target, lun } => Identity::of_iscsi_unit(target, *lun),
+            Source::Other => continue,
+        };
+        if !matches!(config.decide(&identity), Decision::Pass) {
+            return Err(format!("disk {} of domain {domain} is protected and cannot be opened now", disk.target));
+        }
+    }
+    Ok(())
+}
+
+fn read_xml() -> Result<String, String> {
+    let mut xml = String::new();
+    match io::stdin().lock().take(MAX_MESSAGE).read_to_string(&mut xml) {
+        Ok(length) if length as u64 == MAX_MESSAGE => {
+            Err(format!("the domain's XML is longer than {MAX_MESSAGE} bytes"))
+        }
+        Ok(_) => Ok(xml),
+        Err(error) => Err(format!("the domain's XML cannot be read from standard input: {error}")),
+    }
+}

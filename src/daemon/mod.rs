@@ -157,7 +157,10 @@ fn parse_user_ids(passwd: &str, users: &[String]) -> Vec<u32> {
 }
 
 #[cfg(test)]
-mod tests {
+mod tests;
+
+#[cfg(test)]
+mod unit_tests {
     use super::*;
 
     #[test]

@@ -1,0 +1,130 @@
+//! The daemon against a simulated host: real seccomp, real database, devices and mappings that are
+//! files.
+
+mod broker;
+mod server;
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rustix::fs::OFlags;
+use tempfile::TempDir;
+
+use super::broker::Broker;
+use super::devices::Devices;
+use crate::encryptor::{Mapping, MappingSpec, VolumeEncryptor};
+use crate::keys::Key;
+use crate::policy::Config;
+use crate::refusal::{Reason, Refusal};
+use crate::volume::{DeviceNumber, Identity};
+
+/// What is written on every simulated mapping.
+const ON_THE_MAPPING: &str = "plaintext of the mapping";
+/// The size of every simulated volume.
+const SIZE: u64 = 4 << 20;
+
+/// A simulated host: volumes are files in a folder.
+#[derive(Clone)]
+struct World {
+    folder: Arc<TempDir>,
+    devices: Arc<Mutex<HashMap<DeviceNumber, Identity>>>,
+    opened: Arc<Mutex<Vec<String>>>,
+    delay: Duration,
+}
+
+impl World {
+    fn new() -> Self {
+        let folder = Arc::new(tempfile::tempdir().unwrap());
+        std::fs::write(folder.path().join("mapping"), ON_THE_MAPPING).unwrap();
+        World { folder, devices: Arc::default(), opened: Arc::default(), delay: Duration::ZERO }
+    }
+
+    /// Adds LUN 1 of the target of volume `id` as device `minor`, blank.
+    fn add_volume(&self, id: &str, minor: u32) -> DeviceNumber {
+        let number = DeviceNumber { major: 250, minor };
+        let mut identity = Identity::of_iscsi_unit(&format!("iqn.2026-11.org.lab:volume-{id}"), 1);
+        identity.number = number;
+        identity.name = format!("sd{minor}");
+        identity.size = SIZE;
+        identity.wwid = Some(format!("naa.{minor}"));
+        File::create(self.folder.path().join(&identity.name)).unwrap().set_len(SIZE).unwrap();
+        self.devices.lock().unwrap().insert(number, identity);
+        number
+    }
+
+    fn change(&self, number: DeviceNumber, change: impl FnOnce(&mut Identity)) {
+        change(self.devices.lock().unwrap().get_mut(&number).unwrap());
+    }
+
+    fn write(&self, number: DeviceNumber, data: &[u8]) {
+        let name = self.devices.lock().unwrap()[&number].name.clone();
+        OpenOptions::new().write(true).open(self.folder.path().join(name)).unwrap().write_all(data).unwrap();
+    }
+
+    fn broker(&self, create_keys: bool) -> Broker {
+        let state = self.folder.path().join("state");
+        let text = format!(
+            "[key_manager]\ndirectory = {state:?}\n[[rules]]\nname = \"lab\"\n\
+             iscsi_target = 'iqn\\.2026-11\\.org\\.lab:volume-(?<id>.*)'\nlun = 1\ncreate_keys = {create_keys}\n"
+        );
+        self.broker_with(&text)
+    }
+
+    fn broker_with(&self, config: &str) -> Broker {
+        let state = self.folder.path().join("state");
+        if !state.exists() {
+            let mut builder = std::fs::DirBuilder::new();
+            std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+            builder.create(&state).unwrap();
+        }
+        let config = Config::parse(config, "volcrypt.toml");
+        Broker::new(config, Box::new(self.clone()), Box::new(self.clone()))
+    }
+
+    /// The backing devices of the mappings that were made, in order.
+    fn opened(&self) -> Vec<String> {
+        self.opened.lock().unwrap().clone()
+    }
+
+    fn path(&self) -> &Path {
+        self.folder.path()
+    }
+}
+
+impl Devices for World {
+    fn identify(&self, device: DeviceNumber) -> Result<Identity, Refusal> {
+        let gone = || Refusal::new(Reason::DeviceGone, format!("device {device} is gone"));
+        self.devices.lock().unwrap().get(&device).cloned().ok_or_else(gone)
+    }
+
+    fn open_exclusively(&self, identity: &Identity) -> io::Result<File> {
+        File::open(self.folder.path().join(&identity.name))
+    }
+}
+
+impl VolumeEncryptor for World {
+    fn open(
+        &self,
+        wanted: &MappingSpec<'_>,
+        flags: OFlags,
+        key: &dyn Fn() -> Result<Key, Refusal>,
+    ) -> Result<OwnedFd, Refusal> {
+        std::thread::sleep(self.delay);
+        assert_eq!(key()?.bits(), wanted.record.key_size.bits() as usize);
+        self.opened.lock().unwrap().push(wanted.device.to_string());
+        Ok(rustix::fs::open(self.folder.path().join("mapping"), flags, rustix::fs::Mode::empty()).unwrap())
+    }
+
+    fn mappings(&self) -> Result<Vec<Mapping>, Refusal> {
+        Ok(Vec::new())
+    }
+
+    fn sweep(&self) -> Result<Vec<String>, Refusal> {
+        Ok(Vec::new())
+    }
+}

@@ -1,0 +1,210 @@
+use std::ffi::CString;
+use std::io::Read;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::mpsc;
+use std::time::Instant;
+
+use rustix::fs::{CWD, FileType, Mode};
+
+use super::super::guests::Guests;
+use super::super::pool::Pool;
+use super::super::server::Server;
+use super::*;
+use crate::sys::seccomp;
+
+/// Runs `work` on a thread whose opens a server answers, as QEMU's are.
+fn as_guest<R: Send + 'static>(
+    world: &World,
+    broker: Broker,
+    deadline: Duration,
+    work: impl FnOnce() -> R + Send + 'static,
+) -> R {
+    let guests = Arc::new(Guests::new().unwrap());
+    let server = Server::new(Arc::new(broker), Arc::clone(&guests), Pool::new(16), deadline);
+    std::thread::spawn(move || server.serve());
+    guest_of(&guests, work)
+}
+
+fn guest_of<R: Send + 'static>(guests: &Arc<Guests>, work: impl FnOnce() -> R + Send + 'static) -> R {
+    let (send, receive) = mpsc::channel();
+    let guests = Arc::clone(guests);
+    std::thread::spawn(move || {
+        let listener = seccomp::install_filter().unwrap();
+        guests.add(std::process::id(), listener).unwrap();
+        let _ = send.send(work());
+    });
+    receive.recv_timeout(Duration::from_secs(30)).expect("the guest has to get its answers")
+}
+
+/// The node of a device in the real /dev, gone with the test.
+struct Node(PathBuf);
+
+impl Node {
+    fn new(folder: &str, device: DeviceNumber) -> Self {
+        let path = PathBuf::from(format!("{folder}/volcrypt-test-{}-{}", std::process::id(), device.minor));
+        let raw = rustix::fs::makedev(device.major, device.minor);
+        rustix::fs::mknodat(CWD, &path, FileType::BlockDevice, Mode::RUSR | Mode::WUSR, raw)
+            .expect("run the tests as root");
+        Node(path)
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+fn open_errno(path: &Path) -> Option<i32> {
+    OpenOptions::new().read(true).write(true).open(path).err().and_then(|error| error.raw_os_error())
+}
+
+#[test]
+fn what_is_no_block_device_is_as_without_volcrypt() {
+    let world = World::new();
+    let file = world.path().join("mapping");
+    let broker = world.broker(false);
+    let (content, missing) = as_guest(broker, Duration::from_secs(5), move || {
+        let missing = File::open("/nowhere").unwrap_err().raw_os_error();
+        (std::fs::read_to_string(file).unwrap(), missing)
+    });
+    assert_eq!((content.as_str(), missing), (ON_THE_MAPPING, Some(libc::ENOENT)));
+}
+
+#[test]
+fn a_protected_device_opens_as_its_mapping_whatever_call_opens_it() {
+    let world = World::new();
+    let device = world.add_volume("calls", 11);
+    let broker = world.broker(true);
+    let node = Node::new("/dev", device);
+    let path = node.0.clone();
+    let link = world.path().join("by-path");
+    std::os::unix::fs::symlink(&path, &link).unwrap();
+    let contents = as_guest(broker, Duration::from_secs(5), move || {
+        let read = |mut file: File| {
+            let mut text = String::new();
+            file.read_to_string(&mut text).unwrap();
+            text
+        };
+        let directory = File::open("/dev").unwrap();
+        let name = path.file_name().unwrap();
+        let c_path = CString::new(path.to_str().unwrap()).unwrap();
+        let resolve = rustix::fs::ResolveFlags::empty();
+        let second = rustix::fs::openat2(CWD, &path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty(), resolve).unwrap();
+        let relative = rustix::fs::openat(&directory, name, OFlags::RDWR, Mode::empty()).unwrap();
+        let close_on_exec =
+            |file: &OwnedFd| rustix::io::fcntl_getfd(file).unwrap().contains(rustix::io::FdFlags::CLOEXEC);
+        assert!(close_on_exec(&second) && !close_on_exec(&relative));
+        [
+            read(OpenOptions::new().read(true).write(true).open(&path).unwrap()),
+            read(File::open(link).unwrap()),
+            read(File::from(second)),
+            read(File::from(relative)),
+            read(raw_open(&c_path)),
+        ]
+    });
+    assert_eq!(contents, [ON_THE_MAPPING; 5]);
+    assert_eq!(world.opened(), ["250:11"; 5]);
+}
+
+/// open(2) itself, which no library uses any more.
+#[allow(unsafe_code)]
+fn raw_open(path: &CString) -> File {
+    // SAFETY: the path ends in NUL; the new descriptor belongs to the file that is returned.
+    unsafe {
+        let descriptor = libc::syscall(libc::SYS_open, path.as_ptr(), libc::O_RDWR);
+        assert!(descriptor >= 0, "{}", io::Error::last_os_error());
+        File::from_raw_fd(descriptor as i32)
+    }
+}
+
+#[test]
+fn a_refusal_reaches_the_opener_as_its_errno() {
+    let world = World::new();
+    let device = world.add_volume("refused", 12);
+    let node = Node::new("/dev", device);
+    let path = node.0.clone();
+    let broker = world.broker(false);
+    let errno = as_guest(broker, Duration::from_secs(5), move || open_errno(&path));
+    assert_eq!(errno, Some(libc::ENOKEY));
+}
+
+#[test]
+fn a_node_that_libvirt_cannot_have_made_is_worth_nothing() {
+    let world = World::new();
+    let device = world.add_volume("forged", 13);
+    let mount = Mount::new(world.path().join("nodev"));
+    let node = Node::new(mount.0.to_str().unwrap(), device);
+    let path = node.0.clone();
+    let broker = world.broker(true);
+    let errno = as_guest(broker, Duration::from_secs(5), move || open_errno(&path));
+    assert_eq!(errno, Some(libc::EACCES));
+    assert!(world.opened().is_empty());
+}
+
+/// A file system on which a device node opens nothing, whoever owns it.
+struct Mount(PathBuf);
+
+impl Mount {
+    fn new(path: PathBuf) -> Self {
+        std::fs::create_dir(&path).unwrap();
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "nodev", "tmpfs"]).arg(&path).status();
+        assert!(mounted.is_ok_and(|status| status.success()), "run the tests as root");
+        Mount(path)
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_descriptor_that_only_names_a_protected_device_cannot_be_turned_into_the_device() {
+    let world = World::new();
+    let device = world.add_volume("handle", 14);
+    let node = Node::new("/dev", device);
+    let path = node.0.clone();
+    let broker = world.broker(true);
+    let text = as_guest(broker, Duration::from_secs(5), move || {
+        let handle = rustix::fs::open(&path, OFlags::PATH, Mode::empty()).unwrap();
+        std::fs::read_to_string(format!("/proc/self/fd/{}", handle.as_raw_fd())).unwrap()
+    });
+    assert_eq!(text, ON_THE_MAPPING);
+}
+
+#[test]
+fn a_slow_guest_gets_its_answer_at_the_deadline_and_delays_no_other() {
+    let mut world = World::new();
+    world.delay = Duration::from_secs(8);
+    let device = world.add_volume("slow", 15);
+    let node = Node::new("/dev", device);
+    let path = node.0.clone();
+    let guests = Arc::new(Guests::new().unwrap());
+    let server = Server::new(Arc::new(world.broker(true)), Arc::clone(&guests), Pool::new(16), Duration::from_secs(1));
+    std::thread::spawn(move || server.serve());
+    let began = Instant::now();
+    let slow_guests = Arc::clone(&guests);
+    let slow = std::thread::spawn(move || guest_of(&slow_guests, move || open_errno(&path)));
+    let other = guest_of(&guests, || std::fs::read_to_string("/etc/passwd").is_ok());
+    assert!(other && began.elapsed() < Duration::from_secs(1));
+    assert_eq!(slow.join().unwrap(), Some(libc::ETIMEDOUT));
+    assert!(began.elapsed() < Duration::from_secs(8));
+}
+
+#[test]
+fn a_guest_that_ends_is_forgotten() {
+    let world = World::new();
+    let guests = Arc::new(Guests::new().unwrap());
+    let server = Server::new(Arc::new(world.broker(true)), Arc::clone(&guests), Pool::new(2), Duration::from_secs(1));
+    std::thread::spawn(move || server.serve());
+    guest_of(&guests, || ());
+    let end = Instant::now() + Duration::from_secs(10);
+    while !guests.list().is_empty() {
+        assert!(Instant::now() < end, "the guest is still there");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

@@ -1,1 +1,177 @@
 //! The database of enrolled volumes and wrapped keys.
+//!
+//! One SQLite file, `volcrypt.db`, in a directory of its own. It is written ahead (WAL) with
+//! `synchronous=FULL`: what a call has confirmed survives a power cut. When its file system is
+//! read-only the records stay readable, so that enrolled volumes can still be opened.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rusqlite::config::DbConfig;
+use rusqlite::{Connection, ErrorCode, MAIN_DB, OpenFlags};
+
+use crate::refusal::{Reason, Refusal};
+
+mod fault;
+mod files;
+mod schema;
+mod volumes;
+
+pub use volumes::{EnrolledDevice, VolumeRecord};
+
+use schema::Migration;
+
+/// How long a call waits for another process that holds the database.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The database of enrolled volumes and wrapped keys, open for as long as it lives.
+///
+/// Shared between threads: every call takes the one connection for itself. Several processes may
+/// have the same file open.
+pub struct Store {
+    connection: Mutex<Connection>,
+    path: PathBuf,
+}
+
+impl Store {
+    /// Opens `volcrypt.db` in `directory`, makes it if it is not there, and brings it to the newest
+    /// version. If the file can only be read, it is opened for reading: see [`Store::is_read_only`].
+    ///
+    /// # Errors
+    /// [`Reason::StoreUnavailable`], each with its remedy, when the directory or the file belongs to
+    /// somebody else or is open to others, when the file is no database of volcrypt, is damaged or
+    /// was written by a newer version (it is then left as it is), and when SQLite fails.
+    pub fn open(directory: &Path) -> Result<Self, Refusal> {
+        Store::open_with(directory, schema::MIGRATIONS)
+    }
+
+    fn open_with(directory: &Path, migrations: &[Migration]) -> Result<Self, Refusal> {
+        let path = files::prepare(directory)?;
+        let connection = match connect_for_writing(&path, migrations)? {
+            Some(connection) => connection,
+            None => connect_for_reading(&path, migrations)?,
+        };
+        Ok(Store { connection: Mutex::new(connection), path })
+    }
+
+    /// Whether records can be read but not written, because the file system is read-only.
+    ///
+    /// # Errors
+    /// [`Reason::StoreUnavailable`] when SQLite fails.
+    pub fn is_read_only(&self) -> Result<bool, Refusal> {
+        self.connection().is_readonly(MAIN_DB).map_err(|error| self.fault(&error))
+    }
+
+    /// The database file, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The connection. A thread that panicked while it held it has left no transaction open
+    /// (rusqlite rolls back on drop), so a poisoned lock is as good as a sound one.
+    fn connection(&self) -> MutexGuard<'_, Connection> {
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn fault(&self, error: &rusqlite::Error) -> Refusal {
+        fault::refusal(&self.path, error)
+    }
+}
+
+/// A connection that can write, or `None` when the file system is read-only.
+fn connect_for_writing(path: &Path, migrations: &[Migration]) -> Result<Option<Connection>, Refusal> {
+    let fault = |error| fault::refusal(path, &error);
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | common_flags();
+    let mut connection = Connection::open_with_flags(path, flags).map_err(fault)?;
+    // SQLite itself falls back to reading when the kernel says EROFS or EACCES.
+    if connection.is_readonly(MAIN_DB).map_err(fault)? {
+        return Ok(None);
+    }
+    harden(&connection).map_err(fault)?;
+    // Closing would otherwise merge a write-ahead log into a file that is about to be refused.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).map_err(fault)?;
+    schema::examine(&connection, path, migrations)?;
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, false).map_err(fault)?;
+
+    let mode = write_ahead(&connection).map_err(fault)?;
+    if mode != "wal" {
+        return Err(Refusal::new(
+            Reason::StoreUnavailable,
+            format!(
+                "{} cannot be written ahead (journal mode {mode:?}): keep it on a local file system",
+                path.display()
+            ),
+        ));
+    }
+    connection
+        .execute_batch("PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; PRAGMA secure_delete = ON;")
+        .map_err(fault)?;
+    schema::migrate(&mut connection, path, migrations)?;
+    Ok(Some(connection))
+}
+
+/// Switches to a write-ahead log and returns the journal mode that came of it.
+///
+/// SQLite does not wait for its turn here: where two processes switch a new database at once, each
+/// holding what the other needs, it reports one of them as busy.
+fn write_ahead(connection: &Connection) -> rusqlite::Result<String> {
+    let deadline = Instant::now() + BUSY_TIMEOUT;
+    loop {
+        match connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0)) {
+            Err(error) if error.sqlite_error_code() == Some(ErrorCode::DatabaseBusy) && Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(5));
+            }
+            other => return other,
+        }
+    }
+}
+
+/// A connection that can only read, for a file system that is read-only.
+fn connect_for_reading(path: &Path, migrations: &[Migration]) -> Result<Connection, Refusal> {
+    let fault = |error| fault::refusal(path, &error);
+    if files::has_write_ahead_log(path)? {
+        return Err(Refusal::new(
+            Reason::StoreUnavailable,
+            format!(
+                "{0} is on a read-only file system and {0}-wal holds changes that are not merged yet: \
+                 mount the file system writable once and open the database again",
+                path.display()
+            ),
+        ));
+    }
+    // A WAL database wants a shared-memory file beside it even to be read; `immutable` does without.
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI | common_flags();
+    let uri = files::immutable_uri(path);
+    let connection = Connection::open_with_flags(uri, flags).map_err(fault)?;
+    harden(&connection).map_err(fault)?;
+    schema::examine(&connection, path, migrations)?;
+    match schema::version(&connection).map_err(fault)? {
+        version if version == migrations.len() => Ok(connection),
+        version => Err(Refusal::new(
+            Reason::StoreUnavailable,
+            format!(
+                "{} has version {version}, must be brought to version {}, and is on a read-only file system: \
+                 mount it writable once and open the database again",
+                path.display(),
+                migrations.len()
+            ),
+        )),
+    }
+}
+
+fn common_flags() -> OpenFlags {
+    OpenFlags::SQLITE_OPEN_NO_MUTEX | OpenFlags::SQLITE_OPEN_NOFOLLOW | OpenFlags::SQLITE_OPEN_EXRESCODE
+}
+
+/// What holds for every connection before the first look at the file: nothing in it is trusted.
+fn harden(connection: &Connection) -> rusqlite::Result<()> {
+    connection.busy_timeout(BUSY_TIMEOUT)?;
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
+    connection.execute_batch("PRAGMA cell_size_check = ON; PRAGMA temp_store = MEMORY;")
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

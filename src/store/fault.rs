@@ -1,0 +1,46 @@
+//! What SQLite's errors mean to the operator.
+
+use std::path::Path;
+
+use rusqlite::{Error, ErrorCode};
+
+use crate::refusal::{Reason, Refusal};
+
+/// The refusal for `error`, met on the database at `path`. SQLite's texts name tables, columns and
+/// its own codes, never a value, so no key byte can be in them.
+pub(super) fn refusal(path: &Path, error: &Error) -> Refusal {
+    let path = path.display();
+    let sentence = match error.sqlite_error_code() {
+        Some(ErrorCode::DiskFull) => {
+            format!("{path} cannot grow, the disk is full: free some space there and repeat")
+        }
+        Some(ErrorCode::ReadOnly) => format!(
+            "{path} is read-only: enrolled volumes can be opened, but nothing can be enrolled or destroyed \
+             before its file system is mounted writable and volcryptd restarted"
+        ),
+        Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
+            format!("{path} is held by another process: see which with `fuser {path}`, let it finish and repeat")
+        }
+        Some(ErrorCode::SystemIoFailure) => format!(
+            "reading or writing {path} failed ({error}): look for disk errors with `journalctl -k`, then repeat"
+        ),
+        Some(ErrorCode::DatabaseCorrupt) => damaged(&path, &error.to_string()),
+        Some(ErrorCode::NotADatabase) => {
+            format!("{path} is not a database and was left as it is: move it away and restore the database from backup")
+        }
+        Some(ErrorCode::CannotOpen | ErrorCode::PermissionDenied) => {
+            format!("{path} cannot be opened ({error}): see that volcryptd may read and write it and its directory")
+        }
+        _ => format!("{path} did not do what it was asked ({error}): check the file with `sqlite3 {path} .schema`"),
+    };
+    Refusal::new(Reason::StoreUnavailable, sentence)
+}
+
+/// The refusal for a database at `path` whose contents make no sense; `detail` says which.
+pub(super) fn corrupt(path: &Path, detail: &str) -> Refusal {
+    Refusal::new(Reason::StoreUnavailable, damaged(&path.display(), detail))
+}
+
+fn damaged(path: &dyn std::fmt::Display, detail: &str) -> String {
+    format!("{path} is damaged ({detail}): stop volcryptd, keep a copy and restore the database from backup")
+}

@@ -1,0 +1,122 @@
+//! The database as a file: who may own and see it, and how it comes into being.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, FileType, Mode};
+
+use crate::refusal::{Reason, Refusal};
+
+const FILE_NAME: &str = "volcrypt.db";
+
+/// Checks `directory` and the database in it, makes an empty file if there is none, and returns
+/// the file's path without symbolic links.
+///
+/// SQLite gives the log beside the database the mode of the database.
+pub(super) fn prepare(directory: &Path) -> Result<PathBuf, Refusal> {
+    let refuse = |error: io::Error| unusable(directory, &error);
+    let directory = directory.canonicalize().map_err(refuse)?;
+    let metadata = fs::metadata(&directory).map_err(|error| unusable(&directory, &error))?;
+    if !metadata.is_dir() {
+        return Err(refusal(format!(
+            "{} is not a directory: name the directory of volcrypt's database",
+            directory.display()
+        )));
+    }
+    check_owner(&directory, &metadata)?;
+    if metadata.mode() & 0o027 != 0 {
+        return Err(refusal(format!(
+            "{0} is open to others (mode {1:04o}): run `chmod 0700 {0}`",
+            directory.display(),
+            metadata.mode() & 0o7777
+        )));
+    }
+
+    let path = directory.join(FILE_NAME);
+    let metadata = match fs::symlink_metadata(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            make(&directory, &path).map_err(|error| {
+                refusal(format!(
+                    "{} cannot be made ({error}): make its directory writable for volcryptd",
+                    path.display()
+                ))
+            })?;
+            fs::symlink_metadata(&path)
+        }
+        other => other,
+    }
+    .map_err(|error| unusable(&path, &error))?;
+    if !metadata.is_file() {
+        return Err(refusal(format!("{} is not a regular file: put the database itself there", path.display())));
+    }
+    check_owner(&path, &metadata)?;
+    if metadata.mode() & 0o077 != 0 {
+        return Err(refusal(format!(
+            "{0} is open to others (mode {1:04o}): run `chmod 0600 {0}`",
+            path.display(),
+            metadata.mode() & 0o7777
+        )));
+    }
+    Ok(path)
+}
+
+/// Makes an empty file of mode 0600, durably. It is made with mknod and never opened here: closing a
+/// descriptor of the database drops every POSIX lock that SQLite holds on it in this process.
+fn make(directory: &Path, path: &Path) -> io::Result<()> {
+    match rustix::fs::mknodat(CWD, path, FileType::RegularFile, Mode::RUSR | Mode::WUSR, 0) {
+        // Another process was quicker; its file is checked like any other.
+        Err(rustix::io::Errno::EXIST) => return Ok(()),
+        other => other?,
+    }
+    // A umask can take bits away from mknod's mode.
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    File::open(directory)?.sync_all()
+}
+
+fn check_owner(path: &Path, metadata: &fs::Metadata) -> Result<(), Refusal> {
+    let own = rustix::process::geteuid().as_raw();
+    match metadata.uid() == own {
+        true => Ok(()),
+        false => Err(refusal(format!(
+            "{0} belongs to user {1}, volcrypt runs as user {own}: run `chown {own} {0}` once you know who put it there",
+            path.display(),
+            metadata.uid()
+        ))),
+    }
+}
+
+/// Whether a write-ahead log with something in it stands beside the database at `path`.
+pub(super) fn has_write_ahead_log(path: &Path) -> Result<bool, Refusal> {
+    let mut log = path.as_os_str().to_owned();
+    log.push("-wal");
+    match fs::symlink_metadata(&log) {
+        Ok(metadata) => Ok(metadata.len() > 0),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(unusable(Path::new(&log), &error)),
+    }
+}
+
+/// The URI that opens `path` as a file nobody can change: without locks and without files beside
+/// it. <https://www.sqlite.org/uri.html>
+pub(super) fn immutable_uri(path: &Path) -> String {
+    let mut uri = String::from("file:");
+    for &byte in path.as_os_str().as_bytes() {
+        match byte {
+            b'/' | b'.' | b'-' | b'_' | b'0'..=b'9' | b'a'..=b'z' | b'A'..=b'Z' => uri.push(char::from(byte)),
+            _ => uri.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    uri.push_str("?immutable=1");
+    uri
+}
+
+fn unusable(path: &Path, error: &io::Error) -> Refusal {
+    refusal(format!("{} cannot be used ({error}): see that it exists and volcryptd may enter it", path.display()))
+}
+
+fn refusal(sentence: String) -> Refusal {
+    Refusal::new(Reason::StoreUnavailable, sentence)
+}

@@ -1,0 +1,79 @@
+use std::collections::BTreeMap;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+
+use tempfile::TempDir;
+
+use super::*;
+use crate::policy::Provider;
+
+mod opening;
+mod records;
+
+impl Store {
+    /// Opens the database as if its file system were read-only.
+    pub(crate) fn open_for_reading(directory: &Path) -> Result<Self, Refusal> {
+        let path = files::prepare(directory)?;
+        let connection = Mutex::new(connect_for_reading(&path, schema::MIGRATIONS)?);
+        Ok(Store { connection, path })
+    }
+
+    /// Lets the database grow by no page more, as on a full disk; `false` lifts it.
+    pub(crate) fn fill_disk(&self, full: bool) {
+        let limit = match full {
+            true => "1",
+            false => "1000000",
+        };
+        // SQLite raises the limit to the pages that are there.
+        self.connection().execute_batch(&format!("PRAGMA max_page_count = {limit}")).unwrap();
+    }
+}
+
+/// An empty directory that nobody else can enter, as the database wants it.
+pub(crate) fn private_directory() -> TempDir {
+    tempfile::Builder::new().permissions(Permissions::from_mode(0o700)).tempdir().unwrap()
+}
+
+/// Every file of `directory` with its content.
+fn contents(directory: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap());
+    entries.map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap())).collect()
+}
+
+/// A directory with a copy of the database and its log as they are now: what a power cut leaves.
+fn after_power_cut(directory: &Path) -> TempDir {
+    let copy = private_directory();
+    for name in ["volcrypt.db", "volcrypt.db-wal"] {
+        fs::copy(directory.join(name), copy.path().join(name)).unwrap();
+    }
+    copy
+}
+
+fn record(name: &str) -> VolumeRecord {
+    VolumeRecord {
+        id: name.parse().unwrap(),
+        device: EnrolledDevice {
+            iscsi_target: Some(format!("iqn.2026-11.org.lab:{name}")),
+            lun: Some(1),
+            wwid: Some(format!("naa.{name}")),
+        },
+        size_bytes: 1 << 30,
+        profile: "default".to_owned(),
+        provider: Provider::Plain,
+        cipher: "aes-xts-plain64".to_owned(),
+        key_size: 512.try_into().unwrap(),
+        sector_size: 4096,
+        check_value: "00112233445566778899aabbccddeeff".to_owned().try_into().unwrap(),
+        enrolled_at: 1_790_000_000,
+    }
+}
+
+fn names(store: &Store) -> Vec<String> {
+    store.volumes().unwrap().into_iter().map(|record| record.id.into()).collect()
+}
+
+fn refused<T>(result: Result<T, Refusal>) -> String {
+    let refusal = result.err().expect("must be refused");
+    assert_eq!(refusal.reason(), Reason::StoreUnavailable);
+    refusal.to_string()
+}

@@ -1,0 +1,192 @@
+use super::*;
+
+#[test]
+fn a_new_database_is_private_and_durable() {
+    let directory = private_directory();
+    let store = Store::open(directory.path()).unwrap();
+    store.enrol(&record("one")).unwrap();
+    for name in ["volcrypt.db", "volcrypt.db-wal", "volcrypt.db-shm"] {
+        let metadata = fs::metadata(directory.path().join(name)).unwrap();
+        assert_eq!(metadata.mode() & 0o7777, 0o600, "{name}");
+    }
+    let pragma = |name: &str| -> String {
+        let value = store.connection().pragma_query_value(None, name, |row| row.get::<_, rusqlite::types::Value>(0));
+        format!("{:?}", value.unwrap())
+    };
+    assert_eq!(pragma("journal_mode"), r#"Text("wal")"#);
+    for (name, value) in [("synchronous", 2), ("foreign_keys", 1), ("secure_delete", 1), ("trusted_schema", 0)] {
+        assert_eq!(pragma(name), format!("Integer({value})"), "{name}");
+    }
+    assert_eq!(pragma("busy_timeout"), "Integer(5000)");
+    assert!(!store.is_read_only().unwrap());
+}
+
+#[test]
+fn a_directory_or_file_that_others_can_enter_is_refused() {
+    let directory = private_directory();
+    for mode in [0o755, 0o701, 0o770, 0o702] {
+        fs::set_permissions(directory.path(), Permissions::from_mode(mode)).unwrap();
+        assert!(refused(Store::open(directory.path())).contains("chmod 0700"), "{mode:o}");
+        assert!(contents(directory.path()).is_empty());
+    }
+    fs::set_permissions(directory.path(), Permissions::from_mode(0o750)).unwrap();
+    drop(Store::open(directory.path()).unwrap());
+    for mode in [0o640, 0o604, 0o620] {
+        fs::set_permissions(directory.path().join("volcrypt.db"), Permissions::from_mode(mode)).unwrap();
+        assert!(refused(Store::open(directory.path())).contains("chmod 0600"), "{mode:o}");
+    }
+}
+
+#[test]
+fn what_belongs_to_somebody_else_is_refused() {
+    if !rustix::process::geteuid().is_root() {
+        return; // Only root can give a file away.
+    }
+    let directory = private_directory();
+    drop(Store::open(directory.path()).unwrap());
+    for path in [directory.path().join("volcrypt.db"), directory.path().to_owned()] {
+        std::os::unix::fs::chown(&path, Some(65534), None).unwrap();
+        assert!(refused(Store::open(directory.path())).contains("belongs to user 65534"));
+        std::os::unix::fs::chown(&path, Some(0), None).unwrap();
+    }
+    drop(Store::open(directory.path()).unwrap());
+}
+
+#[test]
+fn what_is_no_database_file_is_refused() {
+    let directory = private_directory();
+    let missing = directory.path().join("missing");
+    assert!(refused(Store::open(&missing)).contains(missing.to_str().unwrap()));
+    let elsewhere = private_directory();
+    drop(Store::open(elsewhere.path()).unwrap());
+    symlink(elsewhere.path().join("volcrypt.db"), directory.path().join("volcrypt.db")).unwrap();
+    assert!(refused(Store::open(directory.path())).contains("not a regular file"));
+    assert!(refused(Store::open(&directory.path().join("volcrypt.db"))).contains("not a directory"));
+}
+
+/// Refused with a sentence that contains `expected`, and not a byte is changed.
+fn refused_untouched(directory: &Path, expected: &str) {
+    let before = contents(directory);
+    let sentence = refused(Store::open(directory));
+    assert!(sentence.contains(expected), "{sentence}");
+    let mut after = contents(directory);
+    // The shared-memory file only says who looked.
+    after.remove("volcrypt.db-shm");
+    let mut before = before;
+    before.remove("volcrypt.db-shm");
+    after.retain(|name, content| before.contains_key(name) || !content.is_empty());
+    assert!(before == after, "a refused database was changed: {:?}", after.keys());
+}
+
+#[test]
+fn a_file_that_is_no_database_is_refused_and_kept() {
+    let directory = private_directory();
+    let path = directory.path().join("volcrypt.db");
+    fs::write(&path, "my notes ".repeat(1000)).unwrap();
+    fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+    refused_untouched(directory.path(), "not a database");
+}
+
+#[test]
+fn another_programs_database_is_refused_and_kept() {
+    for mark in ["PRAGMA application_id = 7", "PRAGMA user_version = 1", "CREATE TABLE notes (text)"] {
+        let directory = private_directory();
+        let path = directory.path().join("volcrypt.db");
+        Connection::open(&path).unwrap().execute_batch(mark).unwrap();
+        fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+        refused_untouched(directory.path(), "another program");
+    }
+}
+
+#[test]
+fn a_newer_database_is_refused_and_kept() {
+    let directory = private_directory();
+    let store = Store::open(directory.path()).unwrap();
+    store.enrol(&record("one")).unwrap();
+    store.connection().execute_batch("PRAGMA user_version = 99").unwrap();
+    // With a log left behind, which opening and closing must not merge.
+    let copy = after_power_cut(directory.path());
+    assert!(!fs::read(copy.path().join("volcrypt.db-wal")).unwrap().is_empty());
+    refused_untouched(copy.path(), "newer volcrypt (version 99");
+    store.connection().execute_batch("PRAGMA user_version = -1").unwrap();
+    drop(store);
+    refused_untouched(directory.path(), "newer volcrypt");
+}
+
+#[test]
+fn a_damaged_database_is_refused_and_kept() {
+    let directory = private_directory();
+    let store = Store::open(directory.path()).unwrap();
+    for number in 0..100 {
+        store.enrol(&record(&format!("volume-{number}"))).unwrap();
+    }
+    drop(store);
+    let path = directory.path().join("volcrypt.db");
+    let sound = fs::read(&path).unwrap();
+    // Every page after the first, wiped one at a time.
+    for page in 1..sound.len() / 4096 {
+        let mut damaged = sound.clone();
+        damaged[page * 4096..(page + 1) * 4096].fill(0xa5);
+        fs::write(&path, &damaged).unwrap();
+        refused_untouched(directory.path(), "is damaged");
+    }
+    fs::write(&path, &sound[..sound.len() / 2]).unwrap();
+    refused_untouched(directory.path(), "is damaged");
+    fs::write(&path, &sound).unwrap();
+    assert_eq!(names(&Store::open(directory.path()).unwrap()).len(), 100);
+}
+
+const WITH_NOTES: &[Migration] = &[schema::MIGRATIONS[0], "ALTER TABLE volumes ADD COLUMN note TEXT; SELECT 1;"];
+const BROKEN: &[Migration] =
+    &[schema::MIGRATIONS[0], "ALTER TABLE volumes ADD COLUMN note TEXT; CREATE TABLE volumes (a);"];
+
+#[test]
+fn an_older_database_is_brought_forward_with_its_records() {
+    let directory = private_directory();
+    Store::open(directory.path()).unwrap().enrol(&record("one")).unwrap();
+    let store = Store::open_with(directory.path(), WITH_NOTES).unwrap();
+    assert_eq!(schema::version(&store.connection()).unwrap(), 2);
+    store.connection().execute_batch("UPDATE volumes SET note = 'kept'").unwrap();
+    assert_eq!(store.volume(&record("one").id).unwrap(), Some(record("one")));
+    drop(store);
+    drop(Store::open_with(directory.path(), WITH_NOTES).unwrap());
+    assert!(refused(Store::open(directory.path())).contains("newer"), "and there is no way back");
+}
+
+#[test]
+fn a_step_that_fails_changes_nothing() {
+    let directory = private_directory();
+    Store::open(directory.path()).unwrap().enrol(&record("one")).unwrap();
+    refused(Store::open_with(directory.path(), BROKEN));
+    let store = Store::open(directory.path()).unwrap();
+    assert_eq!(schema::version(&store.connection()).unwrap(), 1);
+    assert!(store.connection().prepare("SELECT note FROM volumes").is_err());
+    assert_eq!(names(&store), ["one"]);
+}
+
+#[test]
+fn an_older_database_that_cannot_be_written_is_refused() {
+    let directory = private_directory();
+    drop(Store::open(directory.path()).unwrap());
+    let path = directory.path().join("volcrypt.db");
+    assert!(refused(connect_for_reading(&path, WITH_NOTES)).contains("brought to version 2"));
+}
+
+#[test]
+fn threads_that_open_a_new_database_at_once_all_succeed() {
+    for _ in 0..10 {
+        let directory = private_directory();
+        thread::scope(|scope| {
+            let threads: Vec<_> = (0..8)
+                .map(|number| {
+                    let directory = directory.path();
+                    scope.spawn(move || Store::open(directory)?.enrol(&record(&format!("volume-{number}"))))
+                })
+                .collect();
+            for thread in threads {
+                assert_eq!(thread.join().unwrap(), Ok(()));
+            }
+        });
+        assert_eq!(names(&Store::open(directory.path()).unwrap()).len(), 8);
+    }
+}

@@ -1,0 +1,241 @@
+use rusqlite::{TransactionBehavior, ffi};
+
+use super::*;
+
+#[test]
+fn records_survive_and_are_read_as_written() {
+    let directory = private_directory();
+    let bare = VolumeRecord { device: EnrolledDevice::default(), ..record("bare") };
+    let also_bare = VolumeRecord { device: EnrolledDevice::default(), ..record("bare2") };
+    let store = Store::open(directory.path()).unwrap();
+    for record in [&record("one"), &bare, &also_bare] {
+        store.enrol(record).unwrap();
+    }
+    drop(store);
+    let store = Store::open(directory.path()).unwrap();
+    assert_eq!(store.volumes().unwrap(), [bare, also_bare, record("one")]);
+    assert_eq!(store.volume(&record("one").id).unwrap(), Some(record("one")));
+    assert_eq!(store.volume(&record("two").id).unwrap(), None);
+    let json = serde_json::to_value(record("one")).unwrap();
+    assert_eq!(json["device"]["lun"], 1);
+    assert_eq!(json["provider"], "plain");
+}
+
+#[test]
+fn the_same_record_may_be_repeated_and_no_other() {
+    let directory = private_directory();
+    let store = Store::open(directory.path()).unwrap();
+    store.enrol(&record("one")).unwrap();
+    store.enrol(&VolumeRecord { enrolled_at: 5, ..record("one") }).unwrap();
+    type Change = fn(&mut VolumeRecord);
+    let changes: [(&str, Change); 9] = [
+        ("device", |record| record.device.lun = Some(2)),
+        ("device", |record| record.device.wwid = None),
+        ("size_bytes", |record| record.size_bytes += 512),
+        ("profile", |record| record.profile.push('x')),
+        ("cipher", |record| record.cipher = "aes-cbc-essiv:sha256".to_owned()),
+        ("key_size", |record| record.key_size = 256.try_into().unwrap()),
+        ("sector_size", |record| record.sector_size = 512),
+        ("check_value", |record| record.check_value = "0".repeat(32).try_into().unwrap()),
+        ("size_bytes, sector_size", |record| (record.size_bytes, record.sector_size) = (512, 512)),
+    ];
+    for (field, change) in changes {
+        let mut changed = record("one");
+        change(&mut changed);
+        let refusal = store.enrol(&changed).unwrap_err();
+        assert_eq!(refusal.reason(), Reason::ForeignData);
+        assert!(
+            refusal.to_string().contains(&format!("volume one is enrolled already with another {field}:")),
+            "{refusal}"
+        );
+    }
+    assert_eq!(store.volumes().unwrap(), [record("one")]);
+}
+
+#[test]
+fn a_device_is_enrolled_once() {
+    let directory = private_directory();
+    let store = Store::open(directory.path()).unwrap();
+    store.enrol(&record("one")).unwrap();
+    let EnrolledDevice { iscsi_target, lun, wwid } = record("one").device;
+    let same_lun = EnrolledDevice { iscsi_target: iscsi_target.clone(), lun, wwid: Some("naa.other".to_owned()) };
+    let same_wwid = EnrolledDevice { iscsi_target: None, lun: None, wwid };
+    for device in [same_lun, same_wwid, record("one").device] {
+        let refusal = store.enrol(&VolumeRecord { device, ..record("two") }).unwrap_err();
+        assert_eq!(refusal.reason(), Reason::ForeignData);
+        assert!(refusal.to_string().contains("two") && refusal.to_string().contains("volume one"), "{refusal}");
+    }
+    let next_lun = EnrolledDevice { iscsi_target, lun: Some(2), wwid: None };
+    store.enrol(&VolumeRecord { device: next_lun, ..record("two") }).unwrap();
+    // The table itself refuses it too, whoever writes.
+    let connection = store.connection();
+    assert!(connection.execute_batch("UPDATE volumes SET lun = 1 WHERE id = 'two'").is_err());
+    assert!(connection.execute_batch("UPDATE volumes SET wwid = 'naa.one' WHERE id = 'two'").is_err());
+}
+
+#[test]
+fn a_withdrawn_device_can_be_enrolled_anew() {
+    let directory = private_directory();
+    let store = Store::open(directory.path()).unwrap();
+    store.enrol(&record("one")).unwrap();
+    assert_eq!(store.withdraw(&record("one").id), Ok(true));
+    assert_eq!(store.withdraw(&record("one").id), Ok(false));
+    store.enrol(&VolumeRecord { device: record("one").device, ..record("two") }).unwrap();
+    assert_eq!(names(&store), ["two"]);
+}
+
+#[test]
+fn the_tables_refuse_what_makes_no_sense() {
+    let directory = private_directory();
+    let store = Store::open(directory.path()).unwrap();
+    store.enrol(&record("one")).unwrap();
+    for change in [
+        "id = '../one'",
+        "id = ''",
+        "lun = -1",
+        "lun = 'x'",
+        "size_bytes = 0",
+        "key_size = 192",
+        "sector_size = 513",
+        "check_value = 'x'",
+        "cipher = ''",
+        "profile = NULL",
+    ] {
+        assert!(store.connection().execute_batch(&format!("UPDATE volumes SET {change}")).is_err(), "{change}");
+    }
+    let too_large = VolumeRecord { size_bytes: u64::MAX, ..record("two") };
+    assert!(refused(store.enrol(&too_large)).contains("size_bytes"));
+}
+
+#[test]
+fn two_handles_see_each_others_records() {
+    let directory = private_directory();
+    let (one, other) = (Store::open(directory.path()).unwrap(), Store::open(directory.path()).unwrap());
+    one.enrol(&record("one")).unwrap();
+    other.enrol(&record("two")).unwrap();
+    assert_eq!(names(&one), ["one", "two"]);
+    assert_eq!(names(&other), ["one", "two"]);
+    assert!(other.enrol(&VolumeRecord { size_bytes: 512, ..record("one") }).is_err());
+}
+
+#[test]
+fn a_power_cut_loses_nothing_that_was_confirmed() {
+    let directory = private_directory();
+    let store = Store::open(directory.path()).unwrap();
+    let mut cuts = Vec::new();
+    for number in 0..5 {
+        store.enrol(&record(&format!("volume-{number}"))).unwrap();
+        cuts.push(after_power_cut(directory.path()));
+    }
+    for (number, cut) in cuts.iter().enumerate() {
+        assert_eq!(names(&Store::open(cut.path()).unwrap()).len(), number + 1);
+    }
+}
+
+#[test]
+fn a_torn_log_leaves_whole_records_only() {
+    let directory = private_directory();
+    let store = Store::open(directory.path()).unwrap();
+    // The tables first, so that only records are torn.
+    store.connection().execute_batch("PRAGMA wal_checkpoint(TRUNCATE)").unwrap();
+    let expected: Vec<_> = (0..3).map(|number| record(&format!("volume-{number}"))).collect();
+    for record in &expected {
+        store.enrol(record).unwrap();
+    }
+    let length = fs::metadata(directory.path().join("volcrypt.db-wal")).unwrap().len();
+    for cut in (0..=length).step_by(1021) {
+        let copy = after_power_cut(directory.path());
+        let log = fs::OpenOptions::new().write(true).open(copy.path().join("volcrypt.db-wal")).unwrap();
+        log.set_len(cut).unwrap();
+        let found = Store::open(copy.path()).unwrap().volumes().unwrap();
+        assert_eq!(found, expected[..found.len()]);
+    }
+}
+
+#[test]
+fn a_read_only_database_is_read_and_not_written() {
+    let directory = private_directory();
+    Store::open(directory.path()).unwrap().enrol(&record("one")).unwrap();
+    let before = contents(directory.path());
+    let store = Store::open_for_reading(directory.path()).unwrap();
+    assert!(store.is_read_only().unwrap());
+    assert_eq!(store.volumes().unwrap(), [record("one")]);
+    for sentence in [refused(store.enrol(&record("two"))), refused(store.withdraw(&record("one").id))] {
+        assert!(sentence.contains("volcrypt.db is read-only") && sentence.contains("mounted writable"), "{sentence}");
+    }
+    assert!(contents(directory.path()) == before);
+}
+
+#[test]
+fn a_log_that_cannot_be_merged_is_not_passed_over() {
+    let directory = private_directory();
+    let store = Store::open(directory.path()).unwrap();
+    store.enrol(&record("one")).unwrap();
+    let copy = after_power_cut(directory.path());
+    assert!(refused(Store::open_for_reading(copy.path())).contains("volcrypt.db-wal holds changes"));
+    fs::write(copy.path().join("volcrypt.db-wal"), b"").unwrap();
+    assert!(!refused(Store::open_for_reading(copy.path())).contains("-wal"), "an empty log holds none");
+}
+
+#[test]
+fn a_path_with_odd_characters_is_opened_for_reading_too() {
+    let parent = private_directory();
+    let directory = parent.path().join("a b?c#d%41é");
+    fs::create_dir(&directory).unwrap();
+    fs::set_permissions(&directory, Permissions::from_mode(0o700)).unwrap();
+    Store::open(&directory).unwrap().enrol(&record("one")).unwrap();
+    assert_eq!(names(&Store::open_for_reading(&directory).unwrap()), ["one"]);
+}
+
+#[test]
+fn a_full_disk_is_named_and_harms_no_record() {
+    let directory = private_directory();
+    let store = Store::open(directory.path()).unwrap();
+    store.fill_disk(true);
+    let mut enrolled = Vec::new();
+    let sentence = loop {
+        let name = format!("volume-{:04}", enrolled.len());
+        match store.enrol(&record(&name)) {
+            Ok(()) => enrolled.push(name),
+            Err(refusal) => break refused::<()>(Err(refusal)),
+        }
+    };
+    assert!(sentence.contains("disk is full") && sentence.contains("volcrypt.db"), "{sentence}");
+    assert_eq!(names(&store), enrolled);
+    store.fill_disk(false);
+    store.enrol(&record("after")).unwrap();
+}
+
+#[test]
+fn a_held_database_is_named() {
+    let directory = private_directory();
+    let (store, other) = (Store::open(directory.path()).unwrap(), Store::open(directory.path()).unwrap());
+    store.connection().busy_timeout(Duration::from_millis(20)).unwrap();
+    let mut holder = other.connection();
+    let _held = holder.transaction_with_behavior(TransactionBehavior::Immediate).unwrap();
+    assert!(refused(store.enrol(&record("one"))).contains("held by another process"));
+    assert_eq!(names(&store), [""; 0], "readers do not wait");
+}
+
+#[test]
+fn every_failure_has_a_sentence_of_its_own() {
+    let path = Path::new("/var/lib/volcrypt/volcrypt.db");
+    let codes = [
+        ffi::SQLITE_FULL,
+        ffi::SQLITE_READONLY,
+        ffi::SQLITE_BUSY,
+        ffi::SQLITE_IOERR_FSYNC,
+        ffi::SQLITE_CORRUPT,
+        ffi::SQLITE_NOTADB,
+        ffi::SQLITE_CANTOPEN,
+        ffi::SQLITE_INTERNAL,
+    ];
+    let sentences: std::collections::BTreeSet<_> = codes
+        .into_iter()
+        .map(|code| {
+            refused::<()>(Err(fault::refusal(path, &rusqlite::Error::SqliteFailure(ffi::Error::new(code), None))))
+        })
+        .collect();
+    assert_eq!(sentences.len(), codes.len());
+    assert!(sentences.iter().all(|sentence| sentence.contains("/var/lib/volcrypt/volcrypt.db")));
+}

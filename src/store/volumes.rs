@@ -1,0 +1,244 @@
+//! The records of enrolled volumes.
+
+use rusqlite::{OptionalExtension, Row, TransactionBehavior, params};
+use serde::de::IntoDeserializer;
+use serde::de::value::Error as ValueError;
+use serde::{Deserialize, Serialize};
+
+use super::{Store, fault};
+use crate::keys::CheckValue;
+use crate::policy::{KeySize, Provider};
+use crate::refusal::{Reason, Refusal};
+use crate::volume::VolumeId;
+
+/// What is known of an enrolled volume: which device it is, and every parameter of the cipher that
+/// decides what stands on it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeRecord {
+    /// The name of the volume.
+    pub id: VolumeId,
+    /// The device that holds it.
+    pub device: EnrolledDevice,
+    /// The size of the device in bytes.
+    pub size_bytes: u64,
+    /// The profile it was enrolled with.
+    pub profile: String,
+    /// The on-disk format.
+    pub provider: Provider,
+    /// The cipher in dm-crypt's notation, for example `aes-xts-plain64`.
+    pub cipher: String,
+    /// The size of the volume key.
+    pub key_size: KeySize,
+    /// The unit of encryption in bytes: 512, 1024, 2048 or 4096.
+    pub sector_size: u32,
+    /// What tells the right volume key from a wrong one.
+    pub check_value: CheckValue,
+    /// When it was enrolled, in seconds since 1970-01-01 UTC.
+    pub enrolled_at: i64,
+}
+
+/// How the device of an enrolled volume is known again.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EnrolledDevice {
+    /// The iSCSI qualified name of the target.
+    pub iscsi_target: Option<String>,
+    /// The logical unit number.
+    pub lun: Option<u64>,
+    /// The world-wide identifier as sysfs shows it.
+    pub wwid: Option<String>,
+}
+
+impl VolumeRecord {
+    /// The names of the fields in which `self` and `other` differ, apart from `enrolled_at`.
+    fn differences(&self, other: &VolumeRecord) -> Vec<&'static str> {
+        [
+            ("device", self.device != other.device),
+            ("size_bytes", self.size_bytes != other.size_bytes),
+            ("profile", self.profile != other.profile),
+            ("provider", self.provider != other.provider),
+            ("cipher", self.cipher != other.cipher),
+            ("key_size", self.key_size != other.key_size),
+            ("sector_size", self.sector_size != other.sector_size),
+            ("check_value", self.check_value != other.check_value),
+        ]
+        .into_iter()
+        .filter_map(|(name, differs)| differs.then_some(name))
+        .collect()
+    }
+}
+
+const COLUMNS: &str = "id, iscsi_target, lun, wwid, size_bytes, profile, provider, cipher, key_size, sector_size, \
+                       check_value, enrolled_at";
+
+impl Store {
+    /// The record of `volume`, if it is enrolled.
+    ///
+    /// # Errors
+    /// [`Reason::StoreUnavailable`] when the database cannot be read or the record makes no sense.
+    pub fn volume(&self, volume: &VolumeId) -> Result<Option<VolumeRecord>, Refusal> {
+        let query = format!("SELECT {COLUMNS} FROM volumes WHERE id = ?1");
+        let row = self.connection().query_row(&query, [volume.as_str()], read_row).optional();
+        row.map_err(|error| self.fault(&error))?.map(|row| self.record(row)).transpose()
+    }
+
+    /// The records of all enrolled volumes, by id.
+    ///
+    /// # Errors
+    /// As [`Store::volume`].
+    pub fn volumes(&self) -> Result<Vec<VolumeRecord>, Refusal> {
+        let connection = self.connection();
+        let rows = connection
+            .prepare(&format!("SELECT {COLUMNS} FROM volumes ORDER BY id"))
+            .and_then(|mut statement| statement.query_map([], read_row)?.collect::<Result<Vec<_>, _>>())
+            .map_err(|error| self.fault(&error))?;
+        rows.into_iter().map(|row| self.record(row)).collect()
+    }
+
+    /// Enrols a volume. To repeat a record that is there, whatever its `enrolled_at`, changes nothing.
+    ///
+    /// # Errors
+    /// [`Reason::ForeignData`] when the id or the device is enrolled already as something else,
+    /// [`Reason::StoreUnavailable`] when the database cannot be written.
+    pub fn enrol(&self, record: &VolumeRecord) -> Result<(), Refusal> {
+        let fault = |error| self.fault(&error);
+        let mut connection = self.connection();
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(fault)?;
+
+        let query = format!("SELECT {COLUMNS} FROM volumes WHERE id = ?1");
+        let present = transaction.query_row(&query, [record.id.as_str()], read_row).optional().map_err(fault)?;
+        if let Some(present) = present {
+            let differences = self.record(present)?.differences(record);
+            return match differences.is_empty() {
+                true => Ok(()),
+                false => Err(Refusal::new(
+                    Reason::ForeignData,
+                    format!(
+                        "volume {} is enrolled already with another {}: use another id, or withdraw the old volume first",
+                        record.id,
+                        differences.join(", ")
+                    ),
+                )),
+            };
+        }
+
+        let device = &record.device;
+        let lun = device.lun.map(|lun| signed(record, "lun", lun)).transpose()?;
+        let holder: Option<String> = transaction
+            .query_row(
+                "SELECT id FROM volumes WHERE (iscsi_target = ?1 AND lun = ?2) OR wwid = ?3",
+                params![device.iscsi_target, lun, device.wwid],
+                |row| row.get(0),
+            )
+            .optional()
+            .map_err(fault)?;
+        if let Some(holder) = holder {
+            return Err(Refusal::new(
+                Reason::ForeignData,
+                format!(
+                    "the device of volume {} is enrolled already as volume {holder}: withdraw that one first if its \
+                     data is no longer needed",
+                    record.id
+                ),
+            ));
+        }
+
+        transaction
+            .execute(
+                &format!("INSERT INTO volumes ({COLUMNS}) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12)"),
+                params![
+                    record.id.as_str(),
+                    device.iscsi_target,
+                    lun,
+                    device.wwid,
+                    signed(record, "size_bytes", record.size_bytes)?,
+                    record.profile,
+                    record.provider.to_string(),
+                    record.cipher,
+                    record.key_size.bits(),
+                    record.sector_size,
+                    record.check_value.to_string(),
+                    record.enrolled_at,
+                ],
+            )
+            .map_err(fault)?;
+        transaction.commit().map_err(fault)
+    }
+
+    /// Forgets that `volume` is enrolled, so that its device can be enrolled anew; its key is not
+    /// touched. Returns whether there was such a record.
+    ///
+    /// # Errors
+    /// [`Reason::StoreUnavailable`] when the database cannot be written.
+    pub fn withdraw(&self, volume: &VolumeId) -> Result<bool, Refusal> {
+        let deleted = self.connection().execute("DELETE FROM volumes WHERE id = ?1", [volume.as_str()]);
+        Ok(deleted.map_err(|error| self.fault(&error))? > 0)
+    }
+
+    fn record(&self, row: VolumeRow) -> Result<VolumeRecord, Refusal> {
+        let name = row.id.clone();
+        row.parse()
+            .ok_or_else(|| fault::corrupt(&self.path, &format!("the record of volume {name:?} cannot be understood")))
+    }
+}
+
+/// A row as SQLite types it.
+struct VolumeRow {
+    id: String,
+    iscsi_target: Option<String>,
+    lun: Option<i64>,
+    wwid: Option<String>,
+    size_bytes: i64,
+    profile: String,
+    provider: String,
+    cipher: String,
+    key_size: u32,
+    sector_size: u32,
+    check_value: String,
+    enrolled_at: i64,
+}
+
+impl VolumeRow {
+    fn parse(self) -> Option<VolumeRecord> {
+        let lun = self.lun.map(u64::try_from).transpose().ok()?;
+        Some(VolumeRecord {
+            id: self.id.parse().ok()?,
+            device: EnrolledDevice { iscsi_target: self.iscsi_target, lun, wwid: self.wwid },
+            size_bytes: self.size_bytes.try_into().ok()?,
+            profile: self.profile,
+            // The word in the table is the word in JSON, so serde's names are the only list of them.
+            provider: Provider::deserialize(IntoDeserializer::<ValueError>::into_deserializer(self.provider)).ok()?,
+            cipher: self.cipher,
+            key_size: self.key_size.try_into().ok()?,
+            sector_size: self.sector_size,
+            check_value: self.check_value.try_into().ok()?,
+            enrolled_at: self.enrolled_at,
+        })
+    }
+}
+
+fn read_row(row: &Row<'_>) -> rusqlite::Result<VolumeRow> {
+    Ok(VolumeRow {
+        id: row.get(0)?,
+        iscsi_target: row.get(1)?,
+        lun: row.get(2)?,
+        wwid: row.get(3)?,
+        size_bytes: row.get(4)?,
+        profile: row.get(5)?,
+        provider: row.get(6)?,
+        cipher: row.get(7)?,
+        key_size: row.get(8)?,
+        sector_size: row.get(9)?,
+        check_value: row.get(10)?,
+        enrolled_at: row.get(11)?,
+    })
+}
+
+/// SQLite's integers are signed.
+fn signed(record: &VolumeRecord, field: &str, value: u64) -> Result<i64, Refusal> {
+    i64::try_from(value).map_err(|_| {
+        Refusal::new(
+            Reason::StoreUnavailable,
+            format!("{field} = {value} of volume {} is larger than the database can hold ({})", record.id, i64::MAX),
+        )
+    })
+}

@@ -6,11 +6,13 @@ use crate::policy::KeySize;
 use crate::refusal::Refusal;
 use crate::volume::VolumeId;
 
+mod embedded;
 mod kek;
 mod key;
 mod key_file;
 mod secret_file;
 
+pub use embedded::EmbeddedKeyManager;
 pub use kek::KeyEncryptionKey;
 pub use key::{CheckValue, Key};
 pub use key_file::{KeyFileManager, OneKeyForEveryVolume};

@@ -16,9 +16,11 @@ use crate::refusal::{Reason, Refusal};
 
 mod fault;
 mod files;
+mod keys;
 mod schema;
 mod volumes;
 
+pub(crate) use keys::WrappedKey;
 pub use volumes::{EnrolledDevice, VolumeRecord};
 
 use schema::Migration;

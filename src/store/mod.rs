@@ -6,10 +6,11 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rusqlite::config::DbConfig;
-use rusqlite::{Connection, MAIN_DB, OpenFlags};
+use rusqlite::{Connection, ErrorCode, MAIN_DB, OpenFlags};
 
 use crate::refusal::{Reason, Refusal};
 
@@ -96,7 +97,7 @@ fn connect_for_writing(path: &Path, migrations: &[Migration]) -> Result<Option<C
     schema::examine(&connection, path, migrations)?;
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, false).map_err(fault)?;
 
-    let mode: String = connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0)).map_err(fault)?;
+    let mode = write_ahead(&connection).map_err(fault)?;
     if mode != "wal" {
         return Err(Refusal::new(
             Reason::StoreUnavailable,
@@ -111,6 +112,22 @@ fn connect_for_writing(path: &Path, migrations: &[Migration]) -> Result<Option<C
         .map_err(fault)?;
     schema::migrate(&mut connection, path, migrations)?;
     Ok(Some(connection))
+}
+
+/// Switches to a write-ahead log and returns the journal mode that came of it.
+///
+/// SQLite does not wait for its turn here: where two processes switch a new database at once, each
+/// holding what the other needs, it reports one of them as busy.
+fn write_ahead(connection: &Connection) -> rusqlite::Result<String> {
+    let deadline = Instant::now() + BUSY_TIMEOUT;
+    loop {
+        match connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get(0)) {
+            Err(error) if error.sqlite_error_code() == Some(ErrorCode::DatabaseBusy) && Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(5));
+            }
+            other => return other,
+        }
+    }
 }
 
 /// A connection that can only read, for a file system that is read-only.

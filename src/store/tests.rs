@@ -1,7 +1,6 @@
 use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
-use std::thread;
 
 use tempfile::TempDir;
 

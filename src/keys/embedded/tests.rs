@@ -191,6 +191,7 @@ fn a_missing_key_encryption_key_is_never_made_anew() {
     fs::rename(place.kek(), place.path().join("away")).unwrap();
     let sentence = refused(place.try_open(), Reason::NoKey);
     assert!(sentence.contains(place.kek().to_str().unwrap()) && sentence.contains("backup"), "{sentence}");
+    assert!(!place.kek().exists());
     fs::rename(place.path().join("away"), place.kek()).unwrap();
 
     place.open().create(&id("one"), size(512)).unwrap();

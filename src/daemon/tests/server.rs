@@ -15,12 +15,7 @@ use super::*;
 use crate::sys::seccomp;
 
 /// Runs `work` on a thread whose opens a server answers, as QEMU's are.
-fn as_guest<R: Send + 'static>(
-    world: &World,
-    broker: Broker,
-    deadline: Duration,
-    work: impl FnOnce() -> R + Send + 'static,
-) -> R {
+fn as_guest<R: Send + 'static>(broker: Broker, deadline: Duration, work: impl FnOnce() -> R + Send + 'static) -> R {
     let guests = Arc::new(Guests::new().unwrap());
     let server = Server::new(Arc::new(broker), Arc::clone(&guests), Pool::new(16), deadline);
     std::thread::spawn(move || server.serve());

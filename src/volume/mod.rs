@@ -1,7 +1,14 @@
-//! What a volume is called, and how the kernel identifies the device that holds it.
+//! What a volume is called, how the kernel identifies the device that holds it, and whether
+//! anything stands on it.
 
+mod blank;
 mod device;
 mod id;
+mod identity;
+mod sysfs;
 
+pub use blank::{Content, examine};
 pub use device::DeviceNumber;
 pub use id::{InvalidVolumeId, VolumeId};
+pub use identity::{Identity, Iscsi, Mapping};
+pub use sysfs::Sysfs;

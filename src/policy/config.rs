@@ -1,0 +1,295 @@
+use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::io::{self, Read};
+use std::ops::RangeInclusive;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use toml::Spanned;
+
+use super::error::{ConfigError, Fault};
+use super::file::{DaemonTable, File, HookTable, KeyManagerTable, ProfileTable, RuleTable};
+use super::profile::{NAME_RULE, Profile, is_name};
+use super::rule::Rule;
+
+/// Where the configuration is, unless a program is told otherwise.
+pub const DEFAULT_PATH: &str = "/etc/volcrypt/volcrypt.toml";
+
+/// The largest file that is read, in bytes.
+const SIZE_LIMIT: u64 = 1 << 20;
+/// The name of the profile that always exists.
+const DEFAULT_PROFILE: &str = "default";
+const DEFAULT_DIRECTORY: &str = "/var/lib/volcrypt";
+const EXAMPLE: &str = "/usr/share/doc/volcrypt/examples/volcrypt.toml";
+
+/// The configuration. An empty file is a valid one; it protects nothing.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where keys live.
+    pub key_manager: KeyManagerConfig,
+    /// What the daemon is told.
+    pub daemon: DaemonConfig,
+    /// What the hook is told.
+    pub hook: HookConfig,
+    profiles: BTreeMap<String, Profile>,
+    rules: Vec<Rule>,
+}
+
+/// Which key manager is used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KeyManagerConfig {
+    /// The daemon's own database.
+    Embedded {
+        /// Where it stands, an absolute path.
+        directory: PathBuf,
+    },
+    /// Keys in clear text in a file, for tests only.
+    KeyFile {
+        /// The file, an absolute path.
+        file: PathBuf,
+    },
+}
+
+/// The section `[daemon]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DaemonConfig {
+    /// How long a guest's open may wait before it fails with `ETIMEDOUT`: 1 to 120 seconds.
+    pub open_deadline: Duration,
+    /// The names of the users whose processes may register as a wrapped QEMU.
+    pub qemu_users: Vec<String>,
+}
+
+/// The section `[hook]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HookConfig {
+    /// What becomes of domains that start while the daemon cannot be reached.
+    pub when_daemon_unreachable: WhenUnreachable,
+    /// How long the hook waits for the daemon: 1 to 300 seconds.
+    pub deadline: Duration,
+}
+
+/// What becomes of domains that start while the daemon cannot be reached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenUnreachable {
+    /// None starts.
+    Refuse,
+    /// Those without a protected disk start, without a guard for disks that are attached later.
+    StartUnprotected,
+}
+
+impl Config {
+    /// Reads the configuration at `path`.
+    ///
+    /// # Errors
+    /// When there is no such file, it is larger than 1 MiB or no regular file, and those of
+    /// [`Config::parse`].
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let name = path.display().to_string();
+        let bytes = read_capped(path).map_err(|error| {
+            let sentence = match error.kind() {
+                io::ErrorKind::NotFound => {
+                    format!("there is no configuration; copy {EXAMPLE} to this place and edit it")
+                }
+                _ => format!("cannot read the configuration: {error}; it has to be a regular file of at most 1 MiB"),
+            };
+            ConfigError::whole(&name, sentence)
+        })?;
+        match std::str::from_utf8(&bytes) {
+            Ok(text) => Config::parse(text, &name),
+            Err(error) => {
+                let sentence = "this line is not UTF-8 text; correct it with an editor";
+                Err(ConfigError::at(&name, &bytes, error.valid_up_to(), sentence))
+            }
+        }
+    }
+
+    /// Reads a configuration from `text`; `name` is what errors call the file.
+    ///
+    /// # Errors
+    /// One sentence, `NAME:LINE: what is wrong; what to do`, for the first fault found.
+    pub fn parse(text: &str, name: &str) -> Result<Self, ConfigError> {
+        let file: File = toml::from_str(text).map_err(|error| {
+            // serde names Rust's types, which are nothing to an operator.
+            let what = error.message().trim_end().replace("expected i64", "expected a whole number");
+            let what = what.lines().collect::<Vec<_>>().join(", ");
+            let sentence = format!("{what}; correct this line ({EXAMPLE} explains every setting)");
+            match error.span() {
+                Some(span) => ConfigError::at(name, text.as_bytes(), span.start, sentence),
+                None => ConfigError::whole(name, sentence),
+            }
+        })?;
+        Config::from_file(file)
+            .map_err(|fault| ConfigError::at(name, text.as_bytes(), fault.span.start, fault.sentence))
+    }
+
+    /// The profile called `name`. One called `default` always exists.
+    pub fn profile(&self, name: &str) -> Option<&Profile> {
+        self.profiles.get(name)
+    }
+
+    /// Every profile with its name, in alphabetical order.
+    pub fn profiles(&self) -> impl Iterator<Item = (&str, &Profile)> {
+        self.profiles.iter().map(|(name, profile)| (name.as_str(), profile))
+    }
+
+    /// The rules, in the order in which they are tried.
+    pub fn rules(&self) -> &[Rule] {
+        &self.rules
+    }
+
+    fn from_file(file: File) -> Result<Self, Fault> {
+        let profiles = profiles(file.profiles)?;
+        Ok(Config {
+            key_manager: key_manager(file.key_manager)?,
+            daemon: daemon(file.daemon)?,
+            hook: hook(file.hook)?,
+            rules: rules(file.rules, &profiles)?,
+            profiles,
+        })
+    }
+}
+
+fn read_capped(path: &Path) -> io::Result<Vec<u8>> {
+    // Without O_NONBLOCK, opening a FIFO would wait for a writer.
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    let mut bytes = Vec::new();
+    file.take(SIZE_LIMIT + 1).read_to_end(&mut bytes)?;
+    match bytes.len() as u64 > SIZE_LIMIT {
+        true => Err(io::Error::other("it is too large")),
+        false => Ok(bytes),
+    }
+}
+
+fn key_manager(table: KeyManagerTable) -> Result<KeyManagerConfig, Fault> {
+    let refuse = |span, sentence: &str| Err(Fault::new(span, sentence));
+    match table.kind.as_ref().map(|kind| kind.get_ref().as_str()) {
+        None | Some("embedded") => {
+            if let Some(file) = table.file {
+                return refuse(file.span(), "file belongs to the type \"key-file\"; remove it, or use directory");
+            }
+            if let Some(consent) = table.i_know_this_is_insecure {
+                return refuse(consent.span(), "i_know_this_is_insecure belongs to the type \"key-file\"; remove it");
+            }
+            let directory = table.directory.map_or(Ok(PathBuf::from(DEFAULT_DIRECTORY)), absolute)?;
+            Ok(KeyManagerConfig::Embedded { directory })
+        }
+        Some("key-file") => {
+            let span = table.kind.as_ref().map_or(0..0, Spanned::span);
+            if table.i_know_this_is_insecure.is_none_or(|consent| !consent.into_inner()) {
+                return refuse(
+                    span,
+                    "the type \"key-file\" keeps keys in clear text, for tests only; \
+                     use \"embedded\", or add i_know_this_is_insecure = true",
+                );
+            }
+            if let Some(directory) = table.directory {
+                return refuse(directory.span(), "directory belongs to the type \"embedded\"; remove it, or use file");
+            }
+            match table.file {
+                Some(file) => Ok(KeyManagerConfig::KeyFile { file: absolute(file)? }),
+                None => refuse(span, "the type \"key-file\" needs a file; add file = \"/path\""),
+            }
+        }
+        Some(other) => {
+            let sentence = format!("key manager type {other:?} is not known; use \"embedded\"");
+            Err(Fault::new(table.kind.map_or(0..0, |kind| kind.span()), sentence))
+        }
+    }
+}
+
+fn absolute(path: Spanned<String>) -> Result<PathBuf, Fault> {
+    let text = path.get_ref();
+    match text.starts_with('/') && !text.contains('\0') {
+        true => Ok(PathBuf::from(text)),
+        false => Err(Fault::new(path.span(), format!("{text:?} is no absolute path; write one that starts with '/'"))),
+    }
+}
+
+fn daemon(table: DaemonTable) -> Result<DaemonConfig, Fault> {
+    let open_deadline = seconds("open_deadline_seconds", table.open_deadline_seconds, 20, 1..=120)?;
+    let Some(users) = table.qemu_users else {
+        return Ok(DaemonConfig { open_deadline, qemu_users: vec!["libvirt-qemu".to_owned(), "qemu".to_owned()] });
+    };
+    if users.get_ref().is_empty() {
+        let sentence = "qemu_users is empty, so no QEMU could ever register; name the user that libvirt runs QEMU as";
+        return Err(Fault::new(users.span(), sentence));
+    }
+    for user in users.get_ref() {
+        if !is_name(user.get_ref()) {
+            return Err(Fault::new(user.span(), format!("{:?} cannot be a user's name; {NAME_RULE}", user.get_ref())));
+        }
+    }
+    let qemu_users = users.into_inner().into_iter().map(Spanned::into_inner).collect();
+    Ok(DaemonConfig { open_deadline, qemu_users })
+}
+
+fn hook(table: HookTable) -> Result<HookConfig, Fault> {
+    let when_daemon_unreachable = match table.when_daemon_unreachable {
+        None => WhenUnreachable::Refuse,
+        Some(word) => match word.get_ref().as_str() {
+            "refuse" => WhenUnreachable::Refuse,
+            "start-unprotected" => WhenUnreachable::StartUnprotected,
+            other => {
+                let sentence = format!(
+                    "when_daemon_unreachable = {other:?} is not known; use \"refuse\" or \"start-unprotected\""
+                );
+                return Err(Fault::new(word.span(), sentence));
+            }
+        },
+    };
+    let deadline = seconds("deadline_seconds", table.deadline_seconds, 30, 1..=300)?;
+    Ok(HookConfig { when_daemon_unreachable, deadline })
+}
+
+fn seconds(
+    key: &str,
+    value: Option<Spanned<i64>>,
+    default: u64,
+    allowed: RangeInclusive<u64>,
+) -> Result<Duration, Fault> {
+    let Some(value) = value else { return Ok(Duration::from_secs(default)) };
+    match u64::try_from(*value.get_ref()).ok().filter(|seconds| allowed.contains(seconds)) {
+        Some(seconds) => Ok(Duration::from_secs(seconds)),
+        None => {
+            let (low, high) = allowed.into_inner();
+            Err(Fault::new(value.span(), format!("{key} = {value} is out of range; use {low} to {high}")))
+        }
+    }
+}
+
+fn profiles(tables: BTreeMap<Spanned<String>, ProfileTable>) -> Result<BTreeMap<String, Profile>, Fault> {
+    let mut profiles = BTreeMap::from([(DEFAULT_PROFILE.to_owned(), Profile::default())]);
+    for (name, table) in tables {
+        if !is_name(name.get_ref()) {
+            return Err(Fault::new(name.span(), format!("{:?} cannot name a profile; {NAME_RULE}", name.get_ref())));
+        }
+        profiles.insert(name.into_inner(), Profile::new(table)?);
+    }
+    Ok(profiles)
+}
+
+fn rules(tables: Vec<Spanned<RuleTable>>, profiles: &BTreeMap<String, Profile>) -> Result<Vec<Rule>, Fault> {
+    let mut rules: Vec<Rule> = Vec::with_capacity(tables.len());
+    for table in tables {
+        let span = table.span();
+        let table = table.into_inner();
+        if rules.iter().any(|rule| rule.name() == table.name.get_ref()) {
+            let sentence =
+                format!("there is a rule {:?} already; give every rule a name of its own", table.name.get_ref());
+            return Err(Fault::new(table.name.span(), sentence));
+        }
+        let profile_name = table.profile.as_ref().map_or(DEFAULT_PROFILE, |name| name.get_ref().as_str()).to_owned();
+        let Some(profile) = profiles.get(&profile_name) else {
+            let known = profiles.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+            let sentence =
+                format!("there is no profile {profile_name:?}; add a section for it, or use one of: {known}");
+            return Err(Fault::new(table.profile.map_or(span, |name| name.span()), sentence));
+        };
+        rules.push(Rule::new(table, span, profile.clone(), profile_name)?);
+    }
+    Ok(rules)
+}

@@ -1,0 +1,220 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::volume::{DeviceNumber, Iscsi, Mapping};
+
+const CINDER: &str = r#"
+    [[rules]]
+    name = "cinder"
+    iscsi_target = 'iqn\.2010-10\.org\.openstack:volume-(?<id>[0-9a-f-]{36})'
+    create_keys = true
+"#;
+const ID: &str = "0b1f7c1e-1111-4222-8333-444455556666";
+
+fn config(text: &str) -> Config {
+    Config::parse(text, "test.toml").unwrap()
+}
+
+fn device(name: &str) -> Identity {
+    Identity {
+        number: DeviceNumber { major: 8, minor: 0 },
+        name: name.to_owned(),
+        size: 1 << 30,
+        read_only: false,
+        sequence: None,
+        partition: None,
+        iscsi: None,
+        lun: None,
+        wwid: None,
+        mapping: None,
+        underlying: Vec::new(),
+    }
+}
+
+fn disk(target: &str) -> Identity {
+    Identity {
+        iscsi: Some(Iscsi { target: target.to_owned(), portal: None }),
+        lun: Some(1),
+        wwid: Some("naa.6001405aaaa".to_owned()),
+        ..device("sda")
+    }
+}
+
+fn cinder_disk() -> Identity {
+    disk(&format!("iqn.2010-10.org.openstack:volume-{ID}"))
+}
+
+fn mapping(name: &str, uuid: &str, below: Identity) -> Identity {
+    let names = Mapping { name: name.to_owned(), uuid: uuid.to_owned() };
+    Identity { mapping: Some(names), underlying: vec![below], ..device("dm-0") }
+}
+
+fn partition(below: Identity) -> Identity {
+    Identity { partition: Some(1), underlying: vec![below], ..device("sda1") }
+}
+
+/// The volume's id, `pass`, or the refusal's reason.
+fn outcome(config: &Config, device: &Identity) -> String {
+    match config.decide(device) {
+        Decision::Pass => "pass".to_owned(),
+        Decision::Protect(protection) => protection.volume.to_string(),
+        Decision::Refuse(refusal) => format!("{:?}", refusal.reason()),
+    }
+}
+
+#[test]
+fn nothing_is_protected_by_default() {
+    let config = config("");
+    assert_eq!(outcome(&config, &cinder_disk()), "pass");
+    assert_eq!(outcome(&config, &partition(cinder_disk())), "pass");
+}
+
+#[test]
+fn a_match_names_the_volume_the_rule_and_the_profile() {
+    let config = config(&format!("{CINDER}\nprofile = \"fast\"\n[profiles.fast]\nsector_size = 4096\n"));
+    let disk = cinder_disk();
+    let Decision::Protect(protection) = config.decide(&disk) else { panic!("not protected") };
+    assert_eq!(protection.volume.as_str(), ID);
+    assert_eq!((protection.rule.name(), protection.rule.create_keys()), ("cinder", true));
+    assert_eq!((protection.profile_name, protection.profile.sector_size), ("fast", 4096));
+}
+
+#[test]
+fn only_whole_names_match() {
+    let config = config(CINDER);
+    let name = format!("iqn.2010-10.org.openstack:volume-{ID}");
+    for other in
+        [format!("x{name}"), format!("{name}x"), format!("{name}\n"), format!("\n{name}"), format!("{name}\nx{name}")]
+    {
+        assert_eq!(outcome(&config, &disk(&other)), "pass", "{other:?}");
+    }
+    assert_eq!(outcome(&config, &device("sdb")), "pass");
+}
+
+#[test]
+fn an_alternative_is_anchored_like_the_rest() {
+    let config = config("[[rules]]\nname = 'a'\niscsi_target = 'x|(?<id>ab|a)'\n");
+    assert_eq!(outcome(&config, &disk("ab")), "ab");
+    for other in ["abc", "xab", "cx"] {
+        assert_eq!(outcome(&config, &disk(other)), "pass", "{other}");
+    }
+    // The pattern matches, but by the branch without the capture.
+    assert_eq!(outcome(&config, &disk("x")), "Configuration");
+}
+
+#[test]
+fn the_first_rule_that_matches_wins() {
+    let rule = |name: &str, lun: &str| {
+        format!("[[rules]]\nname = '{name}'\niscsi_target = '(?<id>.*)'\nvolume_id = '{name}-${{id}}'\n{lun}\n")
+    };
+    let config = config(&[rule("lun2", "lun = 2"), rule("any", ""), rule("late", "lun = 1")].concat());
+    assert_eq!(outcome(&config, &disk("a")), "any-a");
+    assert_eq!(outcome(&config, &Identity { lun: Some(2), ..disk("a") }), "lun2-a");
+}
+
+#[test]
+fn every_condition_of_a_rule_has_to_hold() {
+    let config = config(
+        "[[rules]]\nname = 'a'\niscsi_target = '(?<id>.*)'\nwwid = 'naa\\.(?<w>.*)'\nvolume_id = '${id}.${w}.${lun}'\n",
+    );
+    assert_eq!(outcome(&config, &disk("v")), "v.6001405aaaa.1");
+    assert_eq!(outcome(&config, &Identity { wwid: None, ..disk("v") }), "pass");
+    assert_eq!(outcome(&config, &Identity { iscsi: None, ..disk("v") }), "pass");
+    assert_eq!(outcome(&config, &Identity { lun: None, ..disk("v") }), "Configuration");
+}
+
+#[test]
+fn a_capture_that_is_no_volume_id_is_refused() {
+    let config = config("[[rules]]\nname = 'a'\niscsi_target = '(?s)v:(?<id>.*)'\n");
+    assert_eq!(outcome(&config, &disk("v:good")), "good");
+    for hostile in ["v:", "v:..", "v:a/b", "v:a\nb", "v:a\0b", "v:é", &format!("v:{}", "x".repeat(4096))] {
+        assert_eq!(outcome(&config, &disk(hostile)), "Configuration", "{hostile:?}");
+    }
+}
+
+#[test]
+fn a_part_of_a_protected_volume_is_refused_with_both_names() {
+    let config = config(CINDER);
+    let sentence = |device: &Identity| match config.decide(device) {
+        Decision::Refuse(refusal) => {
+            assert_eq!(refusal.reason(), Reason::NotAllowed);
+            refusal.to_string()
+        }
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(
+        sentence(&partition(cinder_disk())),
+        format!("/dev/sda1 is a partition of the protected volume {ID}; give the guest the whole volume")
+    );
+    let multipath = mapping("mpatha", "mpath-36001405", cinder_disk());
+    assert_eq!(
+        sentence(&multipath),
+        format!("/dev/mapper/mpatha stands on the protected volume {ID}; give the guest the whole volume")
+    );
+    sentence(&mapping("vg-lv", "LVM-x", partition(cinder_disk())));
+    // One protected disk among others is enough.
+    let mut raid = mapping("raid", "", device("sdb"));
+    raid.underlying.push(cinder_disk());
+    sentence(&raid);
+    // A rule of its own does not make a stack on a protected volume a volume.
+    let mut claimed = multipath;
+    claimed.iscsi = cinder_disk().iscsi;
+    sentence(&claimed);
+}
+
+#[test]
+fn own_mappings_pass_and_so_does_what_stands_on_them() {
+    let config = config(CINDER);
+    let own = mapping("volcrypt-x", "VOLCRYPT-plain-x", cinder_disk());
+    assert_eq!(outcome(&config, &own), "pass");
+    assert_eq!(outcome(&config, &mapping("vg-lv", "LVM-x", own.clone())), "pass");
+    for forged in ["volcrypt-plain-x", "xVOLCRYPT-", "VOLCRYPT", ""] {
+        assert_eq!(outcome(&config, &mapping("volcrypt-x", forged, cinder_disk())), "NotAllowed", "{forged}");
+    }
+    // A mapping of ours next to a raw protected disk hides nothing.
+    let mut mixed = mapping("raid", "", own);
+    mixed.underlying.push(cinder_disk());
+    assert_eq!(outcome(&config, &mixed), "NotAllowed");
+}
+
+#[test]
+fn what_cannot_be_named_below_is_refused_above() {
+    let config = config("[[rules]]\nname = 'a'\niscsi_target = 'v:(?<id>.*)'\n");
+    assert_eq!(outcome(&config, &partition(disk("v:a/b"))), "Configuration");
+}
+
+/// Bytes as they arrive from a hostile storage server, in the text that sysfs is read into.
+fn hostile() -> impl Strategy<Value = String> {
+    let bytes =
+        prop::collection::vec(any::<u8>(), 0..4096).prop_map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    let pieces = prop::collection::vec(
+        prop::sample::select(vec!["\0", "\n", "..", "/", "${id}", "$", "\\xff", "a", "é", "\u{fffd}", "naa.", "v:"]),
+        0..20,
+    );
+    prop_oneof![bytes, pieces.prop_map(|pieces| pieces.concat())]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn hostile_names_make_valid_ids_or_none(target in hostile(), wwid in hostile()) {
+        let config = config(
+            "[[rules]]\nname = 'a'\niscsi_target = '(?s)(?<id>.*)'\nwwid = '(?s)(?<w>.*)'\nvolume_id = '${id}${w}'\n",
+        );
+        let disk = Identity { wwid: Some(wwid.clone()), ..disk(&target) };
+        let expected = format!("{target}{wwid}").parse::<VolumeId>().ok();
+        match config.decide(&disk) {
+            Decision::Protect(protection) => prop_assert_eq!(Some(protection.volume), expected),
+            Decision::Refuse(refusal) => {
+                prop_assert!(expected.is_none());
+                prop_assert!(!refusal.to_string().contains(['\n', '\0']));
+            }
+            Decision::Pass => prop_assert!(false, "a name that the pattern matches passed"),
+        }
+        for above in [partition(disk.clone()), mapping(&target, &wwid, disk)] {
+            let passes = matches!(config.decide(&above), Decision::Pass);
+            prop_assert_eq!(passes, above.is_own_mapping());
+        }
+    }
+}

@@ -1,0 +1,91 @@
+use super::config::{Config, KeyManagerConfig, WhenUnreachable};
+use super::rule::Rule;
+
+impl Config {
+    /// The configuration in plain words, a line for each setting, with the warnings at the end.
+    pub fn explain(&self) -> String {
+        let mut lines = vec![self.keys(), self.deadlines(), self.users(), self.without_daemon()];
+        if self.rules().is_empty() {
+            lines.push("No volume is protected: there is no rule.".to_owned());
+        }
+        lines.extend(self.rules().iter().map(protection));
+        lines.extend(self.unused_profiles());
+        lines.extend(self.warnings().into_iter().map(|warning| format!("Warning: {warning}.")));
+        lines.join("\n") + "\n"
+    }
+
+    /// What is allowed but probably not meant. Each is a sentence without its full stop.
+    pub fn warnings(&self) -> Vec<String> {
+        let mut warnings = Vec::new();
+        if let KeyManagerConfig::KeyFile { file } = &self.key_manager {
+            warnings.push(format!(
+                "keys are in clear text in {}; this protects nothing from who can read it",
+                file.display()
+            ));
+        }
+        for (index, rule) in self.rules().iter().enumerate() {
+            let name = rule.name();
+            if let Some(earlier) = self.rules()[..index].iter().find(|earlier| earlier.shadows(rule)) {
+                let earlier = earlier.name();
+                warnings.push(format!("rule {name} never matches: rule {earlier} before it takes every such device"));
+            }
+            if rule.has_one_id() {
+                warnings.push(format!(
+                    "rule {name} gives every device it matches the same volume id; it must match one only"
+                ));
+            } else if rule.confuses_luns() {
+                warnings.push(format!(
+                    "rule {name} gives all LUNs of a target the same volume id; set lun, or put ${{lun}} into volume_id"
+                ));
+            }
+        }
+        warnings
+    }
+
+    fn keys(&self) -> String {
+        match &self.key_manager {
+            KeyManagerConfig::Embedded { directory } => {
+                format!("Keys are kept in the database in {}.", directory.display())
+            }
+            KeyManagerConfig::KeyFile { file } => format!("Keys are read from the file {}.", file.display()),
+        }
+    }
+
+    fn deadlines(&self) -> String {
+        let (open, hook) = (self.daemon.open_deadline.as_secs(), self.hook.deadline.as_secs());
+        format!(
+            "A guest's open of a volume waits {open} seconds at most, the hook waits {hook} seconds for the daemon."
+        )
+    }
+
+    fn users(&self) -> String {
+        format!("QEMU may run as one of these users: {}.", self.daemon.qemu_users.join(", "))
+    }
+
+    fn without_daemon(&self) -> String {
+        let what = match self.hook.when_daemon_unreachable {
+            WhenUnreachable::Refuse => "no domain starts",
+            WhenUnreachable::StartUnprotected => {
+                "domains without protected disks start, without a guard for disks that are attached later"
+            }
+        };
+        format!("While the daemon cannot be reached, {what}.")
+    }
+
+    fn unused_profiles(&self) -> impl Iterator<Item = String> {
+        let unused = self.profiles().filter(|(name, _)| {
+            // The built-in profile is no setting that someone made and forgot.
+            *name != "default" && !self.rules().iter().any(|rule| rule.profile_name() == *name)
+        });
+        unused.map(|(name, profile)| format!("Profile {name} ({profile}) is used by no rule."))
+    }
+}
+
+fn protection(rule: &Rule) -> String {
+    let keys = match rule.create_keys() {
+        true => "keys for blank volumes are created at their first use",
+        false => "keys are not created automatically",
+    };
+    let (name, subject, profile_name, profile) = (rule.name(), rule.subject(), rule.profile_name(), rule.profile());
+    format!("Rule {name}: {subject} are protected with profile {profile_name} ({profile}); {keys}.")
+}

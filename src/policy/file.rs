@@ -1,0 +1,68 @@
+//! The file's shape. What the values mean, and which are refused, is decided elsewhere.
+
+use std::collections::BTreeMap;
+
+use serde::Deserialize;
+use toml::Spanned;
+
+use super::profile::Provider;
+
+#[derive(Deserialize, Default)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct File {
+    pub(super) key_manager: KeyManagerTable,
+    pub(super) daemon: DaemonTable,
+    pub(super) hook: HookTable,
+    pub(super) profiles: BTreeMap<Spanned<String>, ProfileTable>,
+    pub(super) rules: Vec<Spanned<RuleTable>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct KeyManagerTable {
+    #[serde(rename = "type")]
+    pub(super) kind: Option<Spanned<String>>,
+    pub(super) directory: Option<Spanned<String>>,
+    pub(super) file: Option<Spanned<String>>,
+    pub(super) i_know_this_is_insecure: Option<Spanned<bool>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct DaemonTable {
+    pub(super) open_deadline_seconds: Option<Spanned<i64>>,
+    pub(super) qemu_users: Option<Spanned<Vec<Spanned<String>>>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct HookTable {
+    pub(super) when_daemon_unreachable: Option<Spanned<String>>,
+    pub(super) deadline_seconds: Option<Spanned<i64>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct ProfileTable {
+    pub(super) provider: Option<Provider>,
+    pub(super) cipher: Option<Spanned<String>>,
+    pub(super) key_size: Option<Spanned<i64>>,
+    pub(super) sector_size: Option<Spanned<i64>>,
+    pub(super) allow_discards: Option<bool>,
+    pub(super) no_read_workqueue: Option<bool>,
+    pub(super) no_write_workqueue: Option<bool>,
+    pub(super) submit_from_crypt_cpus: Option<bool>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RuleTable {
+    pub(super) name: Spanned<String>,
+    pub(super) iscsi_target: Option<Spanned<String>>,
+    pub(super) lun: Option<Spanned<i64>>,
+    pub(super) wwid: Option<Spanned<String>>,
+    pub(super) volume_id: Option<Spanned<String>>,
+    pub(super) profile: Option<Spanned<String>>,
+    #[serde(default)]
+    pub(super) create_keys: bool,
+}

@@ -9,11 +9,13 @@
 //! - [`keys`]: key managers and the secret types they hand out;
 //! - [`store`]: the database of enrolled volumes and wrapped keys;
 //! - [`protocol`]: what the programs say to each other;
+//! - [`cli`]: the operator's command;
 //! - [`sys`]: the only place with unsafe code.
 
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod cli;
 pub mod keys;
 pub mod policy;
 pub mod protocol;

@@ -12,11 +12,14 @@
 //! - [`encryptor`]: making, checking and flagging mappings;
 //! - [`guest`]: the wrapped QEMUs and the system calls they send;
 //! - [`protocol`]: what the programs say to each other;
+//! - [`daemon`], [`hook`], [`wrapper`], [`cli`]: the four programs; [`unguarded`] and [`logging`] are
+//!   what they share;
 //! - [`sys`]: the only place with unsafe code.
 
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod cli;
 pub mod daemon;
 pub mod domain;
 pub mod encryptor;

@@ -236,10 +236,15 @@ qemu_io() {
     end=end-$SRANDOM
     virsh --quiet "qemu-monitor-command $name --hmp 'qemu-io -d $alias \"$command\"';
         qemu-monitor-command $name --hmp 'qemu-io -d $alias \"help $end\"'" | sed '/^$/d' || return
-    wait_until 30 eval "tail -c +$from $log | grep -q $end"
+    wait_until 30 log_has "$log" "$from" "$end"
     said=$(tail -c "+$from" "$log" | grep -v "$end")
     echo "$said"
     ! grep -qiE 'fail|error|not found|invalid|non-numeric|not a |out of range|unaligned|expected' <<<"$said"
+}
+
+# log_has FILE FROM TEXT: whether TEXT is in FILE after byte FROM.
+log_has() {
+    grep -q "$3" <(tail -c "+$2" "$1")
 }
 
 # --- Order ------------------------------------------------------------------------------------------------
@@ -247,13 +252,13 @@ qemu_io() {
 # lab_reset: no domain, no session, no target is left. Costs little where nothing is to be done.
 lab_reset() {
     local path
-    for path in /run/libvirt/qemu/*.pid; do
-        [ ! -e "$path" ] || domain_destroy "$(basename "$path" .pid)" || true
+    for path in /run/libvirt/qemu/*.xml; do
+        [ ! -e "$path" ] || domain_destroy "$(basename "$path" .xml)" || true
     done
     for path in /etc/libvirt/qemu/*.xml; do
         [ ! -e "$path" ] || domain_undefine "$(basename "$path" .xml)" || true
     done
-    if [ -e /sys/class/iscsi_session ] && [ -n "$(ls /sys/class/iscsi_session)" ]; then
+    if compgen -G '/sys/class/iscsi_session/*' >/dev/null; then
         iscsiadm --mode node --logoutall=all >/dev/null || true
     fi
     for path in "$lab_store"/*/; do

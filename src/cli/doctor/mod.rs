@@ -1,0 +1,202 @@
+//! `volcrypt doctor`: what this host needs, what is wrong with it, and how to mend that.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::mpsc;
+use std::thread;
+
+use super::status;
+use super::table::printable;
+use super::{CommandError, DEADLINE, Daemon, Outcome};
+use crate::policy::Config;
+use crate::protocol::Status;
+
+mod apparmor;
+mod guests;
+mod host;
+mod libvirt;
+mod service;
+
+pub use guests::{DomainView, LibvirtView};
+pub use host::Host;
+
+/// Asks libvirt for its version and domains; the error is libvirt's own sentence.
+pub type Survey = fn() -> Result<LibvirtView, String>;
+
+/// Where libvirt finds the wrapper under the names of the emulators.
+const EMULATORS: &str = "/usr/libexec/volcrypt/emulators";
+
+/// Runs every check; the exit code is 1 when one of them failed.
+pub(super) fn examine(config: &Path, daemon: &Daemon<'_>, survey: Survey) -> Outcome {
+    let host = Host::real();
+    let status = status::ask(daemon);
+    let mut findings = vec![
+        host.kernel(),
+        host.seccomp(),
+        host.device_mapper(),
+        host.dm_crypt(),
+        configuration(config),
+        daemon_answers(&status),
+        service::descriptor_store(),
+    ];
+    let status = status.ok();
+    findings.extend(status.as_ref().into_iter().flat_map(daemon_errors));
+    findings.extend(host.emulator_links());
+    findings.extend(host.libvirt_path());
+    findings.push(host.hook());
+    findings.extend(host.apparmor());
+    findings.extend(guests::check(&host, survey_in_time(survey), status.as_ref()));
+    report(&findings)
+}
+
+/// What one check found: one line of the report.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Finding {
+    verdict: Verdict,
+    subject: &'static str,
+    sentence: String,
+    remedy: Option<String>,
+}
+
+/// How bad it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// As it should be.
+    Ok,
+    /// Something is not protected or not certain, while volcrypt itself can work.
+    Warn,
+    /// volcrypt cannot work like this.
+    Fail,
+}
+
+impl Finding {
+    fn ok(subject: &'static str, sentence: impl Into<String>) -> Self {
+        Finding { verdict: Verdict::Ok, subject, sentence: sentence.into(), remedy: None }
+    }
+
+    fn warn(subject: &'static str, sentence: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Finding { verdict: Verdict::Warn, subject, sentence: sentence.into(), remedy: Some(remedy.into()) }
+    }
+
+    fn fail(subject: &'static str, sentence: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Finding { verdict: Verdict::Fail, subject, sentence: sentence.into(), remedy: Some(remedy.into()) }
+    }
+
+    /// How bad it is.
+    pub fn verdict(&self) -> Verdict {
+        self.verdict
+    }
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verdict = match self.verdict {
+            Verdict::Ok => "ok  ",
+            Verdict::Warn => "warn",
+            Verdict::Fail => "FAIL",
+        };
+        write!(f, "{verdict}  {}: {}", self.subject, printable(&self.sentence))?;
+        match &self.remedy {
+            Some(remedy) => write!(f, "; to mend it: {}", printable(remedy)),
+            None => Ok(()),
+        }
+    }
+}
+
+fn report(findings: &[Finding]) -> Outcome {
+    let text = findings.iter().map(|finding| format!("{finding}\n")).collect();
+    let failed = findings.iter().any(|finding| finding.verdict == Verdict::Fail);
+    Outcome { text, code: failed.into() }
+}
+
+fn configuration(path: &Path) -> Finding {
+    match Config::load(path) {
+        Ok(_) => Finding::ok("configuration", format!("{} is sound", path.display())),
+        Err(error) => Finding::fail(
+            "configuration",
+            error.to_string(),
+            "correct it until 'volcrypt config check' is content, then run 'systemctl reload-or-restart volcryptd'",
+        ),
+    }
+}
+
+fn daemon_answers(status: &Result<Status, CommandError>) -> Finding {
+    let own = env!("CARGO_PKG_VERSION");
+    match status {
+        Ok(status) if status.version == own => Finding::ok("daemon", format!("volcryptd {own} answers")),
+        Ok(status) => Finding::warn(
+            "daemon",
+            format!("volcryptd {} runs while {own} is installed", status.version),
+            "systemctl restart volcryptd (running guests do not notice)",
+        ),
+        Err(error) => Finding::fail("daemon", error.to_string(), "systemctl start volcryptd"),
+    }
+}
+
+fn daemon_errors(status: &Status) -> impl Iterator<Item = Finding> {
+    let configuration = status.configuration_error.as_ref().map(|error| {
+        Finding::fail(
+            "daemon",
+            format!("it refuses every protected volume, because it could not use its configuration: {error}"),
+            "correct the file, then run 'systemctl reload-or-restart volcryptd'",
+        )
+    });
+    let store = status.key_store_error.as_ref().map(|error| {
+        Finding::fail(
+            "daemon",
+            format!("it refuses every protected volume, because it could not use its key store: {error}"),
+            "journalctl -u volcryptd shows more; then run 'systemctl restart volcryptd'",
+        )
+    });
+    configuration.into_iter().chain(store)
+}
+
+/// libvirt's own calls have no deadline. A thread that hangs in one ends with the process.
+fn survey_in_time(survey: Survey) -> Result<LibvirtView, String> {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || sender.send(survey()));
+    receiver
+        .recv_timeout(DEADLINE)
+        .unwrap_or_else(|_| Err(format!("libvirt did not answer within {} seconds", DEADLINE.as_secs())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::CallError;
+
+    fn status(version: &str) -> Status {
+        Status {
+            version: version.into(),
+            configuration_error: None,
+            key_store_error: None,
+            mappings: vec![],
+            guests: vec![],
+        }
+    }
+
+    #[test]
+    fn only_a_failure_makes_the_exit_code_one() {
+        let outcome = report(&[Finding::ok("a", "fine"), Finding::warn("b", "odd", "look")]);
+        assert_eq!((outcome.text.as_str(), outcome.code), ("ok    a: fine\nwarn  b: odd; to mend it: look\n", 0));
+        let outcome = report(&[Finding::fail("c", "broken\n", "do")]);
+        assert_eq!((outcome.text.as_str(), outcome.code), ("FAIL  c: broken?; to mend it: do\n", 1));
+    }
+
+    #[test]
+    fn a_daemon_that_is_down_fails_and_an_older_one_warns() {
+        let down = CommandError::Daemon(CallError::Broken(std::io::ErrorKind::UnexpectedEof.into()));
+        assert_eq!(daemon_answers(&Err(down)).verdict, Verdict::Fail);
+        assert_eq!(daemon_answers(&Ok(status("0.0.1"))).verdict, Verdict::Warn);
+        assert_eq!(daemon_answers(&Ok(status(env!("CARGO_PKG_VERSION")))).verdict, Verdict::Ok);
+    }
+
+    #[test]
+    fn what_the_daemon_complains_of_fails() {
+        assert_eq!(daemon_errors(&status("x")).count(), 0);
+        let complaining =
+            Status { configuration_error: Some("a".into()), key_store_error: Some("b".into()), ..status("x") };
+        assert!(daemon_errors(&complaining).all(|finding| finding.verdict == Verdict::Fail));
+        assert_eq!(daemon_errors(&complaining).count(), 2);
+    }
+}

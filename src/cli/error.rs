@@ -1,0 +1,46 @@
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+use crate::policy::ConfigError;
+use crate::protocol::CallError;
+
+/// Why a command could not be done; its text is the sentence for the operator.
+#[derive(Debug)]
+pub enum CommandError {
+    /// The daemon was not reached, or said no.
+    Daemon(CallError),
+    /// The daemon answered something that does not belong to the question.
+    UnexpectedReply,
+    /// The configuration file is broken.
+    Configuration(ConfigError),
+    /// A file could not be made or written.
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// What was found could not be printed.
+    Output(io::Error),
+}
+
+impl fmt::Display for CommandError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            CommandError::Daemon(error) => error.fmt(f),
+            CommandError::UnexpectedReply => f.write_str(
+                "volcryptd gave an answer that does not fit the question: \
+                 run 'systemctl restart volcryptd' if the package was upgraded",
+            ),
+            CommandError::Configuration(error) => error.fmt(f),
+            CommandError::File { path, source } if source.kind() == io::ErrorKind::AlreadyExists => {
+                write!(f, "{} exists already: name a file that does not, nothing is ever overwritten", path.display())
+            }
+            CommandError::File { path, source } => write!(f, "{} cannot be written ({source})", path.display()),
+            CommandError::Output(source) => write!(f, "the output cannot be written ({source})"),
+        }
+    }
+}
+
+impl std::error::Error for CommandError {}

@@ -1,0 +1,106 @@
+use super::table::{Table, printable};
+use super::time::utc;
+use super::{CommandError, Daemon, Format, json};
+use crate::protocol::{MappingStatus, Reply, Request, Status};
+
+pub(super) fn show(daemon: &Daemon<'_>, format: Format) -> Result<String, CommandError> {
+    let status = ask(daemon)?;
+    if format.json { json(&status) } else { Ok(describe(&status)) }
+}
+
+pub(super) fn ask(daemon: &Daemon<'_>) -> Result<Status, CommandError> {
+    match daemon.call(&Request::Status)? {
+        Reply::Status(status) => Ok(status),
+        _ => Err(CommandError::UnexpectedReply),
+    }
+}
+
+/// Warnings first, then the mappings, then the number of guests.
+fn describe(status: &Status) -> String {
+    let warning = |text: &Option<String>| text.as_ref().map(|text| format!("warning: {}\n", printable(text)));
+    let mut text: String =
+        [&status.configuration_error, &status.key_store_error].into_iter().filter_map(warning).collect();
+    if status.mappings.is_empty() {
+        text.push_str("No volume is mapped.\n");
+    } else {
+        text.push_str(&mappings(&status.mappings));
+    }
+    text.push_str(&match status.guests.len() {
+        0 => "No guest is guarded.\n".to_owned(),
+        1 => "1 guest is guarded.\n".to_owned(),
+        number => format!("{number} guests are guarded.\n"),
+    });
+    text
+}
+
+fn mappings(mappings: &[MappingStatus]) -> String {
+    let mut table = Table::new(["VOLUME", "MAPPING", "BACKING", "FORMAT", "CIPHER", "DOMAINS", "SINCE"]);
+    for mapping in mappings {
+        table.push([
+            mapping.volume.to_string(),
+            mapping.device.display().to_string(),
+            mapping.backing.clone(),
+            mapping.format.clone(),
+            mapping.cipher.clone(),
+            mapping.domains.join(","),
+            mapping.since.map(utc).unwrap_or_default(),
+        ]);
+    }
+    table.render()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::GuestStatus;
+
+    fn idle() -> Status {
+        Status {
+            version: "0.1.0".into(),
+            configuration_error: None,
+            key_store_error: None,
+            mappings: vec![],
+            guests: vec![],
+        }
+    }
+
+    fn mapping(domains: &[&str], since: Option<i64>) -> MappingStatus {
+        MappingStatus {
+            volume: "vol-1".parse().unwrap(),
+            name: "volcrypt-vol-1".into(),
+            device: "/dev/dm-0".into(),
+            backing: "/dev/sda".into(),
+            format: "plain".into(),
+            cipher: "aes-xts-plain64".into(),
+            open_count: 1,
+            deferred_removal: true,
+            domains: domains.iter().map(|&domain| domain.to_owned()).collect(),
+            since,
+        }
+    }
+
+    #[test]
+    fn an_idle_host_is_told_in_two_sentences() {
+        assert_eq!(describe(&idle()), "No volume is mapped.\nNo guest is guarded.\n");
+    }
+
+    #[test]
+    fn warnings_come_before_the_table() {
+        let status = Status {
+            configuration_error: Some("volcrypt.toml:3: no".into()),
+            key_store_error: Some("locked".into()),
+            mappings: vec![mapping(&["web1", "web2"], Some(0)), mapping(&[], None)],
+            guests: vec![GuestStatus { pid: 7, domain: None }, GuestStatus { pid: 8, domain: Some("web1".into()) }],
+            ..idle()
+        };
+        assert_eq!(
+            describe(&status),
+            "warning: volcrypt.toml:3: no\n\
+             warning: locked\n\
+             VOLUME  MAPPING    BACKING   FORMAT  CIPHER           DOMAINS    SINCE\n\
+             vol-1   /dev/dm-0  /dev/sda  plain   aes-xts-plain64  web1,web2  1970-01-01T00:00:00Z\n\
+             vol-1   /dev/dm-0  /dev/sda  plain   aes-xts-plain64  -          -\n\
+             2 guests are guarded.\n"
+        );
+    }
+}

@@ -1,0 +1,180 @@
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+use super::table::{Table, printable};
+use super::time::utc;
+use super::{CommandError, Daemon, Format, json};
+use crate::protocol::{Reply, Request, VolumeStatus};
+use crate::store::EnrolledDevice;
+use crate::volume::VolumeId;
+
+pub(super) fn list(daemon: &Daemon<'_>, format: Format) -> Result<String, CommandError> {
+    let volumes = volumes(daemon, &Request::Volumes)?;
+    match format.json {
+        true => json(&volumes),
+        false if volumes.is_empty() => Ok("No volume is enrolled.\n".to_owned()),
+        false => Ok(table(&volumes)),
+    }
+}
+
+pub(super) fn show(daemon: &Daemon<'_>, id: &VolumeId, format: Format) -> Result<String, CommandError> {
+    let volume = one_volume(daemon, &Request::Volume { id: id.clone() })?;
+    if format.json { json(&volume) } else { Ok(describe(&volume)) }
+}
+
+pub(super) fn enrol(daemon: &Daemon<'_>, device: &Path) -> Result<String, CommandError> {
+    // The daemon has a working directory of its own.
+    let device =
+        std::path::absolute(device).map_err(|source| CommandError::File { path: device.to_owned(), source })?;
+    Ok(describe(&one_volume(daemon, &Request::Enrol { device })?))
+}
+
+/// Makes the file here, with the rights of whoever calls, and lets the daemon write the key to it: no
+/// key passes through this process.
+pub(super) fn export_key(daemon: &Daemon<'_>, id: &VolumeId, to: &Path) -> Result<String, CommandError> {
+    let client = daemon.connect()?;
+    let failure = |source| CommandError::File { path: to.to_owned(), source };
+    let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to).map_err(failure)?;
+    let exported = match client.call_with_file(&Request::ExportKey { id: id.clone() }, &file) {
+        Ok(Reply::Nothing) => file.sync_all().map_err(failure),
+        Ok(_) => Err(CommandError::UnexpectedReply),
+        Err(error) => Err(CommandError::Daemon(error)),
+    };
+    match exported {
+        Ok(()) => Ok(format!("The key of {id} is in {}: whoever has it can read the volume.\n", to.display())),
+        Err(error) => {
+            // The refusal is what matters; a file that stays behind shows itself at the next attempt.
+            let _ = fs::remove_file(to);
+            Err(error)
+        }
+    }
+}
+
+fn volumes(daemon: &Daemon<'_>, request: &Request) -> Result<Vec<VolumeStatus>, CommandError> {
+    match daemon.call(request)? {
+        Reply::Volumes(volumes) => Ok(volumes),
+        _ => Err(CommandError::UnexpectedReply),
+    }
+}
+
+fn one_volume(daemon: &Daemon<'_>, request: &Request) -> Result<VolumeStatus, CommandError> {
+    let mut volumes = volumes(daemon, request)?;
+    match (volumes.pop(), volumes.is_empty()) {
+        (Some(volume), true) => Ok(volume),
+        _ => Err(CommandError::UnexpectedReply),
+    }
+}
+
+fn table(volumes: &[VolumeStatus]) -> String {
+    let mut table = Table::new(["VOLUME", "PROFILE", "FORMAT", "CIPHER", "BITS", "SIZE", "ENROLLED", "MAPPED"]);
+    for VolumeStatus { record, mapped } in volumes {
+        table.push([
+            record.id.to_string(),
+            record.profile.clone(),
+            record.provider.to_string(),
+            record.cipher.clone(),
+            record.key_size.bits().to_string(),
+            size(record.size_bytes),
+            utc(record.enrolled_at),
+            yes_or_no(*mapped),
+        ]);
+    }
+    table.render()
+}
+
+fn describe(VolumeStatus { record, mapped }: &VolumeStatus) -> String {
+    let lines = [
+        ("volume", record.id.to_string()),
+        ("device", device(&record.device)),
+        ("size", format!("{} ({} bytes)", size(record.size_bytes), record.size_bytes)),
+        ("profile", record.profile.clone()),
+        ("format", record.provider.to_string()),
+        ("cipher", record.cipher.clone()),
+        ("key size", format!("{} bits", record.key_size.bits())),
+        ("sector size", format!("{} bytes", record.sector_size)),
+        ("key check value", record.check_value.to_string()),
+        ("enrolled", utc(record.enrolled_at)),
+        ("mapped", yes_or_no(*mapped)),
+    ];
+    lines.iter().map(|(name, value)| format!("{:<16} {}\n", format!("{name}:"), printable(value))).collect()
+}
+
+fn device(device: &EnrolledDevice) -> String {
+    let parts = [
+        device.iscsi_target.clone().map(|target| format!("target {target}")),
+        device.lun.map(|lun| format!("LUN {lun}")),
+        device.wwid.clone().map(|wwid| format!("WWID {wwid}")),
+    ];
+    let known: Vec<String> = parts.into_iter().flatten().collect();
+    if known.is_empty() { "not told by the kernel".to_owned() } else { known.join(", ") }
+}
+
+/// A size in the largest binary unit that keeps it a whole number.
+fn size(bytes: u64) -> String {
+    let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
+    let whole = units.iter().find(|(shift, _)| bytes != 0 && bytes.is_multiple_of(1 << shift));
+    whole.map_or_else(|| format!("{bytes} B"), |(shift, unit)| format!("{} {unit}", bytes >> shift))
+}
+
+fn yes_or_no(value: bool) -> String {
+    if value { "yes" } else { "no" }.to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn volume(device: serde_json::Value, mapped: bool) -> VolumeStatus {
+        serde_json::from_value(json!({
+            "id": "vol-1", "device": device, "size_bytes": 10u64 << 30, "profile": "default", "provider": "plain",
+            "cipher": "aes-xts-plain64", "key_size": 512, "sector_size": 4096,
+            "check_value": "000102030405060708090a0b0c0d0e0f", "enrolled_at": 0, "mapped": mapped
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_volume_is_one_line_of_the_list() {
+        assert_eq!(
+            table(&[volume(json!({}), true)]),
+            "VOLUME  PROFILE  FORMAT  CIPHER           BITS  SIZE    ENROLLED              MAPPED\n\
+             vol-1   default  plain   aes-xts-plain64  512   10 GiB  1970-01-01T00:00:00Z  yes\n"
+        );
+    }
+
+    #[test]
+    fn a_record_is_shown_whole() {
+        let text = describe(&volume(json!({ "iscsi_target": "iqn.x:y", "lun": 1, "wwid": "naa.6" }), false));
+        assert_eq!(
+            text,
+            "volume:          vol-1\n\
+             device:          target iqn.x:y, LUN 1, WWID naa.6\n\
+             size:            10 GiB (10737418240 bytes)\n\
+             profile:         default\n\
+             format:          plain\n\
+             cipher:          aes-xts-plain64\n\
+             key size:        512 bits\n\
+             sector size:     4096 bytes\n\
+             key check value: 000102030405060708090a0b0c0d0e0f\n\
+             enrolled:        1970-01-01T00:00:00Z\n\
+             mapped:          no\n"
+        );
+        assert!(describe(&volume(json!({}), false)).contains("device:          not told by the kernel\n"));
+    }
+
+    #[test]
+    fn sizes_are_never_rounded() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (512, "512 B"),
+            (1536, "1536 B"),
+            (1 << 20, "1 MiB"),
+            ((10 << 30) + 512, "10737418752 B"),
+            (3 << 40, "3 TiB"),
+        ] {
+            assert_eq!(size(bytes), text);
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! The operator's command: what it says, where it says it, and with which exit code. The daemon is a
+//! thread that answers one request.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::thread::{self, JoinHandle};
+
+use assert_cmd::cargo::CommandCargoExt;
+use clap::Parser;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use volcrypt::cli::doctor::LibvirtView;
+use volcrypt::cli::{self, Arguments, Outcome};
+use volcrypt::protocol::registration::receive_with_descriptors;
+
+/// Runs the program itself; gives exit code, stdout and stderr.
+fn volcrypt(arguments: &[&str]) -> (i32, String, String) {
+    let output = Command::cargo_bin("volcrypt").unwrap().args(arguments).output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+/// A daemon that answers one request with `answer`, after it wrote `content` to the descriptor that came
+/// with it, if one did. Ends with the request.
+struct FakeDaemon {
+    folder: TempDir,
+    thread: JoinHandle<Value>,
+}
+
+impl FakeDaemon {
+    fn new(answer: Value, content: &'static str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(folder.path().join("control.sock")).unwrap();
+        let thread = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut buffer = [0; 4096];
+            let (length, mut descriptors) = receive_with_descriptors(&stream, &mut buffer).unwrap();
+            if let Some(descriptor) = descriptors.pop() {
+                fill(descriptor, content);
+            }
+            writeln!(stream, "{answer}").unwrap();
+            serde_json::from_slice(&buffer[..length]).unwrap()
+        });
+        FakeDaemon { folder, thread }
+    }
+
+    fn run(&self, arguments: &[&str]) -> Result<Outcome, String> {
+        run(arguments, &self.folder.path().join("control.sock"))
+    }
+
+    fn request(self) -> Value {
+        self.thread.join().unwrap()
+    }
+}
+
+fn fill(descriptor: OwnedFd, content: &str) {
+    File::from(descriptor).write_all(content.as_bytes()).unwrap();
+}
+
+fn run(arguments: &[&str], socket: &Path) -> Result<Outcome, String> {
+    let arguments = Arguments::try_parse_from([&["volcrypt"], arguments].concat()).unwrap();
+    cli::run(&arguments, socket, no_libvirt).map_err(|error| error.to_string())
+}
+
+fn no_libvirt() -> Result<LibvirtView, String> {
+    Err("libvirt is not part of this test".into())
+}
+
+fn record() -> Value {
+    json!({
+        "id": "vol-1", "device": { "iscsi_target": "iqn.2026-11.org.lab:v0", "lun": 0, "wwid": null },
+        "size_bytes": 1 << 20, "profile": "default", "provider": "plain", "cipher": "aes-xts-plain64",
+        "key_size": 512, "sector_size": 512, "check_value": "000102030405060708090a0b0c0d0e0f",
+        "enrolled_at": 0, "mapped": false
+    })
+}
+
+#[test]
+fn without_a_daemon_there_is_one_sentence_and_exit_code_1() {
+    for arguments in [&["status"][..], &["volume", "list"], &["key", "list"], &["volume", "enrol", "/dev/sda"]] {
+        let (code, stdout, stderr) = volcrypt(arguments);
+        assert_eq!((code, stdout.as_str()), (1, ""), "{arguments:?}");
+        assert!(
+            stderr.starts_with("volcrypt: volcryptd cannot be reached on /run/volcrypt/control.sock ("),
+            "{stderr}"
+        );
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    }
+}
+
+#[test]
+fn wrong_usage_is_exit_code_2() {
+    for arguments in
+        [&[][..], &["frobnicate"], &["volume", "show"], &["volume", "show", "../x"], &["volume", "export-key", "a"]]
+    {
+        let (code, stdout, stderr) = volcrypt(arguments);
+        assert_eq!((code, stdout.as_str()), (2, ""), "{arguments:?}: {stderr}");
+    }
+}
+
+#[test]
+fn a_sound_configuration_is_explained() {
+    let (code, stdout, stderr) = volcrypt(&["config", "check", "--config", "packaging/volcrypt.toml"]);
+    assert_eq!((code, stderr.as_str()), (0, ""));
+    assert!(!stdout.is_empty());
+}
+
+#[test]
+fn a_broken_configuration_is_one_sentence_that_names_the_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("volcrypt.toml");
+    fs::write(&path, "\nno_such_section = 1\n").unwrap();
+    let (code, stdout, stderr) = volcrypt(&["--config", path.to_str().unwrap(), "config", "check"]);
+    assert_eq!((code, stdout.as_str()), (1, ""));
+    assert!(stderr.starts_with(&format!("volcrypt: {}:2: ", path.display())), "{stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+}
+
+#[test]
+fn a_reader_that_left_gets_no_panic() {
+    let (reader, writer) = io::pipe().unwrap();
+    drop(reader);
+    let output = Command::cargo_bin("volcrypt")
+        .unwrap()
+        .args(["config", "check", "--config", "packaging/volcrypt.toml"])
+        .stdout(writer)
+        .stderr(Stdio::piped())
+        .output()
+        .unwrap();
+    assert_eq!((output.status.code(), String::from_utf8_lossy(&output.stderr).as_ref()), (Some(0), ""));
+}
+
+#[test]
+fn the_status_is_what_the_daemon_says() {
+    let status = json!({
+        "version": "9.9.9", "configuration_error": null, "key_store_error": null, "mappings": [],
+        "guests": [{ "pid": 42, "domain": "web1" }]
+    });
+    let daemon = FakeDaemon::new(json!({ "done": { "status": status } }), "");
+    let outcome = daemon.run(&["status", "--json"]).unwrap();
+    assert_eq!(serde_json::from_str::<Value>(&outcome.text).unwrap(), status);
+    assert_eq!(daemon.request(), json!({ "request": "status" }));
+}
+
+#[test]
+fn enrol_names_the_device_from_the_root_and_shows_the_record() {
+    let daemon = FakeDaemon::new(json!({ "done": { "volumes": [record()] } }), "");
+    let outcome = daemon.run(&["volume", "enrol", "disk"]).unwrap();
+    assert!(outcome.text.contains("device:          target iqn.2026-11.org.lab:v0, LUN 0\n"), "{}", outcome.text);
+    let here = std::env::current_dir().unwrap().join("disk");
+    assert_eq!(daemon.request(), json!({ "request": "enrol", "device": here }));
+}
+
+#[test]
+fn an_exported_key_is_a_new_file_for_its_owner_only() {
+    let daemon = FakeDaemon::new(json!({ "done": "nothing" }), "the key");
+    let file = daemon.folder.path().join("key");
+    let outcome = daemon.run(&["volume", "export-key", "vol-1", "--to", file.to_str().unwrap()]).unwrap();
+    assert_eq!(fs::read_to_string(&file).unwrap(), "the key");
+    assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+    assert!(!outcome.text.contains("the key") && outcome.text.contains("vol-1"), "{}", outcome.text);
+    assert_eq!(daemon.request(), json!({ "request": "export-key", "id": "vol-1" }));
+}
+
+#[test]
+fn a_refused_export_leaves_no_file() {
+    let refusal = json!({ "refused": { "sentence": "no such volume: enrol it first", "errno": 126 } });
+    let daemon = FakeDaemon::new(refusal, "half a k");
+    let file = daemon.folder.path().join("key");
+    let error = daemon.run(&["volume", "export-key", "vol-1", "--to", file.to_str().unwrap()]).unwrap_err();
+    assert_eq!(error, "no such volume: enrol it first");
+    assert!(!file.exists());
+}
+
+#[test]
+fn an_export_overwrites_nothing() {
+    let daemon = FakeDaemon::new(json!({ "done": "nothing" }), "the key");
+    let file = daemon.folder.path().join("key");
+    fs::write(&file, "precious").unwrap();
+    let error = daemon.run(&["volume", "export-key", "vol-1", "--to", file.to_str().unwrap()]).unwrap_err();
+    assert!(error.contains("exists already"), "{error}");
+    assert_eq!(fs::read_to_string(&file).unwrap(), "precious");
+}
+
+#[test]
+fn an_answer_to_another_question_is_refused() {
+    for answer in [json!({ "done": "nothing" }), json!({ "done": { "volumes": [] } })] {
+        let error = FakeDaemon::new(answer, "").run(&["volume", "show", "vol-1"]).unwrap_err();
+        assert!(error.contains("does not fit the question"), "{error}");
+    }
+}
+
+#[test]
+fn doctor_reports_every_check_even_when_nothing_answers() {
+    let folder = tempfile::tempdir().unwrap();
+    let missing = folder.path().join("volcrypt.toml");
+    let outcome = run(&["doctor", "--config", missing.to_str().unwrap()], &folder.path().join("control.sock")).unwrap();
+    assert_eq!(outcome.code, 1);
+    for line in ["FAIL  configuration: ", "FAIL  daemon: volcryptd cannot be reached", "FAIL  libvirt: qemu:///system"]
+    {
+        assert!(outcome.text.contains(line), "{line} is missing in:\n{}", outcome.text);
+    }
+    assert!(outcome.text.lines().all(|line| line.starts_with("ok    ") || line.contains("; to mend it: ")));
+}

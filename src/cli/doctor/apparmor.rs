@@ -7,7 +7,7 @@ const GUESTS: &str = "/etc/apparmor.d/abstractions/libvirt-qemu.d/volcrypt";
 impl Host {
     /// AppArmor, where it is on, has to let libvirt run the wrapper and the hook, and the guests'
     /// profile the wrapper's socket.
-    pub fn apparmor(&self) -> Vec<Finding> {
+    pub(super) fn apparmor(&self) -> Vec<Finding> {
         let enabled = self.text("/sys/module/apparmor/parameters/enabled").is_ok_and(|text| text.trim() == "Y");
         if !enabled {
             return vec![Finding::ok("AppArmor", "it is off")];

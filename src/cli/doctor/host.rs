@@ -10,23 +10,23 @@ const HOOK_LINK: &str = "/etc/libvirt/hooks/qemu.d/50-volcrypt";
 
 /// The file system of a host, below a directory: `/` except in tests.
 #[derive(Debug)]
-pub struct Host {
+pub(super) struct Host {
     root: PathBuf,
 }
 
 impl Host {
     /// This host.
-    pub fn real() -> Self {
+    pub(super) fn real() -> Self {
         Host { root: PathBuf::from("/") }
     }
 
-    /// A host whose files are below `root`.
-    pub fn below(root: impl Into<PathBuf>) -> Self {
+    #[cfg(test)]
+    pub(super) fn below(root: impl Into<PathBuf>) -> Self {
         Host { root: root.into() }
     }
 
     /// Linux 5.19 is the first with `SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV`.
-    pub fn kernel(&self) -> Finding {
+    pub(super) fn kernel(&self) -> Finding {
         let release = self.text("/proc/sys/kernel/osrelease").unwrap_or_default();
         let release = release.trim();
         match version(release) {
@@ -36,7 +36,7 @@ impl Host {
     }
 
     /// Without user notification no open can be answered.
-    pub fn seccomp(&self) -> Finding {
+    pub(super) fn seccomp(&self) -> Finding {
         let actions = self.text("/proc/sys/kernel/seccomp/actions_avail").unwrap_or_default();
         match actions.split_whitespace().any(|action| action == "user_notif") {
             true => Finding::ok("seccomp", "user notification is there"),
@@ -49,7 +49,7 @@ impl Host {
     }
 
     /// The control node of device-mapper.
-    pub fn device_mapper(&self) -> Finding {
+    pub(super) fn device_mapper(&self) -> Finding {
         match self.exists("/dev/mapper/control") {
             true => Finding::ok("device-mapper", "/dev/mapper/control is there"),
             false => Finding::fail("device-mapper", "/dev/mapper/control is missing", "modprobe dm-mod"),
@@ -57,7 +57,7 @@ impl Host {
     }
 
     /// The target dm-crypt, which the kernel loads when it is first asked for.
-    pub fn dm_crypt(&self) -> Finding {
+    pub(super) fn dm_crypt(&self) -> Finding {
         if self.exists("/sys/module/dm_crypt") {
             return Finding::ok("dm-crypt", "the module is loaded");
         }
@@ -77,7 +77,7 @@ impl Host {
     }
 
     /// One link to the wrapper for each emulator that is installed.
-    pub fn emulator_links(&self) -> Vec<Finding> {
+    pub(super) fn emulator_links(&self) -> Vec<Finding> {
         let emulators = match self.emulators() {
             Ok(emulators) if !emulators.is_empty() => emulators,
             _ => {
@@ -104,7 +104,7 @@ impl Host {
     }
 
     /// libvirt looks into `hooks/qemu.d` for whatever is executable, links included.
-    pub fn hook(&self) -> Finding {
+    pub(super) fn hook(&self) -> Finding {
         let remedy = "apt-get install --reinstall volcrypt, then systemctl restart libvirtd";
         let executable = self
             .resolve(HOOK_LINK)

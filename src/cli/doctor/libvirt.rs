@@ -8,7 +8,7 @@ const DAEMONS: [&str; 2] = ["libvirtd", "virtqemud"];
 
 impl Host {
     /// Every running libvirt has to find the wrapper before the emulators proper.
-    pub fn libvirt_path(&self) -> Vec<Finding> {
+    pub(super) fn libvirt_path(&self) -> Vec<Finding> {
         let running = self.running_daemons();
         if running.is_empty() {
             return vec![self.path_of_the_next_start()];

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::mpsc;
 use std::thread;
 
+use self::host::Host;
 use super::status;
 use super::table::printable;
 use super::{CommandError, DEADLINE, Daemon, Outcome};
@@ -18,7 +19,6 @@ mod libvirt;
 mod service;
 
 pub use guests::{DomainView, LibvirtView};
-pub use host::Host;
 
 /// Asks libvirt for its version and domains; the error is libvirt's own sentence.
 pub type Survey = fn() -> Result<LibvirtView, String>;
@@ -51,7 +51,7 @@ pub(super) fn examine(config: &Path, daemon: &Daemon<'_>, survey: Survey) -> Out
 
 /// What one check found: one line of the report.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Finding {
+struct Finding {
     verdict: Verdict,
     subject: &'static str,
     sentence: String,
@@ -60,7 +60,7 @@ pub struct Finding {
 
 /// How bad it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
+enum Verdict {
     /// As it should be.
     Ok,
     /// Something is not protected or not certain, while volcrypt itself can work.
@@ -82,8 +82,8 @@ impl Finding {
         Finding { verdict: Verdict::Fail, subject, sentence: sentence.into(), remedy: Some(remedy.into()) }
     }
 
-    /// How bad it is.
-    pub fn verdict(&self) -> Verdict {
+    #[cfg(test)]
+    fn verdict(&self) -> Verdict {
         self.verdict
     }
 }

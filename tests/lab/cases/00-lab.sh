@@ -21,7 +21,7 @@ case_attached_lun_is_written_in_clear() {
     target_login plain
     domain_define plain
     domain_start plain
-    expect_eq "$(cat "/proc/$(domain_pid plain)/attr/apparmor/current" | cut -c 1-8)" libvirt-
+    expect_eq "$(cut -c 1-8 "/proc/$(domain_pid plain)/attr/apparmor/current")" libvirt-
 
     disk_attach plain "$(lun_path plain 1)" sdb
     qemu_io plain sdb 'write -P 0xab 4k 64k'

@@ -1,0 +1,61 @@
+# Helpers of the cases that are about volcrypt. Sourced after lib.sh, never run.
+# shellcheck shell=bash
+
+volcrypt_config=/etc/volcrypt/volcrypt.toml
+
+# protect [LINE...]: has every LUN of the lab's targets prot-* protected, as volume NAME-LUN, and restarts
+# the daemon. Further lines go into that rule, for example 'create_keys = true'.
+protect() {
+    {
+        printf '%s\n' '[[rules]]' 'name = "lab"' "iscsi_target = 'iqn\\.2026-11\\.org\\.lab:(?<id>prot-.*)'" \
+            "volume_id = \"\${id}-\${lun}\""
+        [ $# -eq 0 ] || printf '%s\n' "$@"
+    } >"$volcrypt_config"
+    systemctl restart volcryptd
+}
+
+# volume_create NAME SIZE_MB [LUNS]: a target prot-NAME with blank LUNs, logged in to and enrolled.
+volume_create() {
+    local name=prot-$1 lun
+    target_create "$name" "$2" "${3:-1}"
+    target_login "$name"
+    for ((lun = 0; lun < ${3:-1}; lun++)); do
+        volcrypt volume enrol "$(lun_device "$name" "$lun")" >/dev/null
+    done
+}
+
+# mappings: the names of volcrypt's mappings in the kernel, one a line.
+mappings() {
+    dmsetup ls 2>/dev/null | sed -n 's/^\(volcrypt-[^[:space:]]*\).*/\1/p'
+}
+
+# expect_mapped VOLUME: the guest works on a mapping of it.
+expect_mapped() {
+    expect_contains "$(mappings)" "volcrypt-$1" mappings
+}
+
+# nothing_left: no mapping, no loop device, no key in a keyring; mappings may take a moment to go.
+nothing_left() {
+    wait_until 20 no_mapping
+    expect_eq "$(losetup --all)" '' 'loop devices'
+    ! grep volcrypt: /proc/keys || fail "a key is left in a keyring"
+}
+
+no_mapping() {
+    [ -z "$(mappings)" ]
+}
+
+# expect_ciphertext NAME [LUN] [BYTE]: what stands on the storage server's file has no 32 bytes in a row of
+# the value (hexadecimal, ab) that the guest wrote, and is not blank.
+expect_ciphertext() {
+    local file byte=${3:-ab}
+    file=$(lun_backing "prot-$1" "${2:-0}")
+    sync
+    ! LC_ALL=C grep -qaP "\\x$byte{32}" "$file" || fail "plaintext stands on $file"
+    LC_ALL=C grep -qaP '[^\x00]' "$file" || fail "nothing was written to $file"
+}
+
+# journal_since TIME: what volcryptd said since then (as `date +@%s` gives it).
+journal_since() {
+    journalctl --unit volcryptd --no-pager --quiet --output cat --since "$1"
+}

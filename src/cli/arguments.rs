@@ -52,6 +52,11 @@ pub enum VolumeCommand {
         /// A path of the device, for example /dev/sda
         device: PathBuf,
     },
+    /// Forget that a volume is enrolled, so that its device can be enrolled anew; its key stays
+    Withdraw {
+        /// The volume's id
+        id: VolumeId,
+    },
     /// Write a volume's key into a new file that only root can read
     ExportKey {
         /// The volume's id

@@ -67,6 +67,7 @@ pub fn run(arguments: &Arguments, socket: &Path, survey: doctor::Survey) -> Resu
         Command::Volume(VolumeCommand::List(format)) => volume::list(&Daemon { socket }, *format)?,
         Command::Volume(VolumeCommand::Show { id, format }) => volume::show(&Daemon { socket }, id, *format)?,
         Command::Volume(VolumeCommand::Enrol { device }) => volume::enrol(&Daemon { socket }, device)?,
+        Command::Volume(VolumeCommand::Withdraw { id }) => volume::withdraw(&Daemon { socket }, id)?,
         Command::Volume(VolumeCommand::ExportKey { id, to }) => volume::export_key(&Daemon { socket }, id, to)?,
         Command::Key(KeyCommand::List(format)) => key::list(&Daemon { socket }, *format)?,
         Command::Config(ConfigCommand::Check) => {

@@ -30,6 +30,14 @@ pub(super) fn enrol(daemon: &Daemon<'_>, device: &Path) -> Result<String, Comman
     Ok(describe(&one_volume(daemon, &Request::Enrol { device })?))
 }
 
+pub(super) fn withdraw(daemon: &Daemon<'_>, id: &VolumeId) -> Result<String, CommandError> {
+    let volume = one_volume(daemon, &Request::Withdraw { id: id.clone() })?;
+    Ok(format!(
+        "{}Volume {id} is withdrawn. Keep the lines above: with the key they tell how to read it.\n",
+        describe(&volume)
+    ))
+}
+
 /// Makes the file here, with the rights of whoever calls, and lets the daemon write the key to it: no
 /// key passes through this process.
 pub(super) fn export_key(daemon: &Daemon<'_>, id: &VolumeId, to: &Path) -> Result<String, CommandError> {

@@ -93,6 +93,7 @@ impl Control {
                 let record = self.broker.enrol(at(&device)?)?;
                 Ok(Reply::Volumes(self.volumes(vec![record])?))
             }
+            Request::Withdraw { id } => Ok(Reply::Volumes(vec![self.withdraw(&id)?])),
             Request::ExportKey { id } => {
                 self.export(&id, file)?;
                 Ok(Reply::Nothing)
@@ -116,12 +117,38 @@ impl Control {
         Ok(records.into_iter().map(|record| VolumeStatus { mapped: mapped(&record), record }).collect())
     }
 
+    /// Forgets a volume's record, which goes to the journal: with it and the key, which stays, the
+    /// volume could still be read.
+    fn withdraw(&self, id: &VolumeId) -> Result<VolumeStatus, Refusal> {
+        let record = self.record(id)?;
+        let volumes = self.volumes(vec![record])?;
+        match volumes.into_iter().next() {
+            Some(volume) if !volume.mapped => {
+                self.broker.vault()?.store.withdraw(id)?;
+                let record = serde_json::to_string(&volume.record).unwrap_or_default();
+                tracing::warn!(volume = %id, "withdrew volume {id}, whose key stays; its record was {record}");
+                Ok(volume)
+            }
+            _ => Err(Refusal::new(
+                Reason::NotAllowed,
+                format!(
+                    "volume {id} is in use on this host: detach it first; 'volcrypt status' shows from which domain"
+                ),
+            )),
+        }
+    }
+
     /// Writes a key into the client's file. It passes through no message and no buffer.
     fn export(&self, id: &VolumeId, file: Option<OwnedFd>) -> Result<(), Refusal> {
         let Some(file) = file else {
             return Err(Refusal::new(Reason::Configuration, "no file came with the request for a key"));
         };
-        let key = self.broker.key(&self.record(id)?)?;
+        let vault = self.broker.vault()?;
+        // A key outlives the record of its volume.
+        let key = match vault.store.volume(id)? {
+            Some(record) => self.broker.key(&record)?,
+            None => vault.keys.get(id)?,
+        };
         let mut file = File::from(file);
         let written = file.write_all(key.bytes()).and_then(|()| file.sync_all());
         written.map_err(|error| {

@@ -58,7 +58,7 @@ impl EmbeddedKeyManager {
                 Reason::KeyDestroyed,
                 format!(
                     "the key of volume {0} was destroyed and its data can never be read again: to use the device anew, \
-                     withdraw volume {0} and enrol the device under another id",
+                     run 'volcrypt volume withdraw {0}' and enrol it under another id",
                     info.volume
                 ),
             ));

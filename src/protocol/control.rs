@@ -46,6 +46,11 @@ pub enum Request {
         /// A path of the device.
         device: PathBuf,
     },
+    /// Forget that a volume is enrolled. Its key stays.
+    Withdraw {
+        /// The volume's id.
+        id: VolumeId,
+    },
     /// Write a volume's key into the file whose descriptor comes with the request.
     ExportKey {
         /// The volume's id.
@@ -86,7 +91,8 @@ pub enum Reply {
     Nothing,
     /// The answer to [`Request::Status`].
     Status(Status),
-    /// The answer to [`Request::Volumes`], [`Request::Volume`] and [`Request::Enrol`].
+    /// The answer to [`Request::Volumes`], [`Request::Volume`], [`Request::Enrol`] and
+    /// [`Request::Withdraw`].
     Volumes(Vec<VolumeStatus>),
     /// The answer to [`Request::Keys`].
     Keys(Vec<KeyInfo>),

@@ -113,9 +113,11 @@ impl Store {
                 false => Err(Refusal::new(
                     Reason::ForeignData,
                     format!(
-                        "volume {} is enrolled already with another {}: use another id, or withdraw the old volume first",
+                        "volume {} is enrolled already with another {}: if the old one is not \
+                         needed any more, run 'volcrypt volume withdraw {}'",
                         record.id,
-                        differences.join(", ")
+                        differences.join(", "),
+                        record.id
                     ),
                 )),
             };
@@ -135,8 +137,8 @@ impl Store {
             return Err(Refusal::new(
                 Reason::ForeignData,
                 format!(
-                    "the device of volume {} is enrolled already as volume {holder}: withdraw that one first if its \
-                     data is no longer needed",
+                    "the device of volume {} is enrolled already as volume {holder}: if that one's data is not \
+                     needed any more, run 'volcrypt volume withdraw {holder}'",
                     record.id
                 ),
             ));

@@ -54,7 +54,8 @@ impl Control {
         }
     }
 
-    fn converse(&self, stream: &UnixStream) -> io::Result<()> {
+    /// Serves one client.
+    pub(super) fn converse(&self, stream: &UnixStream) -> io::Result<()> {
         let peer = rustix::net::sockopt::socket_peercred(stream)?;
         if !peer.uid.is_root() {
             // The socket's mode says so as well.

@@ -19,7 +19,7 @@ pub const MAX_MESSAGE: u64 = 16 << 20;
 
 /// What a client of the control socket asks for.
 #[derive(Debug, Serialize, Deserialize)]
-#[serde(tag = "request", rename_all = "kebab-case", deny_unknown_fields)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Request {
     /// libvirt called the hook.
     Hook {

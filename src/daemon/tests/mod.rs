@@ -2,17 +2,19 @@
 //! files.
 
 mod broker;
+mod control;
+mod prepare;
 mod server;
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use rustix::fs::OFlags;
+use rustix::fs::{CWD, FileType, Mode, OFlags};
 use tempfile::TempDir;
 
 use super::broker::Broker;
@@ -35,13 +37,14 @@ struct World {
     devices: Arc<Mutex<HashMap<DeviceNumber, Identity>>>,
     opened: Arc<Mutex<Vec<String>>>,
     delay: Duration,
+    mapped: bool,
 }
 
 impl World {
     fn new() -> Self {
         let folder = Arc::new(tempfile::tempdir().unwrap());
         std::fs::write(folder.path().join("mapping"), ON_THE_MAPPING).unwrap();
-        World { folder, devices: Arc::default(), opened: Arc::default(), delay: Duration::ZERO }
+        World { folder, devices: Arc::default(), opened: Arc::default(), delay: Duration::ZERO, mapped: false }
     }
 
     /// Adds LUN 1 of the target of volume `id` as device `minor`, blank.
@@ -117,14 +120,44 @@ impl VolumeEncryptor for World {
         std::thread::sleep(self.delay);
         assert_eq!(key()?.bits(), wanted.record.key_size.bits() as usize);
         self.opened.lock().unwrap().push(wanted.device.to_string());
-        Ok(rustix::fs::open(self.folder.path().join("mapping"), flags, rustix::fs::Mode::empty()).unwrap())
+        Ok(rustix::fs::open(self.folder.path().join("mapping"), flags, Mode::empty()).unwrap())
     }
 
     fn mappings(&self) -> Result<Vec<Mapping>, Refusal> {
-        Ok(Vec::new())
+        let mapping = |device: &Identity| Mapping {
+            volume: device.iscsi.as_ref().unwrap().target.rsplit_once('-').unwrap().1.parse().unwrap(),
+            name: format!("volcrypt-{}", device.name),
+            device: DeviceNumber { major: 253, minor: device.number.minor },
+            backing: Some(device.number),
+            format: "plain".to_owned(),
+            cipher: "aes-xts-plain64".to_owned(),
+            open_count: 1,
+            deferred_removal: true,
+        };
+        let devices = self.devices.lock().unwrap();
+        Ok(devices.values().filter(|_| self.mapped).map(mapping).collect())
     }
 
     fn sweep(&self) -> Result<Vec<String>, Refusal> {
         Ok(Vec::new())
+    }
+}
+
+/// The node of a device in the real /dev, gone with the test.
+struct Node(PathBuf);
+
+impl Node {
+    fn new(folder: &str, device: DeviceNumber) -> Self {
+        let path = PathBuf::from(format!("{folder}/volcrypt-test-{}-{}", std::process::id(), device.minor));
+        let raw = rustix::fs::makedev(device.major, device.minor);
+        rustix::fs::mknodat(CWD, &path, FileType::BlockDevice, Mode::RUSR | Mode::WUSR, raw)
+            .expect("run the tests as root");
+        Node(path)
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
     }
 }

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::sync::mpsc;
 use std::time::Instant;
 
-use rustix::fs::{CWD, FileType, Mode};
+use rustix::fs::{CWD, Mode};
 
 use super::super::guests::Guests;
 use super::super::pool::Pool;
@@ -31,25 +31,6 @@ fn guest_of<R: Send + 'static>(guests: &Arc<Guests>, work: impl FnOnce() -> R + 
         let _ = send.send(work());
     });
     receive.recv_timeout(Duration::from_secs(30)).expect("the guest has to get its answers")
-}
-
-/// The node of a device in the real /dev, gone with the test.
-struct Node(PathBuf);
-
-impl Node {
-    fn new(folder: &str, device: DeviceNumber) -> Self {
-        let path = PathBuf::from(format!("{folder}/volcrypt-test-{}-{}", std::process::id(), device.minor));
-        let raw = rustix::fs::makedev(device.major, device.minor);
-        rustix::fs::mknodat(CWD, &path, FileType::BlockDevice, Mode::RUSR | Mode::WUSR, raw)
-            .expect("run the tests as root");
-        Node(path)
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
 }
 
 fn open_errno(path: &Path) -> Option<i32> {

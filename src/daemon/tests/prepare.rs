@@ -1,0 +1,76 @@
+use super::super::prepare::prepare;
+use super::*;
+
+const WRAPPER: &str = "/usr/libexec/volcrypt/emulators/qemu-system-x86_64";
+
+fn domain(emulator: &str, disk: &str) -> String {
+    format!("<domain type='kvm'><name>vm</name><devices><emulator>{emulator}</emulator>{disk}</devices></domain>")
+}
+
+fn block_disk(device: &str, path: &Path) -> String {
+    format!(
+        "<disk type='block' device='{device}'><source dev='{}'/><target dev='sda' bus='scsi'/></disk>",
+        path.display()
+    )
+}
+
+fn refused(broker: &Broker, xml: &str) -> String {
+    prepare(broker, "vm", xml).expect_err("this has to be refused").to_string()
+}
+
+#[test]
+fn a_domain_whose_disks_are_ready_may_start() {
+    let world = World::new();
+    let device = world.add_volume("ready", 21);
+    let node = Node::new("/dev", device);
+    let broker = world.broker(false);
+    broker.enrol(device).unwrap();
+    prepare(&broker, "vm", &domain(WRAPPER, &block_disk("disk", &node.0))).unwrap();
+    assert!(world.opened().is_empty(), "a mapping is made by QEMU's open only");
+}
+
+#[test]
+fn a_protected_disk_without_a_key_is_named() {
+    let world = World::new();
+    let node = Node::new("/dev", world.add_volume("keyless", 22));
+    let sentence = refused(&world.broker(false), &domain(WRAPPER, &block_disk("disk", &node.0)));
+    assert!(sentence.starts_with("disk sda: volume keyless on /dev/sd22 has no key"), "{sentence}");
+}
+
+#[test]
+fn an_emulator_that_is_not_the_wrapper_would_write_in_clear() {
+    let world = World::new();
+    let node = Node::new("/dev", world.add_volume("unwrapped", 23));
+    let broker = world.broker(true);
+    for emulator in ["/usr/bin/qemu-system-x86_64", "/usr/libexec/volcrypt/emulators/../qemu", ""] {
+        let sentence = refused(&broker, &domain(emulator, &block_disk("disk", &node.0)));
+        assert!(sentence.contains("unwrapped"), "{sentence}");
+    }
+    let other = domain("/usr/bin/qemu-system-x86_64", &block_disk("disk", Path::new("/dev/null")));
+    prepare(&broker, "vm", &other).unwrap();
+}
+
+#[test]
+fn ways_around_the_mapping_are_refused() {
+    let world = World::new();
+    let node = Node::new("/dev", world.add_volume("around", 24));
+    let broker = world.broker(true);
+    let sentence = refused(&broker, &domain(WRAPPER, &block_disk("lun", &node.0)));
+    assert!(sentence.contains("device='lun'"), "{sentence}");
+
+    let unit = "<disk type='network' device='disk'><source protocol='iscsi' name='iqn.2026-11.org.lab:volume-x/1'>\
+                <host name='storage'/></source><target dev='sdb'/></disk>";
+    let sentence = refused(&broker, &domain(WRAPPER, unit));
+    assert!(sentence.contains("QEMU's own iSCSI client"), "{sentence}");
+    prepare(&broker, "vm", &domain(WRAPPER, &unit.replace("/1'", "/2'"))).unwrap();
+}
+
+#[test]
+fn what_is_no_domain_is_refused_in_one_sentence() {
+    let world = World::new();
+    let broker = world.broker(true);
+    for xml in ["", "<domain>", "<domain/><domain/>", "<!DOCTYPE domain []><domain/>", "<x/>", "<a:domain/>", "\0"] {
+        let sentence = refused(&broker, xml);
+        assert!(sentence.starts_with("the domain's XML cannot be read: ") && !sentence.contains('\n'), "{sentence}");
+    }
+}

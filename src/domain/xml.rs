@@ -44,8 +44,9 @@ pub enum Source {
 }
 
 impl Domain {
-    /// Reads a domain's XML: only `domain/devices/disk`, and only elements that are libvirt's (those
-    /// without a namespace).
+    /// Reads a domain's XML as libvirt does: only `domain/devices/disk`, elements only if they are in no
+    /// namespace (its XPath asks for that), attributes whatever their namespace (libxml2's
+    /// `xmlGetProp` ignores it).
     ///
     /// # Errors
     /// When the text is not one well-formed document with a `<domain>` at its root.

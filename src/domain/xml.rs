@@ -54,7 +54,13 @@ impl Domain {
         let document = Document::parse(text).map_err(|error| InvalidXml(error.to_string()))?;
         let root = document.root_element();
         if !is(&root, "domain") {
-            return Err(InvalidXml(format!("the root element is <{}>, not <domain>", root.tag_name().name())));
+            let name = root.tag_name();
+            let namespace =
+                name.namespace().map(|namespace| format!(" of the namespace {namespace}")).unwrap_or_default();
+            return Err(InvalidXml(format!(
+                "the root element is <{}>{namespace}, not libvirt's <domain>",
+                name.name()
+            )));
         }
         let devices = child(&root, "devices");
         let devices_of = |name: &'static str| devices.into_iter().flat_map(move |node| children(node, name));

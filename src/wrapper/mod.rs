@@ -81,11 +81,11 @@ fn real_qemu(called_as: &OsStr, directories: &[&Path]) -> Result<PathBuf, String
 }
 
 /// libvirt asks an emulator for its abilities by starting it with the machine `none`, which has no
-/// disks; people ask for its version or its help.
+/// disks; people ask for its version or its help. Such a question stands alone: among other arguments
+/// it could be a text that the author of a domain chose, a kernel's command line for example.
 fn starts_no_guest(arguments: &[OsString]) -> bool {
-    let asks = ["-version", "--version", "-help", "--help", "-h"];
-    if arguments.iter().any(|argument| asks.iter().any(|ask| argument == ask)) {
-        return true;
+    if let [only] = arguments {
+        return ["-version", "--version", "-help", "--help", "-h"].iter().any(|ask| only == ask);
     }
     let opens_disk = arguments
         .iter()
@@ -134,6 +134,8 @@ mod tests {
             "-machine none -blockdev {}",
             "-machine pc -device none",
             "-name none",
+            "-machine pc -append -h",
+            "-machine pc -append --version",
         ] {
             assert!(!starts_no_guest(&arguments(line)), "{line}");
         }

@@ -32,10 +32,11 @@ case_a_domain_starts_with_one_protected_disk() {
 # `virsh shutdown` needs a guest with an operating system, which answers ACPI or runs an agent. What comes of
 # it is that QEMU closes its disks and ends by itself; the monitor's quit is the same without a guest.
 case_shutdown_leaves_nothing() {
-    virsh --quiet qemu-monitor-command one '{"execute": "quit"}' >/dev/null
+    # QEMU may be gone before its answer has arrived.
+    virsh --quiet qemu-monitor-command one '{"execute": "quit"}' >/dev/null 2>&1 || true
     wait_until 30 domain_is_off one
     nothing_left
-    expect_ciphertext prot-main 0
+    expect_ciphertext main 0
 }
 
 case_a_domain_starts_with_four_protected_disks() {
@@ -62,9 +63,9 @@ case_a_domain_starts_with_four_protected_disks() {
 case_destroy_leaves_nothing() {
     domain_destroy four
     nothing_left
-    expect_ciphertext prot-main 1 b1
-    expect_ciphertext prot-main 2 b2
-    expect_ciphertext prot-main 3 b3
+    expect_ciphertext main 1 b1
+    expect_ciphertext main 2 b2
+    expect_ciphertext main 3 b3
 }
 
 case_a_killed_qemu_leaves_nothing() {
@@ -77,7 +78,7 @@ case_a_killed_qemu_leaves_nothing() {
     kill -KILL "$(domain_pid four)"
     wait_until 30 domain_is_off four
     nothing_left
-    expect_ciphertext prot-main 1 c1
+    expect_ciphertext main 1 c1
     domain_undefine four
 }
 
@@ -90,10 +91,10 @@ case_attach_by_link_and_detach() {
     expect_only_mappings_open vm 4
     qemu_io vm sdb 'write -P 0xd4 8k 64k'
     qemu_io vm sdb 'flush'
-    expect_ciphertext prot-main 4 d4
+    expect_ciphertext main 4 d4
     disk_detach vm sdb
     nothing_left
-    expect_ciphertext prot-main 4 d4
+    expect_ciphertext main 4 d4
 }
 
 case_attach_by_device_reads_what_was_written() {
@@ -232,8 +233,8 @@ case_two_domains_share_one_mapping() {
     qemu_io other sdb 'write -P 0xf2 0 64k'
     domain_destroy other
     nothing_left
-    expect_ciphertext prot-main 3 f1
-    expect_ciphertext prot-main 3 f2
+    expect_ciphertext main 3 f1
+    expect_ciphertext main 3 f2
     domain_undefine other
 }
 
@@ -286,7 +287,7 @@ case_something_is_left_for_the_restart() {
     domain_start kept
     qemu_io kept sda 'write -P 0x5a 0 64k'
     qemu_io kept sda 'flush'
-    expect_ciphertext prot-kept 0 5a
+    expect_ciphertext kept 0 5a
     volcrypt volume show prot-kept-0 --json | jq 'del(.mapped)' >/root/kept-volume.json
     volcrypt key list --json >/root/kept-keys.json
 }

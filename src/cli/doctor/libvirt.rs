@@ -28,7 +28,7 @@ impl Host {
         let wrapper_is_first = path.and_then(|path| path.split(':').next()) == Some(EMULATORS);
         match (wrapper_is_first, self.exists(&drop_in(name))) {
             (true, _) => Finding::ok("libvirt's PATH", format!("{name} (process {pid}) finds the wrapper first")),
-            (false, true) => Finding::warn(
+            (false, true) => Finding::fail(
                 "libvirt's PATH",
                 format!("{name} was not restarted since volcrypt was installed: guests start without the wrapper"),
                 format!("systemctl restart {name} (running guests do not notice)"),
@@ -104,7 +104,7 @@ mod tests {
         assert_eq!(verdicts(&host), [Verdict::Ok, Verdict::Fail]);
         write(&host, OTHER_DROP_IN, "");
         let findings = host.libvirt_path();
-        assert_eq!(findings[1].verdict(), Verdict::Warn);
+        assert_eq!(findings[1].verdict(), Verdict::Fail);
         assert!(findings[1].to_string().contains("not restarted since"), "{}", findings[1]);
     }
 }

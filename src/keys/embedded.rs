@@ -58,7 +58,7 @@ impl EmbeddedKeyManager {
                 Reason::KeyDestroyed,
                 format!(
                     "the key of volume {0} was destroyed and its data can never be read again: to use the device anew, \
-                     run 'volcrypt volume withdraw {0}' and enrol it under another id",
+                     run 'volcrypt volume withdraw {0}' and have a rule give it another id",
                     info.volume
                 ),
             ));
@@ -155,7 +155,7 @@ impl EmbeddedKeyManager {
 fn no_key(volume: &VolumeId) -> Refusal {
     Refusal::new(
         Reason::NoKey,
-        format!("volume {volume} has no key: enrol it first with `volcrypt volume enrol {volume}`"),
+        format!("volume {volume} has no key here: if it was enrolled, restore the key store from backup"),
     )
 }
 

@@ -42,5 +42,7 @@ pub(super) fn corrupt(path: &Path, detail: &str) -> Refusal {
 }
 
 fn damaged(path: &dyn std::fmt::Display, detail: &str) -> String {
-    format!("{path} is damaged ({detail}): stop volcryptd, keep a copy and restore the database from backup")
+    format!(
+        "{path} is damaged ({detail}): stop volcryptd, keep a copy of it, remove {path}-wal and {path}-shm and put the backup in its place"
+    )
 }

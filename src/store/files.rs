@@ -88,6 +88,16 @@ fn check_owner(path: &Path, metadata: &fs::Metadata) -> Result<(), Refusal> {
     }
 }
 
+/// By what a file is known, wherever it is moved: device and inode.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct FileIdentity(u64, u64);
+
+/// The identity of the file at `path`.
+pub(super) fn identity(path: &Path) -> Result<FileIdentity, Refusal> {
+    let metadata = fs::symlink_metadata(path).map_err(|error| unusable(path, &error))?;
+    Ok(FileIdentity(metadata.dev(), metadata.ino()))
+}
+
 /// Whether a write-ahead log with something in it stands beside the database at `path`.
 pub(super) fn has_write_ahead_log(path: &Path) -> Result<bool, Refusal> {
     let mut log = path.as_os_str().to_owned();

@@ -72,6 +72,7 @@ impl Store {
     pub(crate) fn insert_key(&self, info: &KeyInfo, wrapped: &[u8]) -> Result<bool, Refusal> {
         let fault = |error| self.fault(&error);
         let mut connection = self.connection();
+        self.check_in_place()?;
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(fault)?;
         let present: bool = transaction
             .query_row("SELECT EXISTS (SELECT 1 FROM keys WHERE volume_id = ?1)", [info.volume.as_str()], |row| {
@@ -88,6 +89,7 @@ impl Store {
             )
             .map_err(fault)?;
         transaction.commit().map_err(fault)?;
+        self.merge_log(&connection);
         Ok(true)
     }
 
@@ -96,6 +98,7 @@ impl Store {
     pub(crate) fn destroy_keys(&self, volume: &VolumeId, now: i64) -> Result<bool, Refusal> {
         let fault = |error| self.fault(&error);
         let connection = self.connection();
+        self.check_in_place()?;
         connection
             .execute(
                 "UPDATE keys SET wrapped = NULL, destroyed_at = ?2 WHERE volume_id = ?1 AND destroyed_at IS NULL",
@@ -158,6 +161,7 @@ impl Store {
             .execute("INSERT INTO meta (name, value) VALUES (?1, ?2)", [KEK_CHECK, &check_value.to_string()])
             .map_err(fault)?;
         transaction.commit().map_err(fault)?;
+        self.merge_log(&connection);
         Ok(check_value)
     }
 

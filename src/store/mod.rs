@@ -35,6 +35,7 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Store {
     connection: Mutex<Connection>,
     path: PathBuf,
+    identity: files::FileIdentity,
 }
 
 impl Store {
@@ -51,11 +52,48 @@ impl Store {
 
     fn open_with(directory: &Path, migrations: &[Migration]) -> Result<Self, Refusal> {
         let path = files::prepare(directory)?;
-        let connection = match connect_for_writing(&path, migrations)? {
-            Some(connection) => connection,
-            None => connect_for_reading(&path, migrations)?,
-        };
-        Ok(Store { connection: Mutex::new(connection), path })
+        match connect_for_writing(&path, migrations)? {
+            Some(connection) => {
+                let store = Store::with(connection, path)?;
+                store.merge_log(&store.connection());
+                Ok(store)
+            }
+            None => Store::with(connect_for_reading(&path, migrations)?, path),
+        }
+    }
+
+    fn with(connection: Connection, path: PathBuf) -> Result<Self, Refusal> {
+        let identity = files::identity(&path)?;
+        Ok(Store { connection: Mutex::new(connection), path, identity })
+    }
+
+    /// Refuses to write to a file that is not the one at the path any more: a backup that was moved over
+    /// it would never see what is written now.
+    fn check_in_place(&self) -> Result<(), Refusal> {
+        match files::identity(&self.path) {
+            Ok(identity) if identity == self.identity => Ok(()),
+            _ => Err(Refusal::new(
+                Reason::StoreUnavailable,
+                format!(
+                    "{} was replaced while volcryptd had it open: run 'systemctl restart volcryptd'",
+                    self.path.display()
+                ),
+            )),
+        }
+    }
+
+    /// Merges the write-ahead log into the file and cuts it to nothing, so that the file alone is the
+    /// whole database: for a copy of it, for a backup put in its place, and for a file system that is
+    /// read-only later. What was committed is safe without, so a failure is only noted.
+    fn merge_log(&self, connection: &Connection) {
+        let merged = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, bool>(0));
+        match merged {
+            Ok(false) => {}
+            Ok(true) => {
+                tracing::warn!("{}-wal is not merged because another process reads the database", self.path.display())
+            }
+            Err(error) => tracing::warn!("{}-wal is not merged: {error}", self.path.display()),
+        }
     }
 
     /// Whether records can be read but not written, because the file system is read-only.

@@ -14,8 +14,16 @@ impl Store {
     /// Opens the database as if its file system were read-only.
     pub(crate) fn open_for_reading(directory: &Path) -> Result<Self, Refusal> {
         let path = files::prepare(directory)?;
-        let connection = Mutex::new(connect_for_reading(&path, schema::MIGRATIONS)?);
-        Ok(Store { connection, path })
+        Store::with(connect_for_reading(&path, schema::MIGRATIONS)?, path)
+    }
+
+    /// Keeps what is written from now on in the write-ahead log, as long as the reader lives that is
+    /// returned.
+    pub(crate) fn keep_log(&self) -> Connection {
+        self.connection().busy_timeout(Duration::ZERO).unwrap();
+        let reader = Connection::open(&self.path).unwrap();
+        reader.execute_batch("BEGIN; SELECT * FROM volumes").unwrap();
+        reader
     }
 
     /// Lets the database grow by no page more, as on a full disk; `false` lifts it.

@@ -102,6 +102,7 @@ impl Store {
     pub fn enrol(&self, record: &VolumeRecord) -> Result<(), Refusal> {
         let fault = |error| self.fault(&error);
         let mut connection = self.connection();
+        self.check_in_place()?;
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(fault)?;
 
         let query = format!("SELECT {COLUMNS} FROM volumes WHERE id = ?1");
@@ -163,7 +164,9 @@ impl Store {
                 ],
             )
             .map_err(fault)?;
-        transaction.commit().map_err(fault)
+        transaction.commit().map_err(fault)?;
+        self.merge_log(&connection);
+        Ok(())
     }
 
     /// Forgets that `volume` is enrolled, so that its device can be enrolled anew; its key is not
@@ -172,8 +175,12 @@ impl Store {
     /// # Errors
     /// [`Reason::StoreUnavailable`] when the database cannot be written.
     pub fn withdraw(&self, volume: &VolumeId) -> Result<bool, Refusal> {
-        let deleted = self.connection().execute("DELETE FROM volumes WHERE id = ?1", [volume.as_str()]);
-        Ok(deleted.map_err(|error| self.fault(&error))? > 0)
+        let connection = self.connection();
+        self.check_in_place()?;
+        let deleted = connection.execute("DELETE FROM volumes WHERE id = ?1", [volume.as_str()]);
+        let deleted = deleted.map_err(|error| self.fault(&error))?;
+        self.merge_log(&connection);
+        Ok(deleted > 0)
     }
 
     fn record(&self, row: VolumeRow) -> Result<VolumeRecord, Refusal> {

@@ -122,6 +122,7 @@ fn two_handles_see_each_others_records() {
 fn a_power_cut_loses_nothing_that_was_confirmed() {
     let directory = private_directory();
     let store = Store::open(directory.path()).unwrap();
+    let _reader = store.keep_log();
     let mut cuts = Vec::new();
     for number in 0..5 {
         store.enrol(&record(&format!("volume-{number}"))).unwrap();
@@ -136,13 +137,14 @@ fn a_power_cut_loses_nothing_that_was_confirmed() {
 fn a_torn_log_leaves_whole_records_only() {
     let directory = private_directory();
     let store = Store::open(directory.path()).unwrap();
-    // The tables first, so that only records are torn.
-    store.connection().execute_batch("PRAGMA wal_checkpoint(TRUNCATE)").unwrap();
+    // The tables are merged already, so only records are torn.
+    let _reader = store.keep_log();
     let expected: Vec<_> = (0..3).map(|number| record(&format!("volume-{number}"))).collect();
     for record in &expected {
         store.enrol(record).unwrap();
     }
     let length = fs::metadata(directory.path().join("volcrypt.db-wal")).unwrap().len();
+    assert!(length > 0);
     for cut in (0..=length).step_by(1021) {
         let copy = after_power_cut(directory.path());
         let log = fs::OpenOptions::new().write(true).open(copy.path().join("volcrypt.db-wal")).unwrap();
@@ -170,11 +172,37 @@ fn a_read_only_database_is_read_and_not_written() {
 fn a_log_that_cannot_be_merged_is_not_passed_over() {
     let directory = private_directory();
     let store = Store::open(directory.path()).unwrap();
+    let reader = store.keep_log();
     store.enrol(&record("one")).unwrap();
+    drop(reader);
     let copy = after_power_cut(directory.path());
     assert!(refused(Store::open_for_reading(copy.path())).contains("volcrypt.db-wal holds changes"));
     fs::write(copy.path().join("volcrypt.db-wal"), b"").unwrap();
-    assert!(!refused(Store::open_for_reading(copy.path())).contains("-wal"), "an empty log holds none");
+    assert_eq!(names(&Store::open_for_reading(copy.path()).unwrap()), [] as [&str; 0], "an empty log holds none");
+}
+
+#[test]
+fn the_file_alone_is_the_whole_database() {
+    let directory = private_directory();
+    let store = Store::open(directory.path()).unwrap();
+    store.enrol(&record("one")).unwrap();
+    store.enrol(&record("two")).unwrap();
+    store.withdraw(&record("two").id).unwrap();
+    let backup = private_directory();
+    fs::copy(directory.path().join("volcrypt.db"), backup.path().join("volcrypt.db")).unwrap();
+    assert_eq!(names(&Store::open(backup.path()).unwrap()), ["one"]);
+}
+
+#[test]
+fn nothing_is_written_to_a_file_that_was_replaced() {
+    let directory = private_directory();
+    let store = Store::open(directory.path()).unwrap();
+    store.enrol(&record("one")).unwrap();
+    let (file, backup) = (directory.path().join("volcrypt.db"), directory.path().join("backup"));
+    fs::copy(&file, &backup).unwrap();
+    fs::rename(&backup, &file).unwrap();
+    assert!(refused(store.enrol(&record("two"))).contains("was replaced"));
+    assert!(refused(store.withdraw(&record("one").id)).contains("was replaced"));
 }
 
 #[test]

@@ -144,7 +144,7 @@ fn the_status_is_what_the_daemon_says() {
     let daemon = FakeDaemon::new(json!({ "done": { "status": status } }), "");
     let outcome = daemon.run(&["status", "--json"]).unwrap();
     assert_eq!(serde_json::from_str::<Value>(&outcome.text).unwrap(), status);
-    assert_eq!(daemon.request(), json!({ "request": "status" }));
+    assert_eq!(daemon.request(), json!("status"));
 }
 
 #[test]
@@ -153,7 +153,7 @@ fn enrol_names_the_device_from_the_root_and_shows_the_record() {
     let outcome = daemon.run(&["volume", "enrol", "disk"]).unwrap();
     assert!(outcome.text.contains("device:          target iqn.2026-11.org.lab:v0, LUN 0\n"), "{}", outcome.text);
     let here = std::env::current_dir().unwrap().join("disk");
-    assert_eq!(daemon.request(), json!({ "request": "enrol", "device": here }));
+    assert_eq!(daemon.request(), json!({ "enrol": { "device": here } }));
 }
 
 #[test]
@@ -164,7 +164,7 @@ fn an_exported_key_is_a_new_file_for_its_owner_only() {
     assert_eq!(fs::read_to_string(&file).unwrap(), "the key");
     assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
     assert!(!outcome.text.contains("the key") && outcome.text.contains("vol-1"), "{}", outcome.text);
-    assert_eq!(daemon.request(), json!({ "request": "export-key", "id": "vol-1" }));
+    assert_eq!(daemon.request(), json!({ "export-key": { "id": "vol-1" } }));
 }
 
 #[test]

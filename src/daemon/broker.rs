@@ -102,7 +102,33 @@ impl Broker {
         // The device number may have been given to another device while all this went on; the
         // mapping holds it now, so what is there now stays.
         self.check_device(&self.devices.identify(device)?, &record)?;
-        Ok(Verdict::Mapping(protection.volume, opened))
+        // So may the volume have been withdrawn.
+        match self.vault()?.store.volume(volume)? == Some(record) {
+            true => Ok(Verdict::Mapping(protection.volume, opened)),
+            false => {
+                Err(Refusal::new(Reason::NoKey, format!("volume {volume} was withdrawn while it was being opened")))
+            }
+        }
+    }
+
+    /// Decides on a device that passes SCSI commands to `device`: around any encryption.
+    ///
+    /// # Errors
+    /// When `device` is protected.
+    pub fn pass_commands(&self, device: DeviceNumber) -> Result<Verdict, Refusal> {
+        let identity = self.devices.identify(device)?;
+        match self.config()?.decide(&identity) {
+            Decision::Pass => Ok(Verdict::LetThrough),
+            Decision::Refuse(refusal) => Err(refusal),
+            Decision::Protect(protection) => Err(Refusal::new(
+                Reason::NotAllowed,
+                format!(
+                    "{identity} is the protected volume {}, and a SCSI host device would pass commands around its \
+                     encryption: give it to the guest as a disk",
+                    protection.volume
+                ),
+            )),
+        }
     }
 
     /// Whether `identity` is protected, and if so, makes sure that it can be opened: the volume is
@@ -191,6 +217,7 @@ impl Broker {
             let vault = self.vault()?;
             if let Some(record) = vault.store.volume(volume)? {
                 self.check_device(identity, &record)?;
+                self.key(&record)?;
                 return Ok(record);
             }
             if !identity.size.is_multiple_of(profile.sector_size.into()) || identity.size == 0 {
@@ -221,6 +248,13 @@ impl Broker {
     }
 
     fn check_blank(&self, identity: &Identity, volume: &VolumeId) -> Result<(), Refusal> {
+        if let Some(user) = self.devices.user(identity.number) {
+            let sentence = format!(
+                "{user} has {identity} open, so volume {volume} is not enrolled: what it writes there would be lost; \
+                 detach the volume first"
+            );
+            return Err(Refusal::new(Reason::ForeignData, sentence));
+        }
         let device = self.devices.open_exclusively(identity).map_err(|error| match error.raw_os_error() {
             Some(libc::EBUSY) => Refusal::new(
                 Reason::ForeignData,

@@ -122,21 +122,26 @@ impl Control {
     /// volume could still be read.
     fn withdraw(&self, id: &VolumeId) -> Result<VolumeStatus, Refusal> {
         let record = self.record(id)?;
-        let volumes = self.volumes(vec![record])?;
-        match volumes.into_iter().next() {
-            Some(volume) if !volume.mapped => {
-                self.broker.vault()?.store.withdraw(id)?;
-                let record = serde_json::to_string(&volume.record).unwrap_or_default();
-                tracing::warn!(volume = %id, "withdrew volume {id}, whose key stays; its record was {record}");
-                Ok(volume)
-            }
-            _ => Err(Refusal::new(
+        let store = &self.broker.vault()?.store;
+        store.withdraw(id)?;
+        // An open that found the record before has made its mapping by now, or finds no record when
+        // it looks once more.
+        if self.is_mapped(id)? {
+            store.enrol(&record)?;
+            return Err(Refusal::new(
                 Reason::NotAllowed,
                 format!(
                     "volume {id} is in use on this host: detach it first; 'volcrypt status' shows from which domain"
                 ),
-            )),
+            ));
         }
+        let text = serde_json::to_string(&record).unwrap_or_default();
+        tracing::warn!(volume = %id, "withdrew volume {id}, whose key stays; its record was {text}");
+        Ok(VolumeStatus { record, mapped: false })
+    }
+
+    fn is_mapped(&self, id: &VolumeId) -> Result<bool, Refusal> {
+        Ok(self.broker.encryptor().mappings()?.iter().any(|mapping| mapping.volume == *id))
     }
 
     /// Writes a key into the client's file. It passes through no message and no buffer.

@@ -1,9 +1,14 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::time::{Duration, Instant};
 
+use crate::guest::{domain_name, processes, processes_with_open};
 use crate::refusal::Refusal;
 use crate::volume::{DeviceNumber, Identity, Sysfs};
+
+/// How long a process may have a device open without being its user.
+const GLANCE: Duration = Duration::from_secs(3);
 
 /// The block devices of a host.
 pub trait Devices: Send + Sync {
@@ -18,6 +23,9 @@ pub trait Devices: Send + Sync {
     /// # Errors
     /// `EBUSY` when something on the host has claimed it, `ENXIO` when its name is another device's.
     fn open_exclusively(&self, identity: &Identity) -> io::Result<File>;
+
+    /// Who has a device open, in words, if anybody has for longer than a glance.
+    fn user(&self, device: DeviceNumber) -> Option<String>;
 }
 
 /// Those of this host.
@@ -46,8 +54,29 @@ impl Devices for HostDevices {
     fn open_exclusively(&self, identity: &Identity) -> io::Result<File> {
         let file = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(identity.to_string())?;
         match DeviceNumber::from_raw(file.metadata()?.rdev()) == identity.number {
-            true => Ok(file),
+            true => {
+                // What the host's cache holds may be older than what another host wrote. It only can
+                // be dropped as long as nobody changes it here, and that was made sure of.
+                rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+                Ok(file)
+            }
             false => Err(io::Error::from_raw_os_error(libc::ENXIO)),
+        }
+    }
+
+    fn user(&self, device: DeviceNumber) -> Option<String> {
+        // udev opens a new device for a moment.
+        let end = Instant::now() + GLANCE;
+        loop {
+            let pids = processes().into_iter().filter(|pid| *pid != std::process::id()).collect::<Vec<_>>();
+            let user = processes_with_open(&pids, device).into_iter().next()?;
+            if Instant::now() > end {
+                return Some(match domain_name(user) {
+                    Some(name) => format!("domain {name} (pid {user})"),
+                    None => format!("process {user}"),
+                });
+            }
+            std::thread::sleep(Duration::from_millis(100));
         }
     }
 }

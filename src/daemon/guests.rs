@@ -2,6 +2,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::event::epoll;
@@ -9,8 +10,9 @@ use rustix::event::epoll;
 use crate::guest::domain_name;
 use crate::sys::seccomp::Listener;
 
-/// How many calls of one guest may be worked on at a time, so that no guest takes all threads.
-const AT_A_TIME: u32 = 4;
+/// How many calls of one guest may be worked on at a time, so that no guest takes all threads. QEMU opens
+/// its disks one after the other.
+const AT_A_TIME: u32 = 16;
 
 /// A registered QEMU.
 pub struct Guest {
@@ -18,13 +20,7 @@ pub struct Guest {
     pid: u32,
     listener: Listener,
     domain: OnceLock<Option<String>>,
-    in_work: Mutex<InWork>,
-}
-
-#[derive(Default)]
-struct InWork {
-    calls: u32,
-    paused: bool,
+    in_work: AtomicU32,
 }
 
 impl Guest {
@@ -41,6 +37,35 @@ impl Guest {
     /// The name of its domain, for people to read. Known as soon as the wrapper has become QEMU.
     pub fn domain(&self) -> Option<&str> {
         self.domain.get_or_init(|| domain_name(self.pid)).as_deref()
+    }
+
+    /// Counts one more call in work until the returned value is dropped; `None` when there are as many
+    /// as there may be.
+    pub fn begin_work(self: &Arc<Self>) -> Option<Work> {
+        // Only the one thread that receives calls counts up.
+        match self.in_work.load(Ordering::Relaxed) < AT_A_TIME {
+            true => {
+                self.in_work.fetch_add(1, Ordering::Relaxed);
+                Some(Work(Arc::clone(self)))
+            }
+            false => None,
+        }
+    }
+}
+
+/// A call that is worked on. It counts until it is dropped, also when working on it panicked.
+pub struct Work(Arc<Guest>);
+
+impl Work {
+    /// Whose call it is.
+    pub fn guest(&self) -> &Guest {
+        &self.0
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        self.0.in_work.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -92,7 +117,7 @@ impl Guests {
         let mut all = self.all();
         let number = all.next_number;
         all.next_number += 1;
-        let guest = Arc::new(Guest { number, pid, listener, domain: OnceLock::new(), in_work: Mutex::default() });
+        let guest = Arc::new(Guest { number, pid, listener, domain: OnceLock::new(), in_work: AtomicU32::new(0) });
         let data = epoll::EventData::new_u64(number);
         all.guests.insert(number, Arc::clone(&guest));
         if let Err(error) = epoll::add(&self.epoll, guest.listener.as_fd(), data, epoll::EventFlags::IN) {
@@ -139,32 +164,6 @@ impl Guests {
             }
         });
         Ok(happened.collect())
-    }
-
-    /// Counts one more call of `guest` in work. At its limit no further calls are received.
-    pub fn work_begins(&self, guest: &Guest) {
-        let mut in_work = guest.in_work.lock().unwrap_or_else(PoisonError::into_inner);
-        in_work.calls += 1;
-        if in_work.calls >= AT_A_TIME && !in_work.paused {
-            in_work.paused = true;
-            self.listen(guest, epoll::EventFlags::empty());
-        }
-    }
-
-    /// Counts one call of `guest` less in work.
-    pub fn work_ends(&self, guest: &Guest) {
-        let mut in_work = guest.in_work.lock().unwrap_or_else(PoisonError::into_inner);
-        in_work.calls -= 1;
-        if in_work.paused {
-            in_work.paused = false;
-            self.listen(guest, epoll::EventFlags::IN);
-        }
-    }
-
-    fn listen(&self, guest: &Guest, flags: epoll::EventFlags) {
-        let data = epoll::EventData::new_u64(guest.number);
-        // It fails for a guest that was removed meanwhile, which nobody listens to any more.
-        let _ = epoll::modify(&self.epoll, guest.listener.as_fd(), data, flags);
     }
 
     fn all(&self) -> MutexGuard<'_, Registered> {

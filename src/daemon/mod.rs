@@ -40,8 +40,8 @@ use crate::sys::memory;
 /// How many threads may answer guests and clients at the same time. A thread that waits for dead
 /// storage is lost until the storage answers, so there are many.
 const MOST_WORKERS: usize = 256;
-/// How many threads serve the two sockets.
-const MOST_CLIENTS: usize = 32;
+/// How many threads serve each of the two sockets.
+const MOST_CLIENTS: usize = 64;
 /// The deadline while the configuration, which would say it, is faulty.
 const FALLBACK_DEADLINE: Duration = Duration::from_secs(20);
 
@@ -94,11 +94,9 @@ fn run(options: &Options) -> io::Result<()> {
 
     let wrapper_socket = inherited.wrapper.map_or_else(|| bind(WRAPPER_SOCKET.as_ref(), 0o666), Ok)?;
     let control_socket = inherited.control.map_or_else(|| bind(CONTROL_SOCKET.as_ref(), 0o600), Ok)?;
-    let clients = Pool::new(MOST_CLIENTS);
     let control = Control::new(Arc::clone(&broker), Arc::clone(&guests));
-    let controlling = clients.clone();
-    start("control", move || control.serve(&control_socket, &controlling))?;
-    start("registrar", move || registrar.serve(&wrapper_socket, &clients))?;
+    start("control", move || control.serve(&control_socket, &Pool::new(MOST_CLIENTS)))?;
+    start("registrar", move || registrar.serve(&wrapper_socket, &Pool::new(MOST_CLIENTS)))?;
 
     service_manager::ready(&status);
     Server::new(broker, guests, Pool::new(MOST_WORKERS), open_deadline).serve()

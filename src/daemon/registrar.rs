@@ -45,7 +45,7 @@ impl Registrar {
             }
         }
         // Tracing ends with the thread that began it, whatever happens.
-        let interrupting = std::thread::spawn(move || {
+        let interrupting = std::thread::Builder::new().name("interrupt".to_owned()).spawn(move || {
             for tid in waiting {
                 match trace::interrupt(tid, INTERRUPT_DEADLINE) {
                     Ok(()) => tracing::info!(tid, "thread {tid} asks again for what it wants to open"),
@@ -55,8 +55,8 @@ impl Registrar {
                 }
             }
         });
-        if interrupting.join().is_err() {
-            tracing::error!("waiting opens were not interrupted");
+        if let Err(error) = interrupting {
+            tracing::error!("waiting opens are not interrupted: {error}");
         }
     }
 

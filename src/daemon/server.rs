@@ -15,7 +15,7 @@ use super::broker::{Broker, Verdict};
 use super::deadlines::Deadlines;
 use super::guests::{Event, Guest, Guests};
 use super::pool::Pool;
-use crate::guest::{BlockNode, Located, Malformed, OpenRequest, locate};
+use crate::guest::{Located, Node, OpenRequest, locate};
 use crate::refusal::Refusal;
 use crate::sys::seccomp::Notification;
 
@@ -69,32 +69,42 @@ impl Server {
         let due = Instant::now() + self.open_deadline;
         let request = match OpenRequest::read(&call) {
             Ok(request) => request,
-            Err(Malformed::ForTheKernel) => return settle(guest.listener().let_through(call.id)),
-            Err(Malformed::Unreadable(error)) => {
-                // A thread that is gone needs no answer; any other gets its refusal.
-                tracing::debug!(pid = guest.pid(), "a call of {guest} cannot be read: {error}");
-                return settle(guest.listener().refuse(call.id, libc::EACCES));
+            Err(error) => {
+                let errno = error.raw_os_error().unwrap_or(libc::EACCES);
+                // A thread that is gone needs no answer.
+                if guest.listener().refuse(call.id, errno).is_ok() {
+                    tracing::error!(
+                        pid = guest.pid(),
+                        errno,
+                        "an open of {guest} was refused because its arguments cannot be read: {error}"
+                    );
+                }
+                return;
             }
         };
-        if let Located::NotABlockDevice = locate(call.tid, &request, false) {
+        if let Located::NoVolume = locate(call.tid, &request, false) {
             return settle(guest.listener().let_through(call.id));
         }
+        let Some(work) = guest.begin_work() else {
+            tracing::error!(
+                pid = guest.pid(),
+                "{guest} was refused {:?} with ETIMEDOUT: too many earlier opens of it still wait for storage",
+                String::from_utf8_lossy(&request.path)
+            );
+            return settle(guest.listener().refuse(call.id, libc::ETIMEDOUT));
+        };
         self.deadlines.add(due, guest, call.id);
-        self.guests.work_begins(guest);
-        let (server, guest) = (Arc::clone(self), Arc::clone(guest));
-        self.pool.run(move || {
-            let work = Work { guests: &server.guests, guest: &guest };
-            server.decide(work.guest, &call, &request);
-        });
+        let server = Arc::clone(self);
+        self.pool.run(move || server.decide(work.guest(), &call, &request));
     }
 
     fn decide(&self, guest: &Guest, call: &Notification, request: &OpenRequest) {
         let listener = guest.listener();
         let path = String::from_utf8_lossy(&request.path);
         let node = match locate(call.tid, request, true) {
-            Located::NotABlockDevice => return settle(listener.let_through(call.id)),
-            Located::BlockDevice(node) => node,
+            Located::NoVolume => return settle(listener.let_through(call.id)),
             Located::WouldWait => return settle(listener.refuse(call.id, libc::EAGAIN)),
+            Located::Device(node) => node,
             Located::Unknown(error) => {
                 tracing::error!(pid = guest.pid(), "it cannot be told what {path:?} is for {guest}: {error}");
                 return settle(listener.refuse(call.id, error.raw_os_error().unwrap_or(libc::EACCES)));
@@ -130,24 +140,15 @@ impl Server {
         }
     }
 
-    fn judge(&self, node: &BlockNode, request: &OpenRequest) -> Result<Verdict, Refusal> {
+    fn judge(&self, node: &Node, request: &OpenRequest) -> Result<Verdict, Refusal> {
         // A mere handle reads and writes nothing, and opening it for real comes by here again.
         if request.is_path_only() {
             return Ok(Verdict::LetThrough);
         }
-        self.broker.open(node.device, node.permitted, request.device_flags())
-    }
-}
-
-/// Counts a call out of work, also when working on it panicked.
-struct Work<'a> {
-    guests: &'a Guests,
-    guest: &'a Guest,
-}
-
-impl Drop for Work<'_> {
-    fn drop(&mut self) {
-        self.guests.work_ends(self.guest);
+        match node.passes_commands {
+            true => self.broker.pass_commands(node.device),
+            false => self.broker.open(node.device, node.permitted, request.device_flags()),
+        }
     }
 }
 

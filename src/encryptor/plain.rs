@@ -6,7 +6,7 @@ use rustix::fs::OFlags;
 
 use super::device_mapper::{Device, DeviceMapper, is_gone};
 use super::locks::VolumeLocks;
-use super::table::{cipher_and_backing, crypt_target, key_description};
+use super::table::{cipher_and_backing, crypt_target, key_description, shows_the_same};
 use super::{Mapping, MappingSpec, VolumeEncryptor};
 use crate::keys::Key;
 use crate::refusal::{Reason, Refusal};
@@ -58,7 +58,8 @@ impl VolumeEncryptor for PlainEncryptor {
     fn sweep(&self) -> Result<Vec<String>, Refusal> {
         let mapper = connect()?;
         let mut swept = Vec::new();
-        for mapping in self.mappings()? {
+        // One that is flagged needs nothing, and its volume may be worked on for long.
+        for mapping in self.mappings()?.into_iter().filter(|mapping| !mapping.deferred_removal) {
             let discarded = self.locks.with(&mapping.volume, || match mapper.find(&mapping.name)? {
                 Some(device) if !device.deferred_removal => mapper.discard(&mapping.name).map(|()| true),
                 _ => Ok(false),
@@ -166,7 +167,7 @@ impl<'a> Opening<'a> {
         }
         let table = self.mapper.table(&self.name).map_err(|error| self.failed("look at mapping", error))?;
         let Some(table) = table else { return Ok(Standing::Gone) };
-        match table == [crypt_target(self.wanted)] {
+        match shows_the_same(&table, &[crypt_target(self.wanted)]) {
             true => Ok(Standing::AsExpected),
             false => Err(self.unexpected("its table is not the one that the volume's record asks for")),
         }

@@ -34,7 +34,23 @@ pub fn crypt_target(wanted: &MappingSpec<'_>) -> Target {
     if !options.is_empty() {
         parameters.push_str(&format!(" {} {}", options.len(), options.join(" ")));
     }
-    (0, size_bytes / 512, "crypt".to_owned(), parameters)
+    // A volume that grew by less than a unit of encryption is used up to its last whole one.
+    let usable = size_bytes - size_bytes % u64::from(record.sector_size);
+    (0, usable / 512, "crypt".to_owned(), parameters)
+}
+
+/// Whether both tables show the same data: one dm-crypt target with the same cipher, key, device,
+/// offsets and unit of encryption. The length may differ, for a volume that grew while it is mapped,
+/// and so may the options that only steer how dm-crypt works.
+pub fn shows_the_same(one: &[Target], other: &[Target]) -> bool {
+    let ([one], [other]) = (one, other) else { return false };
+    let what = |(start, _, kind, parameters): &Target| {
+        let words: Vec<String> = parameters.split(' ').map(str::to_owned).collect();
+        let (format, options) = words.split_at(words.len().min(5));
+        let matters = |option: &&String| option.starts_with("sector_size:") || *option == "iv_large_sectors";
+        (*start, kind.clone(), format.to_vec(), options.iter().filter(matters).cloned().collect::<Vec<_>>())
+    };
+    what(one) == what(other)
 }
 
 /// The cipher and the device beneath, of the parameters of a dm-crypt target.
@@ -102,6 +118,39 @@ mod tests {
             "aes-xts-plain64 :64:logon:volcrypt:v1 0 8:0 0 \
              5 allow_discards submit_from_crypt_cpus no_read_workqueue no_write_workqueue sector_size:4096"
         );
+    }
+
+    #[test]
+    fn only_what_changes_the_data_makes_another_table() {
+        let table =
+            |start, length, kind: &str, parameters: &str| vec![(start, length, kind.to_owned(), parameters.to_owned())];
+        let wanted = table(0, 2048, "crypt", "aes-xts-plain64 :64:logon:volcrypt:v1 0 8:16 0 1 sector_size:4096");
+        for same in [
+            table(0, 4096, "crypt", "aes-xts-plain64 :64:logon:volcrypt:v1 0 8:16 0 1 sector_size:4096"),
+            table(0, 2048, "crypt", "aes-xts-plain64 :64:logon:volcrypt:v1 0 8:16 0 2 allow_discards sector_size:4096"),
+        ] {
+            assert!(shows_the_same(&wanted, &same), "{same:?}");
+        }
+        for another in [
+            table(0, 2048, "linear", "aes-xts-plain64 :64:logon:volcrypt:v1 0 8:16 0 1 sector_size:4096"),
+            table(8, 2048, "crypt", "aes-xts-plain64 :64:logon:volcrypt:v1 0 8:16 0 1 sector_size:4096"),
+            table(0, 2048, "crypt", "aes-cbc-plain64 :64:logon:volcrypt:v1 0 8:16 0 1 sector_size:4096"),
+            table(0, 2048, "crypt", "aes-xts-plain64 :64:logon:volcrypt:v2 0 8:16 0 1 sector_size:4096"),
+            table(0, 2048, "crypt", "aes-xts-plain64 :64:logon:volcrypt:v1 8 8:16 0 1 sector_size:4096"),
+            table(0, 2048, "crypt", "aes-xts-plain64 :64:logon:volcrypt:v1 0 8:32 0 1 sector_size:4096"),
+            table(0, 2048, "crypt", "aes-xts-plain64 :64:logon:volcrypt:v1 0 8:16 8 1 sector_size:4096"),
+            table(0, 2048, "crypt", "aes-xts-plain64 :64:logon:volcrypt:v1 0 8:16 0"),
+            table(
+                0,
+                2048,
+                "crypt",
+                "aes-xts-plain64 :64:logon:volcrypt:v1 0 8:16 0 2 sector_size:4096 iv_large_sectors",
+            ),
+            [wanted.clone(), wanted.clone()].concat(),
+            Vec::new(),
+        ] {
+            assert!(!shows_the_same(&wanted, &another), "{another:?}");
+        }
     }
 
     #[test]

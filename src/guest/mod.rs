@@ -4,6 +4,6 @@ mod node;
 mod process;
 mod request;
 
-pub use node::{BlockNode, Located, block_device_at, locate};
-pub use process::{Credentials, domain_name, processes_with_open};
-pub use request::{Malformed, OpenRequest};
+pub use node::{Located, Node, block_device_at, locate};
+pub use process::{Credentials, domain_name, processes, processes_with_open};
+pub use request::OpenRequest;

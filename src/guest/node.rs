@@ -15,27 +15,33 @@ use crate::volume::DeviceNumber;
 /// serves itself (FUSE) could show any number and owner.
 const TMPFS_MAGIC: i64 = 0x0102_1994;
 
+/// How often a lookup is repeated that something renamed or mounted elsewhere on the host got in the
+/// way of: openat2(2) says `EAGAIN` then, for any path with `..` in it, as udev's links have.
+const LOOKUPS: usize = 100;
+
 /// What is at the place that a call wants to open.
 #[derive(Debug)]
 pub enum Located {
-    /// No block device, or nothing at all: volcrypt has no say in it.
-    NotABlockDevice,
-    /// A block device.
-    BlockDevice(BlockNode),
+    /// No device that holds or reaches a volume, or nothing at all: volcrypt has no say in it.
+    NoVolume,
+    /// A device that holds or reaches a volume.
+    Device(Node),
     /// It cannot be told what is there; the call must not go through.
     Unknown(io::Error),
     /// It cannot be told without waiting for a disk or a network.
     WouldWait,
 }
 
-/// A block device's node as the caller sees it.
+/// A device's node as the caller sees it.
 #[derive(Debug)]
-pub struct BlockNode {
-    /// The device.
+pub struct Node {
+    /// The block device.
     pub device: DeviceNumber,
     /// Whether the caller itself may open the node so. Only what libvirt gave to a guest has the
     /// guest's owner.
     pub permitted: bool,
+    /// Whether it is no block device itself but passes SCSI commands to one: /dev/sgN and the like.
+    pub passes_commands: bool,
 }
 
 /// Finds what `request` of thread `tid` would open, in that thread's own mount namespace and root.
@@ -45,9 +51,9 @@ pub fn locate(tid: u32, request: &OpenRequest, wait: bool) -> Located {
         Ok(node) => examine(tid, request, &node).unwrap_or_else(|error| Located::Unknown(error.into())),
         // The kernel says the same to the caller.
         Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::NAMETOOLONG | Errno::ACCESS | Errno::BADF) => {
-            Located::NotABlockDevice
+            Located::NoVolume
         }
-        Err(Errno::AGAIN) => Located::WouldWait,
+        Err(Errno::AGAIN) if !wait => Located::WouldWait,
         Err(error) => Located::Unknown(error.into()),
     }
 }
@@ -55,29 +61,31 @@ pub fn locate(tid: u32, request: &OpenRequest, wait: bool) -> Located {
 /// A handle on the place, made without opening what is there.
 fn open_node(tid: u32, request: &OpenRequest, wait: bool) -> rustix::io::Result<OwnedFd> {
     let handle = OFlags::PATH | OFlags::CLOEXEC;
-    let path = own_proc(tid, absolute(tid, request)?);
+    let path = as_the_caller(tid, &absolute(tid, request)?);
     let root = rustix::fs::open(format!("/proc/{tid}/root"), handle | OFlags::DIRECTORY, Mode::empty())?;
-    let mut resolve = ResolveFlags::IN_ROOT;
-    if !wait {
-        resolve |= ResolveFlags::CACHED;
-    }
-    match rustix::fs::openat2(&root, path.as_os_str(), handle, Mode::empty(), resolve) {
+    let (resolve, lookups) = match wait {
+        true => (ResolveFlags::IN_ROOT, LOOKUPS),
+        false => (ResolveFlags::IN_ROOT | ResolveFlags::CACHED, 1),
+    };
+    let lookup = || rustix::fs::openat2(&root, path.as_os_str(), handle, Mode::empty(), resolve);
+    let tried = (0..lookups).map(|_| lookup()).find(|outcome| !matches!(outcome, Err(Errno::AGAIN)));
+    match tried.unwrap_or(Err(Errno::AGAIN)) {
         // A magic link of proc(5), which no lookup below a root follows. /proc is the same for both
-        // processes, so it can be followed from here: /dev/fd/N and the like lead to it.
-        Err(Errno::XDEV) if wait => rustix::fs::open(magic_path(tid, &path), handle, Mode::empty()),
+        // processes, so it can be followed from here.
+        Err(Errno::XDEV) if wait => rustix::fs::open(from_here(tid, &path), handle, Mode::empty()),
         Err(Errno::XDEV) => Err(Errno::AGAIN),
         outcome => outcome,
     }
 }
 
 /// The path of the request, relative ones completed.
-fn absolute(tid: u32, request: &OpenRequest) -> rustix::io::Result<OsString> {
-    let path = OsString::from_vec(request.path.clone());
+fn absolute(tid: u32, request: &OpenRequest) -> rustix::io::Result<Vec<u8>> {
+    let path = &request.path;
     if path.is_empty() {
         return Err(Errno::NOENT);
     }
-    if path.as_bytes().starts_with(b"/") {
-        return Ok(path);
+    if path.starts_with(b"/") {
+        return Ok(path.clone());
     }
     let base = match request.directory {
         Some(descriptor) => format!("/proc/{tid}/fd/{descriptor}"),
@@ -85,65 +93,82 @@ fn absolute(tid: u32, request: &OpenRequest) -> rustix::io::Result<OsString> {
     };
     let mut absolute = rustix::fs::readlink(base, Vec::new()).map_err(|_| Errno::BADF)?.into_bytes();
     absolute.push(b'/');
-    absolute.extend_from_slice(path.as_bytes());
-    Ok(OsString::from_vec(absolute))
+    absolute.extend_from_slice(path);
+    Ok(absolute)
 }
 
-/// `/proc/self` and `/proc/thread-self` mean the caller, not the daemon.
-fn own_proc(tid: u32, path: OsString) -> OsString {
-    let bytes = path.as_bytes();
-    for own in [b"/proc/self/".as_slice(), b"/proc/thread-self/"] {
-        if let Some(rest) = bytes.strip_prefix(own) {
-            let mut replaced = format!("/proc/{tid}/").into_bytes();
-            replaced.extend_from_slice(rest);
-            return OsString::from_vec(replaced);
-        }
+/// The path with what means the caller itself (`/proc/self`, `/dev/fd`, `/dev/stdin`) put so that it means
+/// the caller when the daemon looks it up.
+fn as_the_caller(tid: u32, path: &[u8]) -> OsString {
+    let mut names: Vec<&[u8]> = path.split(|&byte| byte == b'/').filter(|name| !matches!(*name, b"" | b".")).collect();
+    // What ends in a slash has to be a directory; that stays to be said.
+    if path.ends_with(b"/") {
+        names.push(b"");
     }
-    path
+    let thread = tid.to_string();
+    let thread = thread.as_bytes();
+    let mut replaced: Vec<&[u8]> = match names.as_slice() {
+        [b"proc", b"self" | b"thread-self", ..] => vec![b"proc", thread],
+        [b"dev", b"fd", ..] => vec![b"proc", thread, b"fd"],
+        [b"dev", b"stdin"] => vec![b"proc", thread, b"fd", b"0"],
+        [b"dev", b"stdout"] => vec![b"proc", thread, b"fd", b"1"],
+        [b"dev", b"stderr"] => vec![b"proc", thread, b"fd", b"2"],
+        _ => Vec::new(),
+    };
+    let rest = if replaced.is_empty() { 0 } else { 2 };
+    replaced.extend(names.iter().skip(rest));
+    let mut whole = Vec::with_capacity(path.len() + 16);
+    for name in replaced {
+        whole.push(b'/');
+        whole.extend_from_slice(name);
+    }
+    if whole.is_empty() {
+        whole.push(b'/');
+    }
+    OsString::from_vec(whole)
 }
 
 /// Where a path that crosses a magic link is followed from the daemon's side.
-fn magic_path(tid: u32, path: &OsStr) -> OsString {
-    let bytes = path.as_bytes();
-    let standard = match bytes {
-        b"/dev/stdin" => Some(0),
-        b"/dev/stdout" => Some(1),
-        b"/dev/stderr" => Some(2),
-        _ => None,
-    };
-    match (standard, bytes.strip_prefix(b"/dev/fd/")) {
-        (Some(descriptor), _) => format!("/proc/{tid}/fd/{descriptor}").into(),
-        (_, Some(rest)) => {
-            let mut replaced = format!("/proc/{tid}/fd/").into_bytes();
-            replaced.extend_from_slice(rest);
-            OsString::from_vec(replaced)
-        }
-        _ if bytes.starts_with(b"/proc/") => path.to_owned(),
-        _ => {
-            let mut below_root = format!("/proc/{tid}/root").into_bytes();
-            below_root.extend_from_slice(bytes);
-            OsString::from_vec(below_root)
-        }
+fn from_here(tid: u32, path: &OsStr) -> OsString {
+    if path.as_bytes().starts_with(b"/proc/") {
+        return path.to_owned();
     }
+    let mut below_root = format!("/proc/{tid}/root").into_bytes();
+    below_root.extend_from_slice(path.as_bytes());
+    OsString::from_vec(below_root)
 }
 
 fn examine(tid: u32, request: &OpenRequest, node: &OwnedFd) -> rustix::io::Result<Located> {
     // What the kernel knows already is enough: a type never changes, and asking a dead NFS server
     // would hang.
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-    let status =
-        rustix::fs::statx(node, c"", flags, StatxFlags::TYPE | StatxFlags::MODE | StatxFlags::UID | StatxFlags::GID)?;
-    if FileType::from_raw_mode(status.stx_mode.into()) != FileType::BlockDevice {
-        return Ok(Located::NotABlockDevice);
-    }
-    let device = DeviceNumber { major: status.stx_rdev_major, minor: status.stx_rdev_minor };
+    let wanted = StatxFlags::TYPE | StatxFlags::MODE | StatxFlags::UID | StatxFlags::GID;
+    let status = rustix::fs::statx(node, c"", flags, wanted)?;
+    let number = DeviceNumber { major: status.stx_rdev_major, minor: status.stx_rdev_minor };
+    let (device, passes_commands) = match FileType::from_raw_mode(status.stx_mode.into()) {
+        FileType::BlockDevice => (number, false),
+        FileType::CharacterDevice => match block_device_behind(number) {
+            Some(device) => (device, true),
+            None => return Ok(Located::NoVolume),
+        },
+        _ => return Ok(Located::NoVolume),
+    };
     let on_tmpfs = rustix::fs::fstatfs(node)?.f_type as i64 == TMPFS_MAGIC;
     let nodev = rustix::fs::fstatvfs(node)?.f_flag.contains(StatVfsMountFlags::NODEV);
     let owned = Credentials::of_thread(tid).is_ok_and(|credentials| {
         let mode = u32::from(status.stx_mode);
         credentials.may_open(status.stx_uid, status.stx_gid, mode, request.reads(), request.writes())
     });
-    Ok(Located::BlockDevice(BlockNode { device, permitted: on_tmpfs && !nodev && owned }))
+    Ok(Located::Device(Node { device, permitted: on_tmpfs && !nodev && owned, passes_commands }))
+}
+
+/// The disk that a character device passes SCSI commands to: sg and bsg have it beside them in sysfs.
+fn block_device_behind(number: DeviceNumber) -> Option<DeviceNumber> {
+    let disks = fs::read_dir(format!("/sys/dev/char/{number}/device/block")).ok()?;
+    let disk = disks.flatten().next()?;
+    let text = fs::read_to_string(disk.path().join("dev")).ok()?;
+    let (major, minor) = text.trim_end().split_once(':')?;
+    Some(DeviceNumber { major: major.parse().ok()?, minor: minor.parse().ok()? })
 }
 
 /// The target of a path in the daemon's own view; used for paths that operators and libvirt give.
@@ -174,7 +199,7 @@ mod tests {
     #[test]
     fn files_and_nothing_are_no_block_devices() {
         for path in ["/", "/etc/passwd", "/nowhere/at/all", "/etc/passwd/x", "", "/dev/null", "Cargo.toml"] {
-            assert!(matches!(own(path), Located::NotABlockDevice), "{path}: {:?}", own(path));
+            assert!(matches!(own(path), Located::NoVolume), "{path}: {:?}", own(path));
         }
     }
 
@@ -187,6 +212,23 @@ mod tests {
         let name =
             rustix::fs::readlink(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&node)), Vec::new());
         assert_eq!(name.unwrap().as_bytes(), b"/etc/passwd");
+    }
+
+    #[test]
+    fn what_means_the_caller_never_means_the_daemon() {
+        for (path, meant) in [
+            ("/proc/self/fd/3", "/proc/7/fd/3"),
+            ("//proc/./thread-self/./root/x", "/proc/7/root/x"),
+            ("/dev/fd/3", "/proc/7/fd/3"),
+            ("/dev/fd/", "/proc/7/fd/"),
+            ("/dev/stderr", "/proc/7/fd/2"),
+            ("/dev/./sda/", "/dev/sda/"),
+            ("/a/../dev/fd/3", "/a/../dev/fd/3"),
+            ("/proc/selfish/x", "/proc/selfish/x"),
+            ("/", "/"),
+        ] {
+            assert_eq!(as_the_caller(7, path.as_bytes()), meant, "{path}");
+        }
     }
 
     #[test]

@@ -63,6 +63,12 @@ pub fn domain_name(pid: u32) -> Option<String> {
     Some(name.strip_prefix("guest=").map(str::to_owned).unwrap_or(name))
 }
 
+/// All processes of the host.
+pub fn processes() -> Vec<u32> {
+    let Ok(entries) = fs::read_dir("/proc") else { return Vec::new() };
+    entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
 /// Those of `pids` that have the block device open.
 pub fn processes_with_open(pids: &[u32], device: DeviceNumber) -> Vec<u32> {
     let has_open = |pid: &u32| {

@@ -23,33 +23,23 @@ pub struct OpenRequest {
     pub flags: OFlags,
 }
 
-/// Why a call could not be read.
-#[derive(Debug)]
-pub enum Malformed {
-    /// The kernel would refuse it as well, so let it.
-    ForTheKernel,
-    /// It could not be read although it may be in order.
-    Unreadable(io::Error),
-}
-
 impl OpenRequest {
     /// Reads what `call` asks for.
     ///
     /// # Errors
-    /// [`Malformed`].
-    pub fn read(call: &Notification) -> Result<Self, Malformed> {
+    /// The errno that the call deserves: `EFAULT` and `ENAMETOOLONG` for a path that cannot be read,
+    /// `EINVAL` for an openat2(2) that is too short. It is answered and never left to the kernel, which
+    /// might be able to read what the daemon was not.
+    pub fn read(call: &Notification) -> io::Result<Self> {
         let [first, second, third, fourth, ..] = call.arguments;
         let (directory, path, flags) = match call.number {
             libc::SYS_open => (libc::AT_FDCWD, first, second),
             libc::SYS_creat => (libc::AT_FDCWD, first, (libc::O_CREAT | libc::O_WRONLY | libc::O_TRUNC) as u64),
             libc::SYS_openat => (first as i32, second, third),
             libc::SYS_openat2 => (first as i32, second, read_how_flags(call.tid, third, fourth)?),
-            number => {
-                let error = io::Error::other(format!("system call {number} opens no file"));
-                return Err(Malformed::Unreadable(error));
-            }
+            number => return Err(io::Error::other(format!("system call {number} opens no file"))),
         };
-        let path = memory::read_c_string(call.tid, path, PATH_LIMIT).map_err(malformed)?;
+        let path = memory::read_c_string(call.tid, path, PATH_LIMIT)?;
         Ok(OpenRequest {
             directory: (directory != libc::AT_FDCWD).then_some(directory),
             path,
@@ -87,21 +77,14 @@ impl OpenRequest {
 }
 
 /// The flags in the `struct open_how` (openat2(2)) at `address`.
-fn read_how_flags(tid: u32, address: u64, size: u64) -> Result<u64, Malformed> {
-    let mut flags = [0; 8];
+fn read_how_flags(tid: u32, address: u64, size: u64) -> io::Result<u64> {
     if size < 24 {
-        return Err(Malformed::ForTheKernel);
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
-    match memory::read(tid, address, &mut flags).map_err(malformed)? {
+    let mut flags = [0; 8];
+    match memory::read(tid, address, &mut flags)? {
         8 => Ok(u64::from_ne_bytes(flags)),
-        _ => Err(Malformed::ForTheKernel),
-    }
-}
-
-fn malformed(error: io::Error) -> Malformed {
-    match error.raw_os_error() {
-        Some(libc::EFAULT | libc::ENAMETOOLONG) => Malformed::ForTheKernel,
-        _ => Malformed::Unreadable(error),
+        _ => Err(io::Error::from_raw_os_error(libc::EFAULT)),
     }
 }
 
@@ -137,15 +120,19 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_refuses_is_left_to_it() {
+    fn what_cannot_be_read_gets_the_errno_of_the_kernel() {
         let long = std::ffi::CString::new("x".repeat(5000)).unwrap();
         let at = libc::AT_FDCWD as u64;
-        for arguments in [[at, 0, 0, 0, 0, 0], [at, address(&long), 0, 0, 0, 0]] {
-            let outcome = OpenRequest::read(&call(libc::SYS_openat, arguments));
-            assert!(matches!(outcome, Err(Malformed::ForTheKernel)), "{outcome:?}");
-        }
         let small_how = [at, address(c"/dev/sda"), address(c""), 8, 0, 0];
-        assert!(matches!(OpenRequest::read(&call(libc::SYS_openat2, small_how)), Err(Malformed::ForTheKernel)));
+        for (number, arguments, errno) in [
+            (libc::SYS_openat, [at, 0, 0, 0, 0, 0], libc::EFAULT),
+            (libc::SYS_openat, [at, address(&long), 0, 0, 0, 0], libc::ENAMETOOLONG),
+            (libc::SYS_openat2, small_how, libc::EINVAL),
+            (libc::SYS_openat2, [at, address(c"/dev/sda"), 0, 24, 0, 0], libc::EFAULT),
+        ] {
+            let error = OpenRequest::read(&call(number, arguments)).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(errno));
+        }
     }
 
     #[test]

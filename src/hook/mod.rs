@@ -87,7 +87,12 @@ fn refuse_protected(config: &Config, domain: &str, xml: &str) -> Result<(), Stri
         let identity = match &disk.source {
             Source::Path(path) => match block_device_at(path) {
                 Ok(device) => sysfs.identify(device).map_err(|refusal| refusal.to_string())?,
-                Err(_) => continue,
+                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTBLK | libc::ENOENT | libc::ENOTDIR)) => {
+                    continue;
+                }
+                Err(error) => {
+                    return Err(format!("disk {}: {} cannot be looked at: {error}", disk.target, path.display()));
+                }
             },
             Source::IscsiUnit { target, lun } => Identity::of_iscsi_unit(target, *lun),
             Source::Other => continue,

@@ -241,9 +241,9 @@ pub enum CallError {
 }
 
 impl CallError {
-    /// Whether the daemon cannot be reached, as opposed to a daemon that says no.
+    /// Whether nobody listens, as opposed to a daemon that says no or takes its time.
     pub fn is_daemon_down(&self) -> bool {
-        !matches!(self, CallError::Refused { .. })
+        matches!(self, CallError::Unreachable { .. })
     }
 }
 

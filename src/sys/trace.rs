@@ -19,17 +19,25 @@ pub fn interrupt(tid: u32, deadline: Duration) -> io::Result<()> {
     // SAFETY: this request takes no pointers.
     check(unsafe { libc::ptrace(libc::PTRACE_INTERRUPT, thread, none, none) })?;
     let end = Instant::now() + deadline;
+    let mut status = 0;
     loop {
-        // SAFETY: the status is not asked for, so no pointer is written to.
-        match unsafe { libc::waitpid(thread, std::ptr::null_mut(), libc::WNOHANG | libc::__WALL) } {
+        // SAFETY: the status is written to a local variable.
+        match unsafe { libc::waitpid(thread, &mut status, libc::WNOHANG | libc::__WALL) } {
             0 if Instant::now() > end => return Err(io::ErrorKind::TimedOut.into()),
             0 => std::thread::sleep(Duration::from_millis(1)),
             -1 => return Err(io::Error::last_os_error()),
             _ => break,
         }
     }
-    // SAFETY: this request takes no pointers.
-    check(unsafe { libc::ptrace(libc::PTRACE_DETACH, thread, none, none) })
+    // A signal that arrived at the same time stopped the thread before it was delivered; it is handed
+    // on. PTRACE_EVENT_STOP is the stop that was asked for.
+    let signal = match status >> 16 {
+        0 if libc::WIFSTOPPED(status) => libc::WSTOPSIG(status),
+        _ => 0,
+    };
+    let signal = std::ptr::without_provenance_mut::<libc::c_void>(signal as usize);
+    // SAFETY: this request takes the number of a signal in the place of a pointer.
+    check(unsafe { libc::ptrace(libc::PTRACE_DETACH, thread, none, signal) })
 }
 
 fn check(result: libc::c_long) -> io::Result<()> {

@@ -38,29 +38,34 @@ pub fn main() -> ExitCode {
 
 fn become_qemu(called_as: &OsStr, arguments: &[OsString]) -> Result<std::convert::Infallible, String> {
     let qemu = real_qemu(called_as, &REAL_DIRECTORIES.map(Path::new))?;
-    if !starts_no_guest(arguments) && !may_go_unguarded(arguments) {
-        register()?;
+    if !starts_no_guest(arguments) {
+        match UnixStream::connect(WRAPPER_SOCKET) {
+            Ok(stream) => register(&stream)?,
+            Err(_) if may_go_unguarded(arguments) => {}
+            Err(error) => return Err(unreachable_daemon(&error)),
+        }
     }
     let error = Command::new(&qemu).arg0(called_as).args(arguments).exec();
     Err(format!("{} cannot be executed: {error}", qemu.display()))
 }
 
-fn register() -> Result<(), String> {
-    let unreachable = |error: std::io::Error| {
-        format!(
-            "volcryptd cannot be reached on {WRAPPER_SOCKET} ({error}), so the domain is not started: run 'systemctl status volcryptd' to see why"
-        )
-    };
-    let stream = UnixStream::connect(WRAPPER_SOCKET).map_err(unreachable)?;
-    stream.set_read_timeout(Some(REGISTRATION_DEADLINE)).map_err(unreachable)?;
-    stream.set_write_timeout(Some(REGISTRATION_DEADLINE)).map_err(unreachable)?;
+fn register(stream: &UnixStream) -> Result<(), String> {
+    stream.set_read_timeout(Some(REGISTRATION_DEADLINE)).map_err(|error| unreachable_daemon(&error))?;
+    stream.set_write_timeout(Some(REGISTRATION_DEADLINE)).map_err(|error| unreachable_daemon(&error))?;
     // From here on every open of this process waits for the daemon, so there is none before exec.
     let listener = seccomp::install_filter().map_err(|error| {
         format!("the kernel does not let opens be handed to volcryptd ({error}): run 'volcrypt doctor'")
     })?;
-    registration::hand_over(&stream, &listener).map_err(|error| {
+    registration::hand_over(stream, &listener).map_err(|error| {
         format!("volcryptd did not take this domain ({error}), so it is not started: run 'journalctl -u volcryptd' to see why")
     })
+}
+
+fn unreachable_daemon(error: &std::io::Error) -> String {
+    format!(
+        "volcryptd cannot be reached on {WRAPPER_SOCKET} ({error}), so the domain is not started: run 'systemctl status \
+         volcryptd' to see why"
+    )
 }
 
 /// The emulator of the same name outside the folder of our links.

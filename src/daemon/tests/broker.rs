@@ -143,3 +143,24 @@ fn a_size_that_is_no_multiple_of_the_sector_size_is_refused_before_anything_is_k
     assert!(refusal.to_string().contains("sector_size = 4096"), "{refusal}");
     assert!(broker.vault().unwrap().keys.list().unwrap().is_empty());
 }
+
+#[test]
+fn a_device_that_somebody_has_open_is_not_enrolled() {
+    let mut world = World::new();
+    let device = world.add_volume("one", 0);
+    world.in_use = true;
+    let refusal = world.broker(true).enrol(device).unwrap_err();
+    assert_eq!(refusal.errno(), libc::EMEDIUMTYPE);
+    assert!(refusal.to_string().starts_with("process 1 has /dev/sd0 open"), "{refusal}");
+    assert!(world.broker(true).vault().unwrap().keys.list().unwrap().is_empty());
+}
+
+#[test]
+fn scsi_commands_reach_no_protected_volume() {
+    let world = World::new();
+    let (device, other) = (world.add_volume("one", 0), world.add_volume("two", 1));
+    world.change(other, |identity| identity.lun = Some(2));
+    let broker = world.broker(true);
+    assert_eq!(refusal(broker.pass_commands(device)).errno(), libc::EACCES);
+    assert!(matches!(broker.pass_commands(other).unwrap(), Verdict::LetThrough));
+}

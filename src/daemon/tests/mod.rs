@@ -38,13 +38,21 @@ struct World {
     opened: Arc<Mutex<Vec<String>>>,
     delay: Duration,
     mapped: bool,
+    in_use: bool,
 }
 
 impl World {
     fn new() -> Self {
         let folder = Arc::new(tempfile::tempdir().unwrap());
         std::fs::write(folder.path().join("mapping"), ON_THE_MAPPING).unwrap();
-        World { folder, devices: Arc::default(), opened: Arc::default(), delay: Duration::ZERO, mapped: false }
+        World {
+            folder,
+            devices: Arc::default(),
+            opened: Arc::default(),
+            delay: Duration::ZERO,
+            mapped: false,
+            in_use: false,
+        }
     }
 
     /// Adds LUN 1 of the target of volume `id` as device `minor`, blank.
@@ -107,6 +115,10 @@ impl Devices for World {
 
     fn open_exclusively(&self, identity: &Identity) -> io::Result<File> {
         File::open(self.folder.path().join(&identity.name))
+    }
+
+    fn user(&self, _device: DeviceNumber) -> Option<String> {
+        self.in_use.then(|| "process 1".to_owned())
     }
 }
 

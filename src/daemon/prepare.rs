@@ -5,6 +5,7 @@ use std::path::Path;
 use super::broker::{Broker, no_such_device};
 use crate::domain::{Disk, Domain, Source};
 use crate::guest::block_device_at;
+use crate::policy::OtherEmulators;
 use crate::protocol::EMULATOR_DIRECTORY;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::{Identity, VolumeId};
@@ -15,13 +16,19 @@ use crate::volume::{Identity, VolumeId};
 /// When a protected disk could not be opened, or would be opened past its mapping.
 pub fn prepare(broker: &Broker, name: &str, xml: &str) -> Result<(), Refusal> {
     let domain = Domain::parse(xml).map_err(|error| Refusal::new(Reason::Configuration, error.to_string()))?;
+    if let Ok(config) = broker.config()
+        && !config.rules().is_empty()
+        && config.hook.other_emulators == OtherEmulators::Refuse
+    {
+        check_emulator(name, &domain, "protected volumes attached to it")?;
+    }
     for disk in &domain.disks {
         let refused = |refusal: Refusal| in_disk(disk, &refusal);
         match &disk.source {
             Source::Path(path) => {
                 if let Some(volume) = prepare_path(broker, path).map_err(refused)? {
                     check_disk(disk, &volume).map_err(refused)?;
-                    check_emulator(name, &domain, &volume)?;
+                    check_emulator(name, &domain, &format!("the protected volume {volume}"))?;
                     tracing::info!(domain = name, volume = %volume, "volume {volume} is ready for disk {} of domain {name}", disk.target);
                 }
             }
@@ -67,23 +74,23 @@ fn check_disk(disk: &Disk, volume: &VolumeId) -> Result<(), Refusal> {
     }
 }
 
-fn check_emulator(name: &str, domain: &Domain, volume: &VolumeId) -> Result<(), Refusal> {
-    match &domain.emulator {
-        Some(emulator) if emulator.parent() == Some(Path::new(EMULATOR_DIRECTORY)) => Ok(()),
-        Some(emulator) => Err(Refusal::new(
-            Reason::NotAllowed,
-            format!(
-                "domain {name} runs {} and would write to the protected volume {volume} unencrypted: run 'virsh edit \
-                 {name}' and make that {EMULATOR_DIRECTORY}/{}",
-                emulator.display(),
-                emulator.file_name().unwrap_or_default().display()
-            ),
-        )),
-        None => Err(Refusal::new(
-            Reason::NotAllowed,
-            format!("domain {name} names no emulator, so it cannot be told whether it encrypts volume {volume}"),
-        )),
+/// Whether the domain runs the wrapper. Any other emulator opens devices as they are; `what` it would
+/// write to is for the sentence.
+fn check_emulator(name: &str, domain: &Domain, what: &str) -> Result<(), Refusal> {
+    let emulator = domain.emulator.as_deref().unwrap_or(Path::new(""));
+    if emulator.parent() == Some(Path::new(EMULATOR_DIRECTORY)) {
+        return Ok(());
     }
+    let emulator_name = emulator.file_name().unwrap_or_else(|| "qemu-system-x86_64".as_ref());
+    Err(Refusal::new(
+        Reason::NotAllowed,
+        format!(
+            "domain {name} runs the emulator {:?} and would write to {what} unencrypted: run 'virsh edit {name}' and make \
+             that {EMULATOR_DIRECTORY}/{}",
+            emulator.display().to_string(),
+            emulator_name.display()
+        ),
+    ))
 }
 
 fn in_disk(disk: &Disk, refusal: &Refusal) -> Refusal {

@@ -12,16 +12,16 @@ pub struct Domain {
     pub uuid: Option<String>,
     /// The program that runs it.
     pub emulator: Option<PathBuf>,
-    /// Its disks, in the order of the document.
+    /// Its disks, in the order of the document, and then its host devices, which may be SCSI units.
     pub disks: Vec<Disk>,
 }
 
-/// A `<disk>` of a domain.
+/// A `<disk>` or a `<hostdev>` of a domain.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Disk {
     /// The name the guest's bus gives it, for example `sda`: unique within the domain.
     pub target: String,
-    /// The `device` attribute: `disk`, `lun`, `cdrom` or `floppy`.
+    /// The `device` attribute: `disk`, `lun`, `cdrom` or `floppy`; `hostdev` for a host device.
     pub device: String,
     /// Where its data is.
     pub source: Source,
@@ -68,7 +68,7 @@ impl Domain {
             name: text_of(&root, "name").unwrap_or_default(),
             uuid: text_of(&root, "uuid"),
             emulator: devices.and_then(|node| text_of(&node, "emulator")).map(PathBuf::from),
-            disks: devices_of("disk").map(|disk| Disk::read(&disk)).collect(),
+            disks: devices_of("disk").chain(devices_of("hostdev")).map(|disk| Disk::read(&disk)).collect(),
         })
     }
 }
@@ -78,7 +78,7 @@ impl Disk {
         let target = child(disk, "target").and_then(|target| target.attribute("dev")).unwrap_or("without a target");
         Disk {
             target: target.to_owned(),
-            device: disk.attribute("device").unwrap_or("disk").to_owned(),
+            device: disk.attribute("device").unwrap_or(disk.tag_name().name()).to_owned(),
             source: child(disk, "source").map_or(Source::Other, |source| Source::read(&source)),
         }
     }

@@ -68,6 +68,8 @@ pub struct DaemonConfig {
 pub struct HookConfig {
     /// What becomes of domains that start while the daemon cannot be reached.
     pub when_daemon_unreachable: WhenUnreachable,
+    /// What becomes of domains that run another emulator than the wrapper, once there are rules.
+    pub other_emulators: OtherEmulators,
     /// How long the hook waits for the daemon: 1 to 300 seconds.
     pub deadline: Duration,
 }
@@ -76,9 +78,19 @@ impl Default for HookConfig {
     fn default() -> Self {
         HookConfig {
             when_daemon_unreachable: WhenUnreachable::Refuse,
+            other_emulators: OtherEmulators::Refuse,
             deadline: Duration::from_secs(DEFAULT_HOOK_DEADLINE),
         }
     }
+}
+
+/// What becomes of domains that run another emulator than the wrapper.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OtherEmulators {
+    /// They do not start.
+    Refuse,
+    /// They start unless they have a protected disk; what is attached to them later is not encrypted.
+    Start,
 }
 
 /// What becomes of domains that start while the daemon cannot be reached.
@@ -240,21 +252,32 @@ fn daemon(table: DaemonTable) -> Result<DaemonConfig, Fault> {
 }
 
 fn hook(table: HookTable) -> Result<HookConfig, Fault> {
-    let when_daemon_unreachable = match table.when_daemon_unreachable {
-        None => WhenUnreachable::Refuse,
-        Some(word) => match word.get_ref().as_str() {
-            "refuse" => WhenUnreachable::Refuse,
-            "start-unprotected" => WhenUnreachable::StartUnprotected,
-            other => {
-                let sentence = format!(
-                    "when_daemon_unreachable = {other:?} is not known; use \"refuse\" or \"start-unprotected\""
-                );
-                return Err(Fault::new(word.span(), sentence));
-            }
-        },
-    };
+    let when_daemon_unreachable = word(
+        "when_daemon_unreachable",
+        table.when_daemon_unreachable,
+        [("refuse", WhenUnreachable::Refuse), ("start-unprotected", WhenUnreachable::StartUnprotected)],
+    )?;
+    let other_emulators = word(
+        "other_emulators",
+        table.other_emulators,
+        [("refuse", OtherEmulators::Refuse), ("start", OtherEmulators::Start)],
+    )?;
     let deadline = seconds("deadline_seconds", table.deadline_seconds, DEFAULT_HOOK_DEADLINE, 1..=300)?;
-    Ok(HookConfig { when_daemon_unreachable, deadline })
+    Ok(HookConfig { when_daemon_unreachable, other_emulators, deadline })
+}
+
+/// One of two words; the first one is the default.
+fn word<T>(key: &str, value: Option<Spanned<String>>, words: [(&str, T); 2]) -> Result<T, Fault> {
+    let [(first, default), (second, other)] = words;
+    match value {
+        None => Ok(default),
+        Some(word) if word.get_ref() == first => Ok(default),
+        Some(word) if word.get_ref() == second => Ok(other),
+        Some(word) => {
+            let sentence = format!("{key} = {:?} is not known; use {first:?} or {second:?}", word.get_ref());
+            Err(Fault::new(word.span(), sentence))
+        }
+    }
 }
 
 fn seconds(

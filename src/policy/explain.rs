@@ -1,10 +1,11 @@
-use super::config::{Config, KeyManagerConfig, WhenUnreachable};
+use super::config::{Config, KeyManagerConfig, OtherEmulators, WhenUnreachable};
 use super::rule::Rule;
 
 impl Config {
     /// The configuration in plain words, a line for each setting, with the warnings at the end.
     pub fn explain(&self) -> String {
         let mut lines = vec![self.keys(), self.deadlines(), self.users(), self.without_daemon()];
+        lines.extend(self.without_wrapper());
         if self.rules().is_empty() {
             lines.push("No volume is protected: there is no rule.".to_owned());
         }
@@ -70,6 +71,18 @@ impl Config {
             }
         };
         format!("While the daemon cannot be reached, {what}.")
+    }
+
+    fn without_wrapper(&self) -> Option<String> {
+        // Nothing is asked of a domain where nothing is protected.
+        (!self.rules().is_empty()).then(|| match self.hook.other_emulators {
+            OtherEmulators::Refuse => "Domains that run another emulator than the wrapper do not start.".to_owned(),
+            OtherEmulators::Start => {
+                "Domains that run another emulator than the wrapper start unless they have a protected disk, and \
+                 protected volumes that are attached to them later are written in clear."
+                    .to_owned()
+            }
+        })
     }
 
     fn unused_profiles(&self) -> impl Iterator<Item = String> {

@@ -38,6 +38,7 @@ pub(super) struct DaemonTable {
 #[serde(default, deny_unknown_fields)]
 pub(super) struct HookTable {
     pub(super) when_daemon_unreachable: Option<Spanned<String>>,
+    pub(super) other_emulators: Option<Spanned<String>>,
     pub(super) deadline_seconds: Option<Spanned<i64>>,
 }
 

@@ -10,7 +10,8 @@ mod rule;
 mod template;
 
 pub use config::{
-    Config, DEFAULT_DIRECTORY, DEFAULT_PATH, DaemonConfig, HookConfig, KeyManagerConfig, WhenUnreachable,
+    Config, DEFAULT_DIRECTORY, DEFAULT_PATH, DaemonConfig, HookConfig, KeyManagerConfig, OtherEmulators,
+    WhenUnreachable,
 };
 pub use decision::{Decision, Protection};
 pub use error::ConfigError;

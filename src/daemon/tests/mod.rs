@@ -78,9 +78,14 @@ impl World {
     }
 
     fn broker(&self, create_keys: bool) -> Broker {
+        self.broker_saying(create_keys, "")
+    }
+
+    /// A broker whose configuration has `more` in it.
+    fn broker_saying(&self, create_keys: bool, more: &str) -> Broker {
         let state = self.folder.path().join("state");
         let text = format!(
-            "[key_manager]\ndirectory = {state:?}\n[[rules]]\nname = \"lab\"\n\
+            "{more}[key_manager]\ndirectory = {state:?}\n[[rules]]\nname = \"lab\"\n\
              iscsi_target = 'iqn\\.2026-11\\.org\\.lab:volume-(?<id>.*)'\nlun = 1\ncreate_keys = {create_keys}\n"
         );
         self.broker_with(&text)

@@ -41,13 +41,17 @@ fn a_protected_disk_without_a_key_is_named() {
 fn an_emulator_that_is_not_the_wrapper_would_write_in_clear() {
     let world = World::new();
     let node = Node::new("/dev", world.add_volume("unwrapped", 23));
-    let broker = world.broker(true);
+    let other = block_disk("disk", Path::new("/dev/null"));
+    let lax = || world.broker_saying(true, "[hook]\nother_emulators = \"start\"\n");
     for emulator in ["/usr/bin/qemu-system-x86_64", "/usr/libexec/volcrypt/emulators/../qemu", ""] {
-        let sentence = refused(&broker, &domain(emulator, &block_disk("disk", &node.0)));
-        assert!(sentence.contains("unwrapped"), "{sentence}");
+        let sentence = refused(&world.broker(true), &domain(emulator, &other));
+        assert!(sentence.contains("attached to it") && sentence.contains("virsh edit vm"), "{sentence}");
+        prepare(&lax(), "vm", &domain(emulator, &other)).unwrap();
+        let sentence = refused(&lax(), &domain(emulator, &block_disk("disk", &node.0)));
+        assert!(sentence.contains("the protected volume unwrapped"), "{sentence}");
     }
-    let other = domain("/usr/bin/qemu-system-x86_64", &block_disk("disk", Path::new("/dev/null")));
-    prepare(&broker, "vm", &other).unwrap();
+    // Where nothing is protected, nothing is asked.
+    prepare(&world.broker_with(""), "vm", &domain("/usr/bin/qemu-system-x86_64", &other)).unwrap();
 }
 
 #[test]
@@ -63,6 +67,11 @@ fn ways_around_the_mapping_are_refused() {
     let sentence = refused(&broker, &domain(WRAPPER, unit));
     assert!(sentence.contains("QEMU's own iSCSI client"), "{sentence}");
     prepare(&broker, "vm", &domain(WRAPPER, &unit.replace("/1'", "/2'"))).unwrap();
+
+    let host_device = "<hostdev mode='subsystem' type='scsi'>\
+                       <source protocol='iscsi' name='iqn.2026-11.org.lab:volume-x/1'/></hostdev>";
+    let sentence = refused(&broker, &domain(WRAPPER, host_device));
+    assert!(sentence.contains("QEMU's own iSCSI client"), "{sentence}");
 }
 
 #[test]

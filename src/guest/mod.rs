@@ -5,5 +5,5 @@ mod process;
 mod request;
 
 pub use node::{Located, Node, block_device_at, locate};
-pub use process::{Credentials, domain_name, processes, processes_with_open};
+pub use process::{domain_name, processes, processes_with_open};
 pub use request::OpenRequest;

@@ -7,7 +7,8 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatVfsMountFlags, StatxFlags};
 use rustix::io::Errno;
 
-use super::{Credentials, OpenRequest};
+use super::OpenRequest;
+use super::process::{file_system_user, may_open};
 use crate::volume::DeviceNumber;
 
 /// `TMPFS_MAGIC` of `linux/magic.h`; devtmpfs reports the same. libvirt makes a guest's nodes on
@@ -48,7 +49,7 @@ pub struct Node {
 /// With `wait` false, nothing that is not in the kernel's caches is asked for.
 pub fn locate(tid: u32, request: &OpenRequest, wait: bool) -> Located {
     match open_node(tid, request, wait) {
-        Ok(node) => examine(tid, request, &node).unwrap_or_else(|error| Located::Unknown(error.into())),
+        Ok(handle) => examine(tid, request, &handle).unwrap_or_else(|error| Located::Unknown(error.into())),
         // The kernel says the same to the caller.
         Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::NAMETOOLONG | Errno::ACCESS | Errno::BADF) => {
             Located::NoVolume
@@ -58,8 +59,14 @@ pub fn locate(tid: u32, request: &OpenRequest, wait: bool) -> Located {
     }
 }
 
-/// A handle on the place, made without opening what is there.
-fn open_node(tid: u32, request: &OpenRequest, wait: bool) -> rustix::io::Result<OwnedFd> {
+/// A handle on a place, made without opening what is there.
+struct Handle {
+    node: OwnedFd,
+    /// Whether the way there may have left the caller's mount namespace.
+    crossed: bool,
+}
+
+fn open_node(tid: u32, request: &OpenRequest, wait: bool) -> rustix::io::Result<Handle> {
     let handle = OFlags::PATH | OFlags::CLOEXEC;
     let path = as_the_caller(tid, &absolute(tid, request)?);
     let root = rustix::fs::open(format!("/proc/{tid}/root"), handle | OFlags::DIRECTORY, Mode::empty())?;
@@ -71,10 +78,14 @@ fn open_node(tid: u32, request: &OpenRequest, wait: bool) -> rustix::io::Result<
     let tried = (0..lookups).map(|_| lookup()).find(|outcome| !matches!(outcome, Err(Errno::AGAIN)));
     match tried.unwrap_or(Err(Errno::AGAIN)) {
         // A magic link of proc(5), which no lookup below a root follows. /proc is the same for both
-        // processes, so it can be followed from here.
-        Err(Errno::XDEV) if wait => rustix::fs::open(from_here(tid, &path), handle, Mode::empty()),
+        // processes, so it can be followed from here. It is followed with the daemon's rights, and may
+        // lead to another process's files.
+        Err(Errno::XDEV) if wait => {
+            let node = rustix::fs::open(from_here(tid, &path), handle, Mode::empty())?;
+            Ok(Handle { node, crossed: true })
+        }
         Err(Errno::XDEV) => Err(Errno::AGAIN),
-        outcome => outcome,
+        outcome => Ok(Handle { node: outcome?, crossed: false }),
     }
 }
 
@@ -138,11 +149,12 @@ fn from_here(tid: u32, path: &OsStr) -> OsString {
     OsString::from_vec(below_root)
 }
 
-fn examine(tid: u32, request: &OpenRequest, node: &OwnedFd) -> rustix::io::Result<Located> {
+fn examine(tid: u32, request: &OpenRequest, handle: &Handle) -> rustix::io::Result<Located> {
+    let node = &handle.node;
     // What the kernel knows already is enough: a type never changes, and asking a dead NFS server
     // would hang.
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-    let wanted = StatxFlags::TYPE | StatxFlags::MODE | StatxFlags::UID | StatxFlags::GID;
+    let wanted = StatxFlags::TYPE | StatxFlags::MODE | StatxFlags::UID | StatxFlags::MNT_ID;
     let status = rustix::fs::statx(node, c"", flags, wanted)?;
     let number = DeviceNumber { major: status.stx_rdev_major, minor: status.stx_rdev_minor };
     let (device, passes_commands) = match FileType::from_raw_mode(status.stx_mode.into()) {
@@ -155,11 +167,18 @@ fn examine(tid: u32, request: &OpenRequest, node: &OwnedFd) -> rustix::io::Resul
     };
     let on_tmpfs = rustix::fs::fstatfs(node)?.f_type as i64 == TMPFS_MAGIC;
     let nodev = rustix::fs::fstatvfs(node)?.f_flag.contains(StatVfsMountFlags::NODEV);
-    let owned = Credentials::of_thread(tid).is_ok_and(|credentials| {
-        let mode = u32::from(status.stx_mode);
-        credentials.may_open(status.stx_uid, status.stx_gid, mode, request.reads(), request.writes())
+    let owned = file_system_user(tid).is_ok_and(|user| {
+        may_open(user, status.stx_uid, u32::from(status.stx_mode), request.reads(), request.writes())
     });
-    Ok(Located::Device(Node { device, permitted: on_tmpfs && !nodev && owned, passes_commands }))
+    let own_mount = !handle.crossed || has_mount(tid, status.stx_mnt_id).unwrap_or(false);
+    Ok(Located::Device(Node { device, permitted: on_tmpfs && !nodev && owned && own_mount, passes_commands }))
+}
+
+/// Whether the mount namespace of thread `tid` has the mount with this number: proc_pid_mountinfo(5).
+fn has_mount(tid: u32, mount: u64) -> io::Result<bool> {
+    let mounts = fs::read(format!("/proc/{tid}/mountinfo"))?;
+    let number = format!("{mount} ");
+    Ok(mounts.split(|&byte| byte == b'\n').any(|line| line.starts_with(number.as_bytes())))
 }
 
 /// The disk that a character device passes SCSI commands to: sg and bsg have it beside them in sysfs.
@@ -208,7 +227,7 @@ mod tests {
         let directory = fs::File::open("/etc").unwrap();
         let mut wanted = request("passwd");
         wanted.directory = Some(std::os::fd::AsRawFd::as_raw_fd(&directory));
-        let node = open_node(std::process::id(), &wanted, true).unwrap();
+        let node = open_node(std::process::id(), &wanted, true).unwrap().node;
         let name =
             rustix::fs::readlink(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&node)), Vec::new());
         assert_eq!(name.unwrap().as_bytes(), b"/etc/passwd");
@@ -232,14 +251,23 @@ mod tests {
     }
 
     #[test]
+    fn only_the_callers_own_mounts_count() {
+        let own = std::process::id();
+        let status = rustix::fs::statx(rustix::fs::CWD, c"/etc", AtFlags::empty(), StatxFlags::MNT_ID).unwrap();
+        assert!(has_mount(own, status.stx_mnt_id).unwrap());
+        assert!(!has_mount(own, 1 << 40).unwrap());
+    }
+
+    #[test]
     fn magic_links_are_followed_in_the_callers_name() {
         let opened = fs::File::open("/etc/passwd").unwrap();
         let number = std::os::fd::AsRawFd::as_raw_fd(&opened);
         for path in
             [format!("/proc/self/fd/{number}"), format!("/dev/fd/{number}"), "/proc/self/root/etc/passwd".into()]
         {
-            let node =
-                open_node(std::process::id(), &request(&path), true).unwrap_or_else(|error| panic!("{path}: {error}"));
+            let handle = open_node(std::process::id(), &request(&path), true);
+            let Handle { node, crossed } = handle.unwrap_or_else(|error| panic!("{path}: {error}"));
+            assert!(crossed, "{path}");
             let link = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&node));
             assert_eq!(rustix::fs::readlink(link, Vec::new()).unwrap().as_bytes(), b"/etc/passwd", "{path}");
             assert!(matches!(locate(std::process::id(), &request(&path), false), Located::WouldWait), "{path}");

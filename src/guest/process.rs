@@ -4,50 +4,28 @@ use std::os::unix::fs::MetadataExt;
 
 use crate::volume::DeviceNumber;
 
-/// The file-system identity of a thread, by which the kernel judges what it may open.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Credentials {
-    /// The user.
-    pub uid: u32,
-    /// The group.
-    pub gid: u32,
-    /// Further groups.
-    pub groups: Vec<u32>,
+/// The user by which the kernel judges what thread `tid` may open.
+///
+/// # Errors
+/// When the thread is gone.
+pub fn file_system_user(tid: u32) -> io::Result<u32> {
+    let status = fs::read_to_string(format!("/proc/{tid}/status"))?;
+    parse_file_system_user(&status)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/status is not as proc(5) says"))
 }
 
-impl Credentials {
-    /// Those of thread `tid`.
-    ///
-    /// # Errors
-    /// When the thread is gone.
-    pub fn of_thread(tid: u32) -> io::Result<Self> {
-        let status = fs::read_to_string(format!("/proc/{tid}/status"))?;
-        Self::parse(&status)
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/status is not as proc(5) says"))
-    }
+/// proc_pid_status(5): `Uid:` holds the real, effective, saved and file-system id.
+fn parse_file_system_user(status: &str) -> Option<u32> {
+    let line = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+    line.split_whitespace().nth(3)?.parse().ok()
+}
 
-    /// proc_pid_status(5): `Uid:` and `Gid:` hold real, effective, saved and file-system id.
-    fn parse(status: &str) -> Option<Self> {
-        let line = |name: &str| status.lines().find_map(|line| line.strip_prefix(name));
-        let number = |text: &str| text.parse::<u32>().ok();
-        Some(Credentials {
-            uid: number(line("Uid:")?.split_whitespace().nth(3)?)?,
-            gid: number(line("Gid:")?.split_whitespace().nth(3)?)?,
-            groups: line("Groups:")?.split_whitespace().map(number).collect::<Option<_>>()?,
-        })
-    }
-
-    /// Whether a file of this owner, group and mode may be opened so. Root may open anything.
-    pub fn may_open(&self, owner: u32, group: u32, mode: u32, reads: bool, writes: bool) -> bool {
-        let needed = u32::from(reads) * 4 + u32::from(writes) * 2;
-        let granted = match () {
-            () if self.uid == 0 => 7,
-            () if self.uid == owner => mode >> 6,
-            () if self.gid == group || self.groups.contains(&group) => mode >> 3,
-            () => mode,
-        };
-        granted & needed == needed
-    }
+/// Whether `user` may open a file of this owner and mode as its owner. Root may open anything. The
+/// rights of groups and others do not count: libvirt gives a disk to a guest by making it the owner
+/// of the node.
+pub fn may_open(user: u32, owner: u32, mode: u32, reads: bool, writes: bool) -> bool {
+    let needed = u32::from(reads) * 0o400 + u32::from(writes) * 0o200;
+    user == 0 || (user == owner && mode & needed == needed)
 }
 
 /// The name of the domain that QEMU process `pid` runs, as libvirt put it on the command line
@@ -88,23 +66,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_file_system_ids_count() {
-        let status = "Name:\tqemu\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nFDSize:\t64\nGroups:\t9 10 \n";
-        assert_eq!(Credentials::parse(status), Some(Credentials { uid: 4, gid: 8, groups: vec![9, 10] }));
-        assert_eq!(Credentials::parse("Uid:\t1\n"), None);
-        let own = Credentials::of_thread(std::process::id()).unwrap();
-        assert_eq!(own.uid, rustix::process::geteuid().as_raw());
+    fn the_file_system_id_counts() {
+        assert_eq!(parse_file_system_user("Name:\tqemu\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\n"), Some(4));
+        assert_eq!(parse_file_system_user("Uid:\t1\n"), None);
+        assert_eq!(file_system_user(std::process::id()).unwrap(), rustix::process::geteuid().as_raw());
     }
 
     #[test]
-    fn permission_is_judged_as_the_kernel_does() {
-        let guest = Credentials { uid: 64055, gid: 64055, groups: vec![103] };
-        assert!(guest.may_open(64055, 6, 0o600, true, true));
-        assert!(!guest.may_open(0, 6, 0o660, true, false));
-        assert!(guest.may_open(0, 103, 0o660, true, true));
-        assert!(!guest.may_open(64055, 103, 0o060, true, false), "the owner's bits come first");
-        assert!(guest.may_open(0, 0, 0o004, true, false));
-        assert!(!guest.may_open(0, 0, 0o004, true, true));
-        assert!(Credentials { uid: 0, gid: 0, groups: vec![] }.may_open(1, 1, 0, true, true));
+    fn only_the_owner_of_a_node_was_given_it() {
+        let guest = 64055;
+        assert!(may_open(guest, guest, 0o600, true, true));
+        assert!(!may_open(guest, guest, 0o400, true, true));
+        assert!(!may_open(guest, guest, 0o066, true, false));
+        assert!(!may_open(guest, 0, 0o666, true, false), "what everybody may open was given to nobody");
+        assert!(may_open(0, guest, 0, true, true));
     }
 }

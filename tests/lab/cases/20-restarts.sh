@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Whatever is restarted while guests run, the daemon above all: the guests run on, and an open that waits
 # meanwhile is answered.
+# limit: 600
 
 # The daemon's process; 0 while there is none.
 daemon_pid() {
@@ -17,9 +18,9 @@ stored_listeners() {
 
 # alive: domain `re` is the QEMU that was started, runs and answers.
 alive() {
-    expect_eq "$(virsh --quiet domstate re)" running 'domain re'
     expect_eq "$(domain_pid re)" "$(cat /run/lab-re.pid)" 'process of domain re'
-    expect_contains "$(virsh --quiet qemu-monitor-command re --hmp 'info status')" running 'the monitor'
+    expect_eq "$(virsh --quiet "domstate re; qemu-monitor-command re --hmp 'info status'" | tr -s '\r\n' ' ')" \
+        'running VM status: running ' 'domain re'
 }
 
 # A thread of domain `re` waits in openat (257 on x86-64).
@@ -61,15 +62,14 @@ attach_outcome() {
     nothing_left
 }
 
-# works TARGET_DEV: what is written can be read.
+# works TARGET_DEV: what is written, each time another byte, can be read.
 works() {
-    qemu_io re "$1" "write -P 0xab $((RANDOM % 64))k 1k" >/dev/null
-    qemu_io re "$1" 'write -P 0xcd 128k 4k' >/dev/null
-    qemu_io re "$1" 'read -P 0xcd 128k 4k' >/dev/null
+    local byte=$((RANDOM % 255 + 1))
+    qemu_io re "$1" "write -P $byte 128k 4k" >/dev/null
+    qemu_io re "$1" "read -P $byte 128k 4k" >/dev/null
 }
 
-# kill_at STRACE_OPTION...: starts an attach and has the daemon killed as it enters a system call. Prints
-# when the call is entered, so that a moment that never came is seen.
+# kill_at STRACE_OPTION...: starts an attach and has the daemon killed as it enters a system call.
 kill_at() {
     local daemon strace
     daemon=$(daemon_pid)
@@ -77,23 +77,47 @@ kill_at() {
     strace=$!
     wait_until 20 grep -q "TracerPid:[[:space:]]*$strace\$" "/proc/$daemon/status"
     attach_begin
-    wait_until 60 test ! -e "/proc/$daemon"
+    if ! (wait_until 60 test ! -e "/proc/$daemon"); then
+        kill "$strace"
+        fail "the daemon was not killed at $*"
+    fi
     wait "$strace" || true
-    grep -q 'killed by SIGKILL' /run/lab-re.strace || fail "the daemon was not killed at $*"
 }
 
-case_prepare() {
-    protect
-    volume_create re 8 2
-    domain_define re
-    domain_start re
-    domain_pid re >/run/lab-re.pid
+# ready: domain `re` runs. Sets it up if it is not there, as at the beginning and after a failure.
+ready() {
+    local mapping
+    if [ "$(virsh --quiet domstate re 2>/dev/null)" != running ]; then
+        for mapping in $(mappings); do
+            dmsetup remove "$mapping"
+        done
+        systemctl start volcryptd
+        protect
+        volume_create re 8 2
+        domain_define re
+        domain_start re
+        domain_pid re >/run/lab-re.pid
+        expect_eq "$(stored_listeners)" 1 'stored listeners'
+    fi
     alive
-    expect_eq "$(stored_listeners)" 1 'stored listeners'
+}
+
+# with_sda: and has the disk sda, whose first 64 KiB are 0x5a.
+with_sda() {
+    ready
+    only_sda && return
+    disk_attach re "$(lun_path prot-re 0)" sda
+    qemu_io re sda 'write -P 0x5a 0 64k'
+}
+
+# only_sda: the mapping of the disk sda is there, and no other.
+only_sda() {
+    [ "$(mappings)" = volcrypt-prot-re-0 ]
 }
 
 case_killed_at_ten_times_of_an_attach() {
     local begun length part
+    ready
     begun=$(date +%s%N)
     disk_attach re "$(lun_path prot-re 1)" sdb
     length=$((($(date +%s%N) - begun) / 1000000))
@@ -107,63 +131,60 @@ case_killed_at_ten_times_of_an_attach() {
     done
 }
 
-case_killed_inside_the_open() {
-    local control=/dev/mapper/control listener='anon_inode:seccomp notify'
-    echo 'as the call is received'
-    kill_at -P "$listener" -e inject=ioctl:signal=KILL:when=1
-    attach_outcome
-    expect_eq "$CODE" 0 "$OUTPUT"
-    echo 'before it looks for the mapping'
-    kill_at -P "$control" -e inject=ioctl:signal=KILL:when=1
-    attach_outcome
-    expect_eq "$CODE" 0 "$OUTPUT"
-    echo 'before it makes the mapping'
-    kill_at -P "$control" -e inject=ioctl:signal=KILL:when=2
-    attach_outcome
-    expect_eq "$CODE" 0 "$OUTPUT"
-    echo 'when the mapping has no table'
-    kill_at -P "$control" -e inject=ioctl:signal=KILL:when=3
-    attach_outcome
-    expect_eq "$CODE" 0 "$OUTPUT"
-    echo 'when its table is loaded'
-    kill_at -P "$control" -e inject=ioctl:signal=KILL:when=4
-    attach_outcome
-    expect_eq "$CODE" 0 "$OUTPUT"
-    echo 'before it opens the mapping'
-    kill_at -P /dev/dm-0 -e inject=openat:signal=KILL:when=1
-    attach_outcome
-    expect_eq "$CODE" 0 "$OUTPUT"
-    echo 'before the mapping is flagged for removal'
-    kill_at -P /dev/dm-0 -e inject=fstat,newfstatat:signal=KILL:when=1
-    attach_outcome
-    expect_eq "$CODE" 0 "$OUTPUT"
-    echo 'before it hands the mapping over'
-    kill_at -P "$listener" -e inject=ioctl:signal=KILL:when=2
-    attach_outcome
-    expect_eq "$CODE" 0 "$OUTPUT"
-    echo 'when the mapping is handed over'
-    kill_at -e inject=sendmsg,sendto:signal=KILL:when=1
+# killed_at MOMENT STRACE_OPTION...: the attach succeeds all the same, by the daemon's successor.
+killed_at() {
+    echo "killed $1"
+    shift
+    kill_at "$@"
     attach_outcome
     expect_eq "$CODE" 0 "$OUTPUT"
 }
 
-# The daemon has received the call, and so has its successor, which dies as well, and so on.
+case_killed_inside_the_open() {
+    local control=/dev/mapper/control listener='anon_inode:seccomp notify'
+    ready
+    killed_at 'as it receives the call' -P "$listener" -e inject=ioctl:signal=KILL:when=1
+    killed_at 'before it looks for the mapping' -P "$control" -e inject=ioctl:signal=KILL:when=1
+    killed_at 'before it makes the mapping' -P "$control" -e inject=ioctl:signal=KILL:when=2
+    killed_at 'when the table is loaded' -P "$control" -e inject=ioctl:signal=KILL:when=4
+    killed_at 'before it opens the mapping' -P /dev/dm-0 -e inject=open,openat:signal=KILL:when=1
+    killed_at 'before it flags the mapping for removal' -P /dev/dm-0 -e inject=fstat,newfstatat:signal=KILL:when=1
+    killed_at 'before it hands the mapping over' -P "$listener" -e inject=ioctl:signal=KILL:when=2
+    killed_at 'after it handed the mapping over' -e inject=sendmsg,sendto:signal=KILL:when=1
+}
+
+case_killed_before_the_mapping_has_a_table() {
+    ready
+    killed_at 'before it loads the table' -P /dev/mapper/control -e inject=ioctl:signal=KILL:when=3
+}
+
+# The daemon has received the call and dies, and its successors die before they are ready to receive it.
 case_killed_again_and_again() {
-    local since
+    local since before
+    ready
     since=$(date +@%s)
+    before=$(daemon_pid)
     kill_at -P /dev/mapper/control -e inject=ioctl:signal=KILL:when=1
     for _ in 1 2 3 4; do
-        wait_until 20 daemon_active
-        systemctl kill --signal=KILL volcryptd
+        wait_until 20 another_daemon_than "$before"
+        before=$(daemon_pid)
+        kill -KILL "$before" || true
     done
     attach_outcome
     expect_eq "$CODE" 0 "$OUTPUT"
     expect_contains "$(journal_since "$since")" 'asks again for what it wants to open' 'the journal'
 }
 
+another_daemon_than() {
+    local daemon
+    daemon=$(daemon_pid)
+    [ "$daemon" != 0 ] && [ "$daemon" != "$1" ]
+}
+
 # A call that no daemon has received yet.
 case_killed_before_it_receives() {
     local daemon
+    ready
     daemon=$(daemon_pid)
     kill -STOP "$daemon"
     attach_begin
@@ -175,6 +196,7 @@ case_killed_before_it_receives() {
 
 case_detach_while_the_daemon_hangs() {
     local daemon
+    ready
     disk_attach re "$(lun_path prot-re 1)" sdb
     works sdb
     daemon=$(daemon_pid)
@@ -184,10 +206,8 @@ case_detach_while_the_daemon_hangs() {
     kill -CONT "$daemon"
 }
 
-# The disk sda stays from here on.
 case_restarted_with_a_disk() {
-    disk_attach re "$(lun_path prot-re 0)" sda
-    qemu_io re sda 'write -P 0x5a 0 64k'
+    with_sda
     systemctl restart volcryptd
     expect_eq "$(stored_listeners)" 1 'stored listeners'
     qemu_io re sda 'read -P 0x5a 0 64k'
@@ -198,12 +218,8 @@ case_restarted_with_a_disk() {
     alive
 }
 
-# only_sda: the mapping of the disk sda, and no other.
-only_sda() {
-    [ "$(mappings)" = volcrypt-prot-re-0 ]
-}
-
 case_stopped_with_a_disk() {
+    with_sda
     disk_attach re "$(lun_path prot-re 1)" sdb
     systemctl stop volcryptd
     expect_eq "$(stored_listeners)" 1 'stored listeners'
@@ -227,6 +243,7 @@ case_stopped_with_a_disk() {
 }
 
 case_libvirtd_restarted() {
+    with_sda
     systemctl restart libvirtd
     wait_until 60 virsh --quiet list
     alive
@@ -244,10 +261,11 @@ case_upgraded_with_a_disk() {
     local daemon born reading code=0
     local packages=(/lab/files/volcrypt_*.deb)
     [ -f "${packages[0]}" ] || fail 'there is no package in /lab/files'
+    with_sda
     daemon=$(daemon_pid)
     born=$(cat /sys/block/dm-*/diskseq)
     while qemu_io re sda 'read -P 0x5a 0 64k' && qemu_io re sda 'write -P 0xa5 64k 4k' &&
-        qemu_io re sda 'read -P 0xa5 64k 4k' && [ ! -e /run/lab-re.upgraded ]; do :; done >/dev/null &
+        qemu_io re sda 'read -P 0xa5 64k 4k' && [ ! -e /run/lab-re.upgraded ]; do sleep 1; done >/dev/null &
     reading=$!
     DEBIAN_FRONTEND=noninteractive dpkg --install --force-confold "${packages[0]}" || code=$?
     touch /run/lab-re.upgraded
@@ -268,6 +286,7 @@ case_upgraded_with_a_disk() {
 }
 
 case_no_listener_outlives_its_guest() {
+    ready
     domain_destroy re
     wait_until 20 no_stored_listener
     expect_eq "$(volcrypt status --json | jq '.guests | length')" 0 'guests'

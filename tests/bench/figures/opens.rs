@@ -1,0 +1,117 @@
+//! Opens that go through the daemon, against opens that do not.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use volcrypt::protocol::{WRAPPER_SOCKET, registration};
+use volcrypt::sys::seccomp;
+
+use crate::Outcome;
+use crate::measure::summary;
+use crate::table::{Aim, Figure, Measured};
+
+const ROUNDS: usize = 100;
+/// How many opens a thread makes in its turn: so few that a change of the machine's load meets both.
+const OPENS: usize = 50;
+const FILE_AIM: Duration = Duration::from_micros(30);
+/// The aim for an open that the daemon answers with a mapping.
+pub const DEVICE_AIM: Duration = Duration::from_micros(100);
+
+/// What is let through: a file, and an unprotected block device.
+pub fn figures() -> Outcome<Vec<Figure>> {
+    let openers = Openers::start()?;
+    let file = std::env::current_exe()?;
+    let device = open_device()?;
+    let [bare_file, guest_file] = openers.medians(ROUNDS, &file, &file)?;
+    let [bare_device, guest_device] = openers.medians(ROUNDS, &device, &device)?;
+    Ok(vec![
+        Figure {
+            what: "open of a file, let through".to_owned(),
+            value: guest_file,
+            compared: ("bare open".to_owned(), bare_file),
+            aim: Aim::Over(FILE_AIM),
+        },
+        Figure {
+            what: format!("open of {}, identified and let through", device.display()),
+            value: guest_device,
+            compared: ("bare open".to_owned(), bare_device),
+            aim: Aim::Over(DEVICE_AIM),
+        },
+    ])
+}
+
+/// A block device that can be opened for reading.
+fn open_device() -> Outcome<PathBuf> {
+    let nodes = fs::read_dir("/sys/class/block")?.flatten().map(|device| Path::new("/dev").join(device.file_name()));
+    let mut usable: Vec<PathBuf> = nodes
+        .filter(|node| fs::metadata(node).is_ok_and(|metadata| metadata.file_type().is_block_device()))
+        .filter(|node| File::open(node).is_ok())
+        .collect();
+    usable.sort();
+    usable.into_iter().next().ok_or_else(|| "no block device of this host can be opened".into())
+}
+
+/// Two threads that open files: a bare one, and one that is registered as a wrapper registers QEMU.
+pub struct Openers {
+    threads: [Opener; 2],
+}
+
+struct Opener {
+    orders: mpsc::Sender<PathBuf>,
+    times: mpsc::Receiver<Result<Vec<Duration>, String>>,
+}
+
+impl Openers {
+    /// Starts both.
+    pub fn start() -> Outcome<Self> {
+        Ok(Openers { threads: [Opener::start(|| Ok(()))?, Opener::start(register)?] })
+    }
+
+    /// The medians of a bare open of one path and of a guest's open of another.
+    pub fn medians(&self, rounds: usize, bare: &Path, guest: &Path) -> Outcome<[Measured; 2]> {
+        let mut times = [Vec::new(), Vec::new()];
+        for _ in 0..rounds {
+            for ((opener, path), times) in self.threads.iter().zip([bare, guest]).zip(&mut times) {
+                opener.orders.send(path.to_owned())?;
+                times.extend(opener.times.recv()??);
+            }
+        }
+        Ok(times.map(|mut times| summary(&mut times)))
+    }
+}
+
+impl Opener {
+    fn start(prepare: fn() -> Result<(), String>) -> Outcome<Self> {
+        let (orders, to_do) = mpsc::channel::<PathBuf>();
+        let (done, times) = mpsc::channel();
+        let (prepared, is_prepared) = mpsc::channel();
+        std::thread::Builder::new().name("opener".to_owned()).spawn(move || {
+            let _ = prepared.send(prepare());
+            for path in to_do {
+                let _ = done.send((0..OPENS).map(|_| time_of_open(&path)).collect());
+            }
+        })?;
+        is_prepared.recv()??;
+        Ok(Opener { orders, times })
+    }
+}
+
+fn register() -> Result<(), String> {
+    let registered = UnixStream::connect(WRAPPER_SOCKET).and_then(|stream| {
+        let listener = seccomp::install_filter()?;
+        registration::hand_over(&stream, &listener)
+    });
+    registered.map_err(|error| format!("this thread cannot be registered with volcryptd: {error}"))
+}
+
+fn time_of_open(path: &Path) -> Result<Duration, String> {
+    let began = Instant::now();
+    let file = File::open(path).map_err(|error| format!("{} cannot be opened: {error}", path.display()))?;
+    let took = began.elapsed();
+    drop(file);
+    Ok(took)
+}

@@ -19,8 +19,8 @@ use rustix::fs::OFlags;
 use super::table::Target;
 use crate::volume::DeviceNumber;
 
-/// How long a resume may take before it is given up.
-const RESUME_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the kernel may take for a resume or a removal before it is given up.
+const KERNEL_DEADLINE: Duration = Duration::from_secs(10);
 
 /// A connection to the kernel's device-mapper.
 pub struct DeviceMapper {
@@ -86,22 +86,34 @@ impl DeviceMapper {
     /// Puts the loaded table in force. udev hears of it with the flags that keep blkid, LVM and the
     /// by-uuid links away from the device; its rules run on their own time.
     pub fn resume(&self, name: &str) -> io::Result<()> {
+        let resume = |dm: &DM, id: &DevId<'_>| dm.device_suspend(id, DmOptions::private());
+        self.without_udev(name, resume, |device| device.is_some_and(|device| device.live))
+    }
+
+    /// Does `work`, for which the crate may wait for udev, on a thread of its own, and waits only until
+    /// the kernel shows that it is `done`.
+    fn without_udev(
+        &self,
+        name: &str,
+        work: fn(&DM, &DevId<'_>) -> Result<DeviceInfo, DmError>,
+        done: impl Fn(Option<Device>) -> bool,
+    ) -> io::Result<()> {
         let (report, reported) = mpsc::channel();
-        let resumed = name.to_owned();
-        std::thread::Builder::new().name("resume".to_owned()).stack_size(128 << 10).spawn(move || {
+        let owned_name = name.to_owned();
+        std::thread::Builder::new().name("dm".to_owned()).stack_size(128 << 10).spawn(move || {
             let outcome = DeviceMapper::connect().and_then(|mapper| {
-                let name = DevId::Name(dm_name(&resumed)?);
-                mapper.dm.device_suspend(&name, DmOptions::private()).map_err(io_error)
+                let id = DevId::Name(dm_name(&owned_name)?);
+                work(&mapper.dm, &id).map_err(io_error)
             });
             // Nobody listens any more once the kernel has told the other side by itself.
             let _ = report.send(outcome);
         })?;
-        let deadline = Instant::now() + RESUME_DEADLINE;
+        let deadline = Instant::now() + KERNEL_DEADLINE;
         let mut pause = Duration::from_micros(100);
         loop {
             match reported.recv_timeout(pause) {
                 Ok(outcome) => return outcome.map(drop),
-                Err(_) if self.find(name)?.is_some_and(|device| device.live) => return Ok(()),
+                Err(_) if done(self.find(name)?) => return Ok(()),
                 Err(_) if Instant::now() > deadline => return Err(io::ErrorKind::TimedOut.into()),
                 Err(_) => pause = (pause * 2).min(Duration::from_millis(20)),
             }
@@ -126,8 +138,7 @@ impl DeviceMapper {
     /// Has the kernel remove the device called `name` when `opened`, and whoever else has it open,
     /// closes it.
     pub fn remove_at_last_close(&self, name: &str, _opened: impl AsFd) -> io::Result<()> {
-        let options = DmOptions::default().set_flags(DmFlags::DM_DEFERRED_REMOVE);
-        self.dm.device_remove(&DevId::Name(dm_name(name)?), options).map_err(io_error)?;
+        self.dm.device_remove(&DevId::Name(dm_name(name)?), deferred()).map_err(io_error)?;
         Ok(())
     }
 
@@ -137,8 +148,15 @@ impl DeviceMapper {
         let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(device_path(device.number));
         match opened {
             Ok(opened) => self.remove_at_last_close(name, opened),
-            // It is being removed right now.
-            Err(error) if is_gone(&error) => Ok(()),
+            Err(error) if is_gone(&error) => match self.find(name)? {
+                // A device that never had a table has no node yet (Linux 5.15), so nobody has it open.
+                Some(left) if left.number == device.number && !left.live => {
+                    let remove = |dm: &DM, id: &DevId<'_>| dm.device_remove(id, deferred());
+                    self.without_udev(name, remove, |device| device.is_none())
+                }
+                // It is being removed right now.
+                _ => Ok(()),
+            },
             Err(error) => Err(error),
         }
     }
@@ -172,6 +190,10 @@ fn options(read_only: bool) -> DmOptions {
         true => DmOptions::private().set_flags(DmFlags::DM_READONLY),
         false => DmOptions::private(),
     }
+}
+
+fn deferred() -> DmOptions {
+    DmOptions::default().set_flags(DmFlags::DM_DEFERRED_REMOVE)
 }
 
 fn dm_name(name: &str) -> io::Result<&DmName> {

@@ -61,7 +61,10 @@ impl VolumeEncryptor for PlainEncryptor {
         // One that is flagged needs nothing, and its volume may be worked on for long.
         for mapping in self.mappings()?.into_iter().filter(|mapping| !mapping.deferred_removal) {
             let discarded = self.locks.with(&mapping.volume, || match mapper.find(&mapping.name)? {
-                Some(device) if !device.deferred_removal => mapper.discard(&mapping.name).map(|()| true),
+                Some(device) if !device.deferred_removal => {
+                    mapper.discard(&mapping.name)?;
+                    Ok(mapper.find(&mapping.name)?.is_none_or(|left| left.deferred_removal))
+                }
                 _ => Ok(false),
             });
             if discarded.map_err(|error| failed("remove mapping", &mapping.name, error))? {
@@ -95,7 +98,7 @@ impl<'a> Opening<'a> {
                 // The last user of an earlier mapping closes it right now.
                 Err(error) if is_gone(&error) || error.raw_os_error() == Some(libc::EBUSY) => {
                     if Instant::now() > deadline {
-                        return Err(self.failed("open mapping", error));
+                        return Err(self.does_not_go(&error));
                     }
                     std::thread::sleep(Duration::from_millis(2));
                 }
@@ -171,6 +174,17 @@ impl<'a> Opening<'a> {
             true => Ok(Standing::AsExpected),
             false => Err(self.unexpected("its table is not the one that the volume's record asks for")),
         }
+    }
+
+    fn does_not_go(&self, error: &io::Error) -> Refusal {
+        Refusal::new(
+            Reason::TimedOut,
+            format!(
+                "the earlier mapping {name} does not go away ({error}): 'dmsetup info {name}' shows its state, and \
+                 'dmsetup remove {name}' removes it once nobody has it open",
+                name = self.name
+            ),
+        )
     }
 
     fn unexpected(&self, found: &str) -> Refusal {

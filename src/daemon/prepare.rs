@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::broker::{Broker, no_such_device};
 use crate::domain::{Disk, Domain, Source};
-use crate::guest::block_device_at;
+use crate::guest::{block_device_at, is_no_device};
 use crate::policy::OtherEmulators;
 use crate::protocol::EMULATOR_DIRECTORY;
 use crate::refusal::{Reason, Refusal};
@@ -43,7 +43,7 @@ fn prepare_path(broker: &Broker, path: &Path) -> Result<Option<VolumeId>, Refusa
     match block_device_at(path) {
         Ok(device) => broker.make_ready(&broker.identify(device)?),
         // An image file, which no rule protects; or nothing yet, about which libvirt says its own.
-        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTBLK | libc::ENOENT | libc::ENOTDIR)) => Ok(None),
+        Err(error) if is_no_device(&error) => Ok(None),
         Err(error) => Err(no_such_device(path, &error)),
     }
 }

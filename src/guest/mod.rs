@@ -4,6 +4,6 @@ mod node;
 mod process;
 mod request;
 
-pub use node::{Located, Node, block_device_at, locate};
+pub use node::{Located, Node, block_device_at, is_no_device, locate};
 pub use process::{domain_name, processes, processes_with_open};
 pub use request::OpenRequest;

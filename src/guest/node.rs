@@ -203,6 +203,11 @@ pub fn block_device_at(path: &std::path::Path) -> io::Result<DeviceNumber> {
     }
 }
 
+/// Whether an error of [`block_device_at`] says that there is a file of another kind, or nothing.
+pub fn is_no_device(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOTBLK | libc::ENOENT | libc::ENOTDIR))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

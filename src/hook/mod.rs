@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use crate::domain::{Domain, Source};
-use crate::guest::block_device_at;
+use crate::guest::{block_device_at, is_no_device};
 use crate::policy::{Config, DEFAULT_PATH, Decision, HookConfig, WhenUnreachable};
 use crate::protocol::{CONTROL_SOCKET, CallError, ControlClient, HookOperation, MAX_MESSAGE, Request};
 use crate::unguarded::Marker;
@@ -87,7 +87,7 @@ fn refuse_protected(config: &Config, domain: &str, xml: &str) -> Result<(), Stri
         let identity = match &disk.source {
             Source::Path(path) => match block_device_at(path) {
                 Ok(device) => sysfs.identify(device).map_err(|refusal| refusal.to_string())?,
-                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTBLK | libc::ENOENT | libc::ENOTDIR)) => {
+                Err(error) if is_no_device(&error) => {
                     continue;
                 }
                 Err(error) => {

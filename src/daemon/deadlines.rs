@@ -25,8 +25,13 @@ impl Deadlines {
     /// Has `call` of `guest` refused at `due` unless it is answered by then.
     pub fn add(&self, due: Instant, guest: &Arc<Guest>, call: u64) {
         let pending = Pending { due, guest: Arc::clone(guest), call };
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner).push(Reverse(pending));
-        self.added.notify_one();
+        let mut calls = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_next = calls.peek().is_none_or(|Reverse(next)| due < next.due);
+        calls.push(Reverse(pending));
+        drop(calls);
+        if is_next {
+            self.added.notify_one();
+        }
     }
 
     /// Keeps the deadlines; never returns.

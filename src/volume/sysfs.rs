@@ -7,7 +7,7 @@
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use super::{DeviceNumber, Identity, Iscsi, Mapping};
 use crate::refusal::{Reason, Refusal};
@@ -51,11 +51,13 @@ impl Sysfs {
 
     fn identify_within(&self, device: DeviceNumber, depth: usize, left: &mut usize) -> Result<Identity, Refusal> {
         *left = left.checked_sub(1).ok_or_else(|| too_deep(device))?;
-        let directory = self.directory(device)?;
+        // From the root, so that the root's own name never passes for a session's.
+        let place = self.place(device)?;
+        let directory = self.root.join(&place);
         let node = Node { directory: &directory, device };
         let partition = node.number("partition")?;
         let whole = partition.is_none();
-        let address = if whole { ScsiAddress::in_path(&self.relative(&directory, device)?) } else { None };
+        let address = if whole { ScsiAddress::in_path(&place) } else { None };
         let iscsi = match address.as_ref().and_then(|address| address.session.as_deref()) {
             Some(session) => Some(self.iscsi(device, session)?),
             None => None,
@@ -78,29 +80,22 @@ impl Sysfs {
             identity.underlying.push(self.identify_within(below, depth, left)?);
         }
         // The number may have gone to another disk since the first read.
-        if self.directory(device)? != directory || node.number("diskseq")? != identity.sequence {
+        if self.place(device)? != place || node.number("diskseq")? != identity.sequence {
             return Err(gone(device));
         }
         Ok(identity)
     }
 
-    /// Where the device lives in the tree, free of symbolic links.
-    fn directory(&self, device: DeviceNumber) -> Result<PathBuf, Refusal> {
+    /// Where the device lives in the tree, from its root: what the link in `dev/block` says. The
+    /// kernel writes these links itself, relative and to a real directory, so one look is enough.
+    fn place(&self, device: DeviceNumber) -> Result<PathBuf, Refusal> {
         let link = self.root.join("dev/block").join(device.to_string());
-        fs::canonicalize(&link).map_err(|error| unreadable(device, &link, &error))
-    }
-
-    /// `directory` without the root, so that a root's own name never passes for a session's.
-    fn relative(&self, directory: &Path, device: DeviceNumber) -> Result<PathBuf, Refusal> {
-        let root = fs::canonicalize(&self.root).map_err(|error| unreadable(device, &self.root, &error))?;
-        let relative = directory.strip_prefix(&root).map_err(|_| {
-            let root = root.display();
-            Refusal::new(
-                Reason::Kernel,
-                format!("device {device} leads out of {root}: only a sysfs that the kernel mounted can be trusted"),
-            )
-        })?;
-        Ok(relative.to_owned())
+        let target = fs::read_link(&link).map_err(|error| unreadable(device, &link, &error))?;
+        let place = target.strip_prefix("../..").ok().filter(|place| {
+            place.components().next().is_some() && place.components().all(|part| matches!(part, Component::Normal(_)))
+        });
+        let place = place.ok_or_else(|| nonsense(device, &link, "leads out of the tree, which no kernel's does"))?;
+        Ok(place.to_owned())
     }
 
     fn iscsi(&self, device: DeviceNumber, session: &str) -> Result<Iscsi, Refusal> {

@@ -225,8 +225,21 @@ fn what_no_kernel_writes_is_refused() {
 fn a_link_out_of_the_tree_is_refused() {
     let (tree, other) = (Tree::new(), Tree::new());
     other.device("8:0", DISK);
-    symlink(other.directory.path().join(DISK), tree.directory.path().join("dev/block/8:0")).unwrap();
-    assert_eq!(tree.identify(8, 0).unwrap_err().reason(), Reason::Kernel);
+    let name = other.directory.path().file_name().unwrap();
+    for target in [
+        other.directory.path().join(DISK),
+        Path::new("../../..").join(name).join(DISK),
+        Path::new("../../x/../..").join(name).join(DISK),
+        PathBuf::from("../.."),
+        PathBuf::from("8:16"),
+    ] {
+        let link = tree.directory.path().join("dev/block/8:0");
+        symlink(&target, &link).unwrap();
+        let error = tree.identify(8, 0).unwrap_err();
+        assert_eq!(error.reason(), Reason::Kernel, "{error}");
+        assert!(error.to_string().contains("leads out of the tree"), "{error}");
+        fs::remove_file(link).unwrap();
+    }
 }
 
 #[test]
@@ -239,7 +252,7 @@ fn names_that_are_no_text_are_escaped() {
     fs::create_dir_all(&path).unwrap();
     fs::write(path.join("size"), "1").unwrap();
     fs::write(path.join("ro"), "0").unwrap();
-    symlink(&path, tree.directory.path().join("dev/block/8:32")).unwrap();
+    symlink(Path::new("../../devices").join(name), tree.directory.path().join("dev/block/8:32")).unwrap();
     assert_eq!(tree.identify(8, 32).unwrap().name, r"sd\xff\na");
 }
 

@@ -19,7 +19,6 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
 
 use clap::Parser;
 
@@ -33,7 +32,7 @@ use self::server::Server;
 use self::service_manager::Inherited;
 use crate::encryptor::PlainEncryptor;
 use crate::logging;
-use crate::policy::{Config, DEFAULT_PATH};
+use crate::policy::{Config, DEFAULT_PATH, DaemonConfig};
 use crate::protocol::{CONTROL_SOCKET, WRAPPER_SOCKET};
 use crate::sys::memory;
 
@@ -42,8 +41,6 @@ use crate::sys::memory;
 const MOST_WORKERS: usize = 256;
 /// How many threads serve each of the two sockets.
 const MOST_CLIENTS: usize = 64;
-/// The deadline while the configuration, which would say it, is faulty.
-const FALLBACK_DEADLINE: Duration = Duration::from_secs(20);
 
 /// The daemon that holds the keys and makes the mappings of protected volumes.
 #[derive(Debug, Parser)]
@@ -75,10 +72,8 @@ fn run(options: &Options) -> io::Result<()> {
     if let Err(error) = &config {
         tracing::error!("{error}; until that is mended and volcryptd restarted, guests can open no block device");
     }
-    let (open_deadline, users) = match &config {
-        Ok(config) => (config.daemon.open_deadline, user_ids(&config.daemon.qemu_users)),
-        Err(_) => (FALLBACK_DEADLINE, user_ids(&["libvirt-qemu".to_owned(), "qemu".to_owned()])),
-    };
+    let settings = config.as_ref().map_or_else(|_| DaemonConfig::default(), |config| config.daemon.clone());
+    let users = user_ids(&settings.qemu_users);
     let status = match &config {
         Ok(_) => "Serving".to_owned(),
         Err(error) => format!("Refusing every block device: {error}"),
@@ -99,7 +94,7 @@ fn run(options: &Options) -> io::Result<()> {
     start("registrar", move || registrar.serve(&wrapper_socket, &Pool::new(MOST_CLIENTS)))?;
 
     service_manager::ready(&status);
-    Server::new(broker, guests, Pool::new(MOST_WORKERS), open_deadline).serve()
+    Server::new(broker, guests, Pool::new(MOST_WORKERS), settings.open_deadline).serve()
 }
 
 /// No core dump, no tracing by others, no swap.

@@ -23,6 +23,8 @@ const DEFAULT_PROFILE: &str = "default";
 /// Where the database and the key-encryption key are, unless the configuration says otherwise.
 pub const DEFAULT_DIRECTORY: &str = "/var/lib/volcrypt";
 /// In seconds.
+const DEFAULT_OPEN_DEADLINE: u64 = 20;
+/// In seconds.
 const DEFAULT_HOOK_DEADLINE: u64 = 30;
 const EXAMPLE: &str = "/usr/share/doc/volcrypt/examples/volcrypt.toml";
 
@@ -72,6 +74,16 @@ pub struct HookConfig {
     pub other_emulators: OtherEmulators,
     /// How long the hook waits for the daemon: 1 to 300 seconds.
     pub deadline: Duration,
+}
+
+impl Default for DaemonConfig {
+    fn default() -> Self {
+        DaemonConfig {
+            open_deadline: Duration::from_secs(DEFAULT_OPEN_DEADLINE),
+            // Debian's and Fedora's.
+            qemu_users: vec!["libvirt-qemu".to_owned(), "qemu".to_owned()],
+        }
+    }
 }
 
 impl Default for HookConfig {
@@ -234,9 +246,9 @@ fn absolute(path: Spanned<String>) -> Result<PathBuf, Fault> {
 }
 
 fn daemon(table: DaemonTable) -> Result<DaemonConfig, Fault> {
-    let open_deadline = seconds("open_deadline_seconds", table.open_deadline_seconds, 20, 1..=120)?;
+    let open_deadline = seconds("open_deadline_seconds", table.open_deadline_seconds, DEFAULT_OPEN_DEADLINE, 1..=120)?;
     let Some(users) = table.qemu_users else {
-        return Ok(DaemonConfig { open_deadline, qemu_users: vec!["libvirt-qemu".to_owned(), "qemu".to_owned()] });
+        return Ok(DaemonConfig { open_deadline, ..DaemonConfig::default() });
     };
     if users.get_ref().is_empty() {
         let sentence = "qemu_users is empty, so no QEMU could ever register; name the user that libvirt runs QEMU as";

@@ -76,7 +76,7 @@ fn record() -> Value {
         "id": "vol-1", "device": { "iscsi_target": "iqn.2026-11.org.lab:v0", "lun": 0, "wwid": null },
         "size_bytes": 1 << 20, "profile": "default", "provider": "plain", "cipher": "aes-xts-plain64",
         "key_size": 512, "sector_size": 512, "check_value": "000102030405060708090a0b0c0d0e0f",
-        "enrolled_at": 0, "mapped": false
+        "enrolled_at": 0, "state": "enrolled", "owner": null, "mapped": false
     })
 }
 
@@ -153,7 +153,40 @@ fn enrol_names_the_device_from_the_root_and_shows_the_record() {
     let outcome = daemon.run(&["volume", "enrol", "disk"]).unwrap();
     assert!(outcome.text.contains("device:          target iqn.2026-11.org.lab:v0, LUN 0\n"), "{}", outcome.text);
     let here = std::env::current_dir().unwrap().join("disk");
-    assert_eq!(daemon.request(), json!({ "enrol": { "device": here } }));
+    assert_eq!(daemon.request(), json!({ "enrol": { "device": here, "owner": null } }));
+}
+
+#[test]
+fn nothing_is_destroyed_that_was_not_named_twice() {
+    for arguments in [&["volume", "destroy", "vol-1", "--confirm", "vol-2"][..], &["volume", "destroy", "vol-1"]] {
+        // Asked for the record, and not for more: standard input is at its end here.
+        let daemon = FakeDaemon::new(json!({ "done": { "volumes": [record()] } }), "");
+        let sentence = daemon.run(arguments).unwrap_err();
+        assert_eq!(sentence, "nothing was destroyed: type the volume's id when asked, or add --confirm vol-1");
+    }
+    let daemon = FakeDaemon::new(json!({ "done": { "volumes": [record()] } }), "");
+    let outcome = daemon.run(&["volume", "destroy", "vol-1", "--confirm", "vol-1"]).unwrap();
+    assert!(outcome.text.starts_with("The key of volume vol-1 is destroyed"), "{}", outcome.text);
+    assert_eq!(daemon.request(), json!({ "destroy": { "id": "vol-1" } }));
+}
+
+#[test]
+fn a_grant_ends_when_its_time_is_over() {
+    let daemon = FakeDaemon::new(json!({ "done": "nothing" }), "");
+    let uuid = "0B1F7C1E-1111-4222-8333-444455556666";
+    daemon.run(&["grant", "add", "vol-1", uuid, "--for", "2h"]).unwrap();
+    let request = daemon.request();
+    let grant = &request["grant"]["grant"];
+    assert_eq!(grant["domain"], uuid.to_lowercase());
+    assert_eq!(grant["expires_at"].as_i64().unwrap() - grant["created_at"].as_i64().unwrap(), 7200);
+}
+
+#[test]
+fn a_policy_can_be_tried_without_a_daemon() {
+    let (code, stdout, stderr) =
+        volcrypt(&["--config", "packaging/volcrypt.toml", "policy", "test", "--device", "/dev/null"]);
+    assert_eq!((code, stdout.as_str()), (1, ""));
+    assert_eq!(stderr, "volcrypt: /dev/null is no block device: give one, for example /dev/sda\n");
 }
 
 #[test]

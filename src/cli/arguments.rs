@@ -1,4 +1,5 @@
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
@@ -27,9 +28,15 @@ pub enum Command {
     /// Look at keys
     #[command(subcommand)]
     Key(KeyCommand),
+    /// Let domains have volumes of another owner for a time
+    #[command(subcommand)]
+    Grant(GrantCommand),
     /// Look at the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Try the configuration
+    #[command(subcommand)]
+    Policy(PolicyCommand),
     /// Check what this host needs, and say how to mend what is wrong
     Doctor,
 }
@@ -51,11 +58,29 @@ pub enum VolumeCommand {
     Enrol {
         /// A path of the device, for example /dev/sda
         device: PathBuf,
+        /// Whom the volume belongs to, for example Nova's project: only domains of the same owner get it
+        #[arg(long)]
+        owner: Option<String>,
     },
-    /// Forget that a volume is enrolled, so that its device can be enrolled anew; its key stays
-    Withdraw {
+    /// Give a volume to another owner
+    SetOwner {
         /// The volume's id
         id: VolumeId,
+        /// To whom; to everybody if nobody is named
+        owner: Option<String>,
+    },
+    /// Take a volume out of use; its key stays, and enrolling it again brings it back
+    Retire {
+        /// The volume's id
+        id: VolumeId,
+    },
+    /// Destroy a volume's key, and with it everything that stands on the volume
+    Destroy {
+        /// The volume's id
+        id: VolumeId,
+        /// The volume's id once more, instead of the question
+        #[arg(long, value_name = "ID")]
+        confirm: Option<VolumeId>,
     },
     /// Write a volume's key into a new file that only root can read
     ExportKey {
@@ -72,6 +97,47 @@ pub enum VolumeCommand {
 pub enum KeyCommand {
     /// List the keys; the keys themselves are never shown
     List(Format),
+}
+
+/// `volcrypt grant`.
+#[derive(Debug, Subcommand)]
+pub enum GrantCommand {
+    /// Let a domain have a volume for a time, whomever the two belong to
+    Add {
+        /// The volume's id
+        volume: VolumeId,
+        /// The domain's UUID or name
+        domain: String,
+        /// For how long: a whole number and s, m, h or d, for example 12h
+        #[arg(long = "for", value_name = "TIME", value_parser = super::grant::parse_duration)]
+        duration: Duration,
+    },
+    /// List the grants
+    List(Format),
+    /// Take a grant back
+    Revoke {
+        /// The volume's id
+        volume: VolumeId,
+        /// The domain, as the grant names it
+        domain: String,
+    },
+}
+
+/// `volcrypt policy`.
+#[derive(Debug, Subcommand)]
+pub enum PolicyCommand {
+    /// Say line by line what the configuration makes of a device that a domain asks for
+    Test {
+        /// A path of the device, for example /dev/sda
+        #[arg(long)]
+        device: PathBuf,
+        /// The domain's name; without it, nobody in particular asks
+        #[arg(long)]
+        domain: Option<String>,
+        /// Whom the domain belongs to
+        #[arg(long, requires = "domain")]
+        owner: Option<String>,
+    },
 }
 
 /// `volcrypt config`.

@@ -2,8 +2,11 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+use crate::guest::is_no_device;
 use crate::policy::ConfigError;
 use crate::protocol::CallError;
+use crate::refusal::Refusal;
+use crate::volume::VolumeId;
 
 /// Why a command could not be done; its text is the sentence for the operator.
 #[derive(Debug)]
@@ -21,6 +24,17 @@ pub enum CommandError {
         /// What the system said.
         source: io::Error,
     },
+    /// A path does not lead to a device.
+    Device {
+        /// The path.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// What was asked for is not possible.
+    Refused(Refusal),
+    /// The operator did not confirm what cannot be undone.
+    NotConfirmed(VolumeId),
     /// What was found could not be printed.
     Output(io::Error),
 }
@@ -38,6 +52,14 @@ impl fmt::Display for CommandError {
                 write!(f, "{} exists already: name a file that does not, nothing is ever overwritten", path.display())
             }
             CommandError::File { path, source } => write!(f, "{} cannot be written ({source})", path.display()),
+            CommandError::Device { path, source } if is_no_device(source) => {
+                write!(f, "{} is no block device: give one, for example /dev/sda", path.display())
+            }
+            CommandError::Device { path, source } => write!(f, "{} cannot be looked at ({source})", path.display()),
+            CommandError::Refused(refusal) => refusal.fmt(f),
+            CommandError::NotConfirmed(id) => {
+                write!(f, "nothing was destroyed: type the volume's id when asked, or add --confirm {id}")
+            }
             CommandError::Output(source) => write!(f, "the output cannot be written ({source})"),
         }
     }

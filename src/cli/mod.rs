@@ -12,19 +12,24 @@ use std::time::Duration;
 use clap::Parser;
 use serde::Serialize;
 
+use crate::domain::Facts;
 use crate::policy::Config;
 use crate::protocol::{CONTROL_SOCKET, ControlClient, Reply, Request};
 
 mod arguments;
 pub mod doctor;
 mod error;
+mod grant;
 mod key;
+mod policy;
 mod status;
 mod table;
 mod time;
 mod volume;
 
-pub use arguments::{Arguments, Command, ConfigCommand, Format, KeyCommand, VolumeCommand};
+pub use arguments::{
+    Arguments, Command, ConfigCommand, Format, GrantCommand, KeyCommand, PolicyCommand, VolumeCommand,
+};
 pub use error::CommandError;
 
 /// How long each step of a call to the daemon may take. A key manager that does not answer is given
@@ -62,20 +67,38 @@ pub struct Outcome {
 /// # Errors
 /// [`CommandError`].
 pub fn run(arguments: &Arguments, socket: &Path, survey: doctor::Survey) -> Result<Outcome, CommandError> {
+    let daemon = &Daemon { socket };
     let text = match &arguments.command {
-        Command::Status(format) => status::show(&Daemon { socket }, *format)?,
-        Command::Volume(VolumeCommand::List(format)) => volume::list(&Daemon { socket }, *format)?,
-        Command::Volume(VolumeCommand::Show { id, format }) => volume::show(&Daemon { socket }, id, *format)?,
-        Command::Volume(VolumeCommand::Enrol { device }) => volume::enrol(&Daemon { socket }, device)?,
-        Command::Volume(VolumeCommand::Withdraw { id }) => volume::withdraw(&Daemon { socket }, id)?,
-        Command::Volume(VolumeCommand::ExportKey { id, to }) => volume::export_key(&Daemon { socket }, id, to)?,
-        Command::Key(KeyCommand::List(format)) => key::list(&Daemon { socket }, *format)?,
+        Command::Status(format) => status::show(daemon, *format)?,
+        Command::Volume(command) => on_volume(daemon, command)?,
+        Command::Key(KeyCommand::List(format)) => key::list(daemon, *format)?,
+        Command::Grant(GrantCommand::Add { volume, domain, duration }) => {
+            grant::add(daemon, volume, domain, *duration)?
+        }
+        Command::Grant(GrantCommand::List(format)) => grant::list(daemon, *format)?,
+        Command::Grant(GrantCommand::Revoke { volume, domain }) => grant::revoke(daemon, volume, domain)?,
         Command::Config(ConfigCommand::Check) => {
             Config::load(&arguments.config).map_err(CommandError::Configuration)?.explain()
         }
-        Command::Doctor => return Ok(doctor::examine(&arguments.config, &Daemon { socket }, survey)),
+        Command::Policy(PolicyCommand::Test { device, domain, owner }) => {
+            let domain = domain.clone().map(|name| Facts { name, uuid: None, owner: owner.clone() });
+            policy::test(&arguments.config, device, domain)?
+        }
+        Command::Doctor => return Ok(doctor::examine(&arguments.config, daemon, survey)),
     };
     Ok(Outcome { text, code: 0 })
+}
+
+fn on_volume(daemon: &Daemon<'_>, command: &VolumeCommand) -> Result<String, CommandError> {
+    match command {
+        VolumeCommand::List(format) => volume::list(daemon, *format),
+        VolumeCommand::Show { id, format } => volume::show(daemon, id, *format),
+        VolumeCommand::Enrol { device, owner } => volume::enrol(daemon, device, owner.as_deref()),
+        VolumeCommand::SetOwner { id, owner } => volume::set_owner(daemon, id, owner.as_deref()),
+        VolumeCommand::Retire { id } => volume::retire(daemon, id),
+        VolumeCommand::Destroy { id, confirm } => volume::destroy(daemon, id, confirm.as_ref()),
+        VolumeCommand::ExportKey { id, to } => volume::export_key(daemon, id, to),
+    }
 }
 
 /// The daemon behind a socket; every call is a connection of its own.

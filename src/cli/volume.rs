@@ -1,4 +1,5 @@
 use std::fs::{self, OpenOptions};
+use std::io::{self, BufRead, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -6,7 +7,7 @@ use super::table::{Table, printable};
 use super::time::utc;
 use super::{CommandError, Daemon, Format, json};
 use crate::protocol::{Reply, Request, VolumeStatus};
-use crate::store::EnrolledDevice;
+use crate::store::{EnrolledDevice, VolumeRecord};
 use crate::volume::VolumeId;
 
 pub(super) fn list(daemon: &Daemon<'_>, format: Format) -> Result<String, CommandError> {
@@ -23,19 +24,49 @@ pub(super) fn show(daemon: &Daemon<'_>, id: &VolumeId, format: Format) -> Result
     if format.json { json(&volume) } else { Ok(describe(&volume)) }
 }
 
-pub(super) fn enrol(daemon: &Daemon<'_>, device: &Path) -> Result<String, CommandError> {
+pub(super) fn enrol(daemon: &Daemon<'_>, device: &Path, owner: Option<&str>) -> Result<String, CommandError> {
     // The daemon has a working directory of its own.
     let device =
         std::path::absolute(device).map_err(|source| CommandError::File { path: device.to_owned(), source })?;
-    Ok(describe(&one_volume(daemon, &Request::Enrol { device })?))
+    Ok(describe(&one_volume(daemon, &Request::Enrol { device, owner: owner.map(str::to_owned) })?))
 }
 
-pub(super) fn withdraw(daemon: &Daemon<'_>, id: &VolumeId) -> Result<String, CommandError> {
-    let volume = one_volume(daemon, &Request::Withdraw { id: id.clone() })?;
-    Ok(format!(
-        "{}Volume {id} is withdrawn. Keep the lines above: with the key they tell how to read it.\n",
-        describe(&volume)
-    ))
+pub(super) fn set_owner(daemon: &Daemon<'_>, id: &VolumeId, owner: Option<&str>) -> Result<String, CommandError> {
+    let request = Request::SetOwner { id: id.clone(), owner: owner.map(str::to_owned) };
+    Ok(describe(&one_volume(daemon, &request)?))
+}
+
+pub(super) fn retire(daemon: &Daemon<'_>, id: &VolumeId) -> Result<String, CommandError> {
+    let volume = one_volume(daemon, &Request::Retire { id: id.clone() })?;
+    Ok(format!("{}Volume {id} is retired; its key is kept.\n", describe(&volume)))
+}
+
+pub(super) fn destroy(
+    daemon: &Daemon<'_>,
+    id: &VolumeId,
+    confirmed: Option<&VolumeId>,
+) -> Result<String, CommandError> {
+    let confirmed = match confirmed {
+        Some(confirmed) => confirmed == id,
+        None => {
+            let volume = one_volume(daemon, &Request::Volume { id: id.clone() })?;
+            ask_for(id, &describe(&volume))
+        }
+    };
+    if !confirmed {
+        return Err(CommandError::NotConfirmed(id.clone()));
+    }
+    one_volume(daemon, &Request::Destroy { id: id.clone() })?;
+    Ok(format!("The key of volume {id} is destroyed: what stands on the volume can never be read again.\n"))
+}
+
+/// Whether somebody types the volume's id.
+fn ask_for(id: &VolumeId, description: &str) -> bool {
+    let question = format!("{description}What stands on this volume will be lost for ever. Type its id to go on: ");
+    let mut answer = String::new();
+    io::stderr().write_all(question.as_bytes()).is_ok()
+        && io::stdin().lock().take(256).read_line(&mut answer).is_ok()
+        && answer.trim() == id.as_str()
 }
 
 /// Makes the file here, with the rights of whoever calls, and lets the daemon write the key to it: no
@@ -75,7 +106,7 @@ fn one_volume(daemon: &Daemon<'_>, request: &Request) -> Result<VolumeStatus, Co
 }
 
 fn table(volumes: &[VolumeStatus]) -> String {
-    let mut table = Table::new(["VOLUME", "PROFILE", "FORMAT", "CIPHER", "BITS", "SIZE", "ENROLLED", "MAPPED"]);
+    let mut table = Table::new(["VOLUME", "PROFILE", "FORMAT", "CIPHER", "BITS", "SIZE", "ENROLLED", "STATE"]);
     for VolumeStatus { record, mapped } in volumes {
         table.push([
             record.id.to_string(),
@@ -85,7 +116,7 @@ fn table(volumes: &[VolumeStatus]) -> String {
             record.key_size.bits().to_string(),
             size(record.size_bytes),
             utc(record.enrolled_at),
-            yes_or_no(*mapped),
+            state(record, *mapped),
         ]);
     }
     table.render()
@@ -103,7 +134,8 @@ fn describe(VolumeStatus { record, mapped }: &VolumeStatus) -> String {
         ("sector size", format!("{} bytes", record.sector_size)),
         ("key check value", record.check_value.to_string()),
         ("enrolled", utc(record.enrolled_at)),
-        ("mapped", yes_or_no(*mapped)),
+        ("owner", record.owner.clone().unwrap_or("everybody".to_owned())),
+        ("state", state(record, *mapped)),
     ];
     lines.iter().map(|(name, value)| format!("{:<16} {}\n", format!("{name}:"), printable(value))).collect()
 }
@@ -113,6 +145,7 @@ fn device(device: &EnrolledDevice) -> String {
         device.iscsi_target.clone().map(|target| format!("target {target}")),
         device.lun.map(|lun| format!("LUN {lun}")),
         device.wwid.clone().map(|wwid| format!("WWID {wwid}")),
+        device.dm_uuid.clone().map(|uuid| format!("device-mapper UUID {uuid}")),
     ];
     let known: Vec<String> = parts.into_iter().flatten().collect();
     if known.is_empty() { "not told by the kernel".to_owned() } else { known.join(", ") }
@@ -125,8 +158,8 @@ fn size(bytes: u64) -> String {
     whole.map_or_else(|| format!("{bytes} B"), |(shift, unit)| format!("{} {unit}", bytes >> shift))
 }
 
-fn yes_or_no(value: bool) -> String {
-    if value { "yes" } else { "no" }.to_owned()
+fn state(record: &VolumeRecord, mapped: bool) -> String {
+    if mapped { "in use".to_owned() } else { record.state.to_string() }
 }
 
 #[cfg(test)]
@@ -138,7 +171,8 @@ mod tests {
         serde_json::from_value(json!({
             "id": "vol-1", "device": device, "size_bytes": 10u64 << 30, "profile": "default", "provider": "plain",
             "cipher": "aes-xts-plain64", "key_size": 512, "sector_size": 4096,
-            "check_value": "000102030405060708090a0b0c0d0e0f", "enrolled_at": 0, "mapped": mapped
+            "check_value": "000102030405060708090a0b0c0d0e0f", "enrolled_at": 0, "state": "enrolled", "owner": null,
+            "mapped": mapped
         }))
         .unwrap()
     }
@@ -147,8 +181,8 @@ mod tests {
     fn a_volume_is_one_line_of_the_list() {
         assert_eq!(
             table(&[volume(json!({}), true)]),
-            "VOLUME  PROFILE  FORMAT  CIPHER           BITS  SIZE    ENROLLED              MAPPED\n\
-             vol-1   default  plain   aes-xts-plain64  512   10 GiB  1970-01-01T00:00:00Z  yes\n"
+            "VOLUME  PROFILE  FORMAT  CIPHER           BITS  SIZE    ENROLLED              STATE\n\
+             vol-1   default  plain   aes-xts-plain64  512   10 GiB  1970-01-01T00:00:00Z  in use\n"
         );
     }
 
@@ -167,7 +201,8 @@ mod tests {
              sector size:     4096 bytes\n\
              key check value: 000102030405060708090a0b0c0d0e0f\n\
              enrolled:        1970-01-01T00:00:00Z\n\
-             mapped:          no\n"
+             owner:           everybody\n\
+             state:           enrolled\n"
         );
         assert!(describe(&volume(json!({}), false)).contains("device:          not told by the kernel\n"));
     }

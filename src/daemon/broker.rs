@@ -1,5 +1,9 @@
 //! What is decided and done for a volume, whoever asks: a guest's open, the hook, or an operator.
 
+mod authorisation;
+mod lifecycle;
+mod policy;
+
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,18 +11,23 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::OFlags;
 
+use self::authorisation::known;
+use self::policy::Policy;
 use super::devices::Devices;
+use crate::domain::{Facts, Nobody, Requester};
 use crate::encryptor::{MappingSpec, VolumeEncryptor, VolumeLocks};
+use crate::guest::Domains;
 use crate::keys::{EmbeddedKeyManager, Key, KeyFileManager, KeyManager, OneKeyForEveryVolume};
 use crate::policy::{Config, ConfigError, DEFAULT_DIRECTORY, Decision, KeyManagerConfig, Protection};
 use crate::refusal::{Reason, Refusal};
-use crate::store::{EnrolledDevice, Store, VolumeRecord};
+use crate::store::{EnrolledDevice, Store, VolumeRecord, VolumeState};
 use crate::volume::{Content, DeviceNumber, Identity, VolumeId, examine};
 
 /// Holds the policy, the keys and the mappings together.
 pub struct Broker {
-    config: Result<Config, ConfigError>,
+    policy: Policy,
     devices: Box<dyn Devices>,
+    domains: Box<dyn Domains>,
     encryptor: Box<dyn VolumeEncryptor>,
     vault: Mutex<Option<Arc<Vault>>>,
     enrolling: VolumeLocks,
@@ -47,19 +56,11 @@ impl Broker {
     pub fn new(
         config: Result<Config, ConfigError>,
         devices: Box<dyn Devices>,
+        domains: Box<dyn Domains>,
         encryptor: Box<dyn VolumeEncryptor>,
     ) -> Self {
-        Broker { config, devices, encryptor, vault: Mutex::default(), enrolling: VolumeLocks::default() }
-    }
-
-    /// The configuration.
-    ///
-    /// # Errors
-    /// What is wrong with it.
-    pub fn config(&self) -> Result<&Config, Refusal> {
-        self.config.as_ref().map_err(|error| {
-            Refusal::new(Reason::Configuration, format!("{error}; then run 'systemctl restart volcryptd'"))
-        })
+        let policy = Policy::new(config);
+        Broker { policy, devices, domains, encryptor, vault: Mutex::default(), enrolling: VolumeLocks::default() }
     }
 
     /// The maker of mappings.
@@ -67,15 +68,21 @@ impl Broker {
         self.encryptor.as_ref()
     }
 
-    /// Opens `device` for a guest: through its mapping if it is protected. `permitted` says whether
+    /// Opens `device` for `guest`: through its mapping if it is protected. `permitted` says whether
     /// the guest may open the device's node at all.
     ///
     /// # Errors
     /// When the volume must not or cannot be opened.
-    pub fn open(&self, device: DeviceNumber, permitted: bool, flags: OFlags) -> Result<Verdict, Refusal> {
+    pub fn open(
+        &self,
+        device: DeviceNumber,
+        permitted: bool,
+        flags: OFlags,
+        guest: &dyn Requester,
+    ) -> Result<Verdict, Refusal> {
         let config = self.config()?;
         let identity = self.devices.identify(device)?;
-        let protection = match config.decide(&identity) {
+        let protection = match config.decide(&identity, guest) {
             Decision::Pass => return Ok(Verdict::LetThrough),
             Decision::Refuse(refusal) => return Err(refusal),
             Decision::Protect(protection) => protection,
@@ -90,7 +97,9 @@ impl Broker {
             let sentence = format!("volume {volume} on {identity} can only be read: mark the disk <readonly/>");
             return Err(Refusal::new(Reason::NotAllowed, sentence));
         }
-        let record = self.record(&identity, &protection)?;
+        let domain = known(guest, volume)?;
+        let record = self.record(&identity, &protection, domain)?;
+        self.authorise(&record, domain)?;
         let spec = MappingSpec {
             record: &record,
             profile: protection.profile,
@@ -102,12 +111,10 @@ impl Broker {
         // The device number may have been given to another device while all this went on; the
         // mapping holds it now, so what is there now stays.
         self.check_device(&self.devices.identify(device)?, &record)?;
-        // So may the volume have been withdrawn.
+        // So may the volume have been retired, destroyed or given to somebody else.
         match self.vault()?.store.volume(volume)? == Some(record) {
             true => Ok(Verdict::Mapping(protection.volume, opened)),
-            false => {
-                Err(Refusal::new(Reason::NoKey, format!("volume {volume} was withdrawn while it was being opened")))
-            }
+            false => Err(Refusal::new(Reason::NoKey, format!("volume {volume} was changed while it was being opened"))),
         }
     }
 
@@ -115,9 +122,9 @@ impl Broker {
     ///
     /// # Errors
     /// When `device` is protected.
-    pub fn pass_commands(&self, device: DeviceNumber) -> Result<Verdict, Refusal> {
+    pub fn pass_commands(&self, device: DeviceNumber, guest: &dyn Requester) -> Result<Verdict, Refusal> {
         let identity = self.devices.identify(device)?;
-        match self.config()?.decide(&identity) {
+        match self.config()?.decide(&identity, guest) {
             Decision::Pass => Ok(Verdict::LetThrough),
             Decision::Refuse(refusal) => Err(refusal),
             Decision::Protect(protection) => Err(Refusal::new(
@@ -131,17 +138,18 @@ impl Broker {
         }
     }
 
-    /// Whether `identity` is protected, and if so, makes sure that it can be opened: the volume is
-    /// enrolled, the device is its own, and its key is there and the right one.
+    /// Whether `identity` is protected, and if so, makes sure that `domain` can open it: the volume is
+    /// enrolled, the device is its own, the domain may have it, and its key is there and the right one.
     ///
     /// # Errors
     /// When it is protected and an open would be refused.
-    pub fn make_ready(&self, identity: &Identity) -> Result<Option<VolumeId>, Refusal> {
-        match self.config()?.decide(identity) {
+    pub fn make_ready(&self, identity: &Identity, domain: &Facts) -> Result<Option<VolumeId>, Refusal> {
+        match self.config()?.decide(identity, domain) {
             Decision::Pass => Ok(None),
             Decision::Refuse(refusal) => Err(refusal),
             Decision::Protect(protection) => {
-                let record = self.record(identity, &protection)?;
+                let record = self.record(identity, &protection, domain)?;
+                self.authorise(&record, domain)?;
                 self.key(&record)?;
                 Ok(Some(record.id))
             }
@@ -156,15 +164,17 @@ impl Broker {
         self.devices.identify(device)
     }
 
-    /// Enrols the volume on `device`, which a rule must protect and which must be blank. A volume
-    /// that is enrolled already stays as it is.
+    /// Enrols the volume on `device` for `owner`, or for everybody. A rule must protect the device, and it
+    /// must be blank. A volume that is enrolled already stays as it is, and one that was retired can be
+    /// used again.
     ///
     /// # Errors
-    /// When no rule protects the device, when it holds anything, and when its key cannot be kept.
-    pub fn enrol(&self, device: DeviceNumber) -> Result<VolumeRecord, Refusal> {
+    /// When no rule protects the device, when it holds anything, when the volume belongs to another
+    /// owner or was destroyed, and when its key cannot be kept.
+    pub fn enrol(&self, device: DeviceNumber, owner: Option<&str>) -> Result<VolumeRecord, Refusal> {
         let identity = self.devices.identify(device)?;
-        match self.config()?.decide(&identity) {
-            Decision::Protect(protection) => self.enrol_as(&identity, &protection),
+        match self.config()?.decide(&identity, &Nobody) {
+            Decision::Protect(protection) => self.enrol_as(&identity, &protection, owner),
             Decision::Refuse(refusal) => Err(refusal),
             Decision::Pass => Err(Refusal::new(
                 Reason::Configuration,
@@ -191,15 +201,22 @@ impl Broker {
         }
     }
 
-    /// The record of the protected volume on `identity`; enrols it if its rule says so.
-    fn record(&self, identity: &Identity, protection: &Protection<'_>) -> Result<VolumeRecord, Refusal> {
+    /// The record of the protected volume on `identity`; enrols it for the owner of `domain` if its rule
+    /// says so.
+    fn record(
+        &self,
+        identity: &Identity,
+        protection: &Protection<'_>,
+        domain: &Facts,
+    ) -> Result<VolumeRecord, Refusal> {
         let volume = &protection.volume;
         match self.vault()?.store.volume(volume)? {
             Some(record) => {
+                self.check_state(identity, &record)?;
                 self.check_device(identity, &record)?;
                 Ok(record)
             }
-            None if protection.rule.create_keys() => self.enrol_as(identity, protection),
+            None if protection.create_keys => self.enrol_as(identity, protection, domain.owner.as_deref()),
             None => Err(Refusal::new(
                 Reason::NoKey,
                 format!(
@@ -211,14 +228,17 @@ impl Broker {
         }
     }
 
-    fn enrol_as(&self, identity: &Identity, protection: &Protection<'_>) -> Result<VolumeRecord, Refusal> {
+    fn enrol_as(
+        &self,
+        identity: &Identity,
+        protection: &Protection<'_>,
+        owner: Option<&str>,
+    ) -> Result<VolumeRecord, Refusal> {
         let Protection { volume, profile, .. } = protection;
         self.enrolling.with(volume, || {
             let vault = self.vault()?;
             if let Some(record) = vault.store.volume(volume)? {
-                self.check_device(identity, &record)?;
-                self.key(&record)?;
-                return Ok(record);
+                return self.enrol_again(identity, record, owner);
             }
             if !identity.size.is_multiple_of(profile.sector_size.into()) || identity.size == 0 {
                 let sentence = format!(
@@ -240,6 +260,8 @@ impl Broker {
                 sector_size: profile.sector_size,
                 check_value: key.check_value(volume),
                 enrolled_at: seconds_now(),
+                state: VolumeState::Enrolled,
+                owner: owner.map(str::to_owned),
             };
             vault.store.enrol(&record)?;
             tracing::info!(volume = %volume, device = %identity, rule = protection.rule.name(), "enrolled volume {volume} on {identity}");
@@ -287,6 +309,7 @@ impl Broker {
             differing("iSCSI target", &enrolled.iscsi_target, &found.iscsi_target),
             differing("LUN", &enrolled.lun, &found.lun),
             differing("WWID", &enrolled.wwid, &found.wwid),
+            differing("device-mapper UUID", &enrolled.dm_uuid, &found.dm_uuid),
         ];
         if let Some(difference) = differs.into_iter().flatten().next() {
             let sentence = format!(
@@ -353,6 +376,8 @@ fn enrolled_device(identity: &Identity) -> EnrolledDevice {
         iscsi_target: identity.iscsi.as_ref().map(|iscsi| iscsi.target.clone()),
         lun: identity.lun,
         wwid: identity.wwid.clone(),
+        // That of a multipath map is its WWID, and the volume is the same one without the map.
+        dm_uuid: identity.mapping.as_ref().map(|mapping| mapping.uuid.clone()).filter(|uuid| uuid.starts_with("LVM-")),
     }
 }
 

@@ -88,13 +88,21 @@ impl Control {
             }
             Request::Status => Ok(Reply::Status(status::status(&self.broker, &self.guests)?)),
             Request::Volumes => Ok(Reply::Volumes(self.volumes(self.broker.vault()?.store.volumes()?)?)),
-            Request::Volume { id } => Ok(Reply::Volumes(self.volumes(vec![self.record(&id)?])?)),
+            Request::Volume { id } => self.volume(self.broker.volume(&id)?),
             Request::Keys => Ok(Reply::Keys(self.broker.vault()?.keys.list()?)),
-            Request::Enrol { device } => {
-                let record = self.broker.enrol(at(&device)?)?;
-                Ok(Reply::Volumes(self.volumes(vec![record])?))
+            Request::Enrol { device, owner } => self.volume(self.broker.enrol(at(&device)?, owner.as_deref())?),
+            Request::Retire { id } => self.volume(self.broker.retire(&id)?),
+            Request::Destroy { id } => self.volume(self.broker.destroy(&id)?),
+            Request::SetOwner { id, owner } => self.volume(self.broker.set_owner(&id, owner.as_deref())?),
+            Request::Grants => Ok(Reply::Grants(self.broker.vault()?.store.grants()?)),
+            Request::Grant { grant } => {
+                self.broker.grant(&grant)?;
+                Ok(Reply::Nothing)
             }
-            Request::Withdraw { id } => Ok(Reply::Volumes(vec![self.withdraw(&id)?])),
+            Request::Revoke { volume, domain } => {
+                self.broker.revoke(&volume, &domain)?;
+                Ok(Reply::Nothing)
+            }
             Request::ExportKey { id } => {
                 self.export(&id, file)?;
                 Ok(Reply::Nothing)
@@ -102,14 +110,8 @@ impl Control {
         }
     }
 
-    fn record(&self, id: &VolumeId) -> Result<VolumeRecord, Refusal> {
-        let unknown = || {
-            Refusal::new(
-                Reason::NoKey,
-                format!("volume {id} is not enrolled: 'volcrypt volume list' shows those that are"),
-            )
-        };
-        self.broker.vault()?.store.volume(id)?.ok_or_else(unknown)
+    fn volume(&self, record: VolumeRecord) -> Result<Reply, Refusal> {
+        Ok(Reply::Volumes(self.volumes(vec![record])?))
     }
 
     fn volumes(&self, records: Vec<VolumeRecord>) -> Result<Vec<VolumeStatus>, Refusal> {
@@ -118,37 +120,16 @@ impl Control {
         Ok(records.into_iter().map(|record| VolumeStatus { mapped: mapped(&record), record }).collect())
     }
 
-    /// Forgets a volume's record, which goes to the journal: with it and the key, which stays, the
-    /// volume could still be read.
-    fn withdraw(&self, id: &VolumeId) -> Result<VolumeStatus, Refusal> {
-        let record = self.record(id)?;
-        let store = &self.broker.vault()?.store;
-        store.withdraw(id)?;
-        // An open that found the record before has made its mapping by now, or finds no record when
-        // it looks once more.
-        if self.is_mapped(id)? {
-            store.enrol(&record)?;
-            return Err(Refusal::new(
-                Reason::NotAllowed,
-                format!(
-                    "volume {id} is in use on this host: detach it first; 'volcrypt status' shows from which domain"
-                ),
-            ));
-        }
-        let text = serde_json::to_string(&record).unwrap_or_default();
-        tracing::warn!(volume = %id, "withdrew volume {id}, whose key stays; its record was {text}");
-        Ok(VolumeStatus { record, mapped: false })
-    }
-
-    fn is_mapped(&self, id: &VolumeId) -> Result<bool, Refusal> {
-        Ok(self.broker.encryptor().mappings()?.iter().any(|mapping| mapping.volume == *id))
-    }
-
     /// Writes a key into the client's file. It passes through no message and no buffer.
     fn export(&self, id: &VolumeId, file: Option<OwnedFd>) -> Result<(), Refusal> {
         let Some(file) = file else {
             return Err(Refusal::new(Reason::Configuration, "no file came with the request for a key"));
         };
+        if !self.broker.config()?.policy.export_keys {
+            let sentence = "keys are not written to files on this host: set export_keys = true in the section [policy], \
+                            run 'systemctl reload volcryptd', and take it back afterwards";
+            return Err(Refusal::new(Reason::NotAllowed, sentence));
+        }
         let vault = self.broker.vault()?;
         // A key outlives the record of its volume.
         let key = match vault.store.volume(id)? {

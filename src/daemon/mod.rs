@@ -31,10 +31,12 @@ use self::registrar::Registrar;
 use self::server::Server;
 use self::service_manager::Inherited;
 use crate::encryptor::PlainEncryptor;
+use crate::guest::LibvirtState;
 use crate::logging;
 use crate::policy::{Config, DEFAULT_PATH, DaemonConfig};
 use crate::protocol::{CONTROL_SOCKET, WRAPPER_SOCKET};
 use crate::sys::memory;
+use crate::sys::signals::Signal;
 
 /// How many threads may answer guests and clients at the same time. A thread that waits for dead
 /// storage is lost until the storage answers, so there are many.
@@ -67,6 +69,8 @@ pub fn main() -> ExitCode {
 
 fn run(options: &Options) -> io::Result<()> {
     protect_memory()?;
+    // Before there is any other thread, which would take the signal.
+    let hangup = Signal::hangup()?;
     let inherited = Inherited::take()?;
     let config = Config::load(&options.config);
     if let Err(error) = &config {
@@ -79,7 +83,12 @@ fn run(options: &Options) -> io::Result<()> {
         Err(error) => format!("Refusing every block device: {error}"),
     };
 
-    let broker = Arc::new(Broker::new(config, Box::new(HostDevices::new()), Box::new(PlainEncryptor::new())));
+    let broker = Arc::new(Broker::new(
+        config,
+        Box::new(HostDevices::new()),
+        Box::new(LibvirtState::system()),
+        Box::new(PlainEncryptor::new()),
+    ));
     if let Err(refusal) = control::sweep(&broker) {
         tracing::warn!("mappings of an earlier daemon were not looked for: {refusal}");
     }
@@ -91,10 +100,31 @@ fn run(options: &Options) -> io::Result<()> {
     let control_socket = inherited.control.map_or_else(|| bind(CONTROL_SOCKET.as_ref(), 0o600), Ok)?;
     let control = Control::new(Arc::clone(&broker), Arc::clone(&guests));
     start("control", move || control.serve(&control_socket, &Pool::new(MOST_CLIENTS)))?;
+    let (reloaded, path) = (Arc::clone(&broker), options.config.clone());
+    start("reload", move || {
+        loop {
+            hangup.wait();
+            reload(&reloaded, &path);
+        }
+    })?;
     start("registrar", move || registrar.serve(&wrapper_socket, &Pool::new(MOST_CLIENTS)))?;
 
     service_manager::ready(&status);
     Server::new(broker, guests, Pool::new(MOST_WORKERS), settings.open_deadline).serve()
+}
+
+/// Reads the configuration anew. A faulty one is told of and changes nothing.
+fn reload(broker: &Broker, path: &Path) {
+    let earlier = broker.config();
+    match broker.reload(Config::load(path)) {
+        Ok(config) => {
+            tracing::info!("the configuration in {} is in force", path.display());
+            if earlier.is_ok_and(|earlier| earlier.daemon != config.daemon) {
+                tracing::warn!("the section [daemon] has changed, which takes 'systemctl restart volcryptd'");
+            }
+        }
+        Err(why) => tracing::error!("the earlier configuration stays in force: {why}"),
+    }
 }
 
 /// No core dump, no tracing by others, no swap.

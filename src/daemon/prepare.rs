@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::broker::{Broker, no_such_device};
-use crate::domain::{Disk, Domain, Source};
+use crate::domain::{Disk, Domain, Facts, Source};
 use crate::guest::{block_device_at, is_no_device};
 use crate::policy::OtherEmulators;
 use crate::protocol::EMULATOR_DIRECTORY;
@@ -22,26 +22,27 @@ pub fn prepare(broker: &Broker, name: &str, xml: &str) -> Result<(), Refusal> {
     {
         check_emulator(name, &domain, "protected volumes attached to it")?;
     }
+    let facts = domain.facts();
     for disk in &domain.disks {
         let refused = |refusal: Refusal| in_disk(disk, &refusal);
         match &disk.source {
             Source::Path(path) => {
-                if let Some(volume) = prepare_path(broker, path).map_err(refused)? {
+                if let Some(volume) = prepare_path(broker, path, &facts).map_err(refused)? {
                     check_disk(disk, &volume).map_err(refused)?;
                     check_emulator(name, &domain, &format!("the protected volume {volume}"))?;
                     tracing::info!(domain = name, volume = %volume, "volume {volume} is ready for disk {} of domain {name}", disk.target);
                 }
             }
-            Source::IscsiUnit { target, lun } => check_unit(broker, target, *lun).map_err(refused)?,
+            Source::IscsiUnit { target, lun } => check_unit(broker, target, *lun, &facts).map_err(refused)?,
             Source::Other => {}
         }
     }
     Ok(())
 }
 
-fn prepare_path(broker: &Broker, path: &Path) -> Result<Option<VolumeId>, Refusal> {
+fn prepare_path(broker: &Broker, path: &Path, domain: &Facts) -> Result<Option<VolumeId>, Refusal> {
     match block_device_at(path) {
-        Ok(device) => broker.make_ready(&broker.identify(device)?),
+        Ok(device) => broker.make_ready(&broker.identify(device)?, domain),
         // An image file, which no rule protects; or nothing yet, about which libvirt says its own.
         Err(error) if is_no_device(&error) => Ok(None),
         Err(error) => Err(no_such_device(path, &error)),
@@ -49,8 +50,8 @@ fn prepare_path(broker: &Broker, path: &Path) -> Result<Option<VolumeId>, Refusa
 }
 
 /// QEMU's own iSCSI client never opens a device, so nothing would encrypt what it sends.
-fn check_unit(broker: &Broker, target: &str, lun: u64) -> Result<(), Refusal> {
-    match broker.make_ready(&Identity::of_iscsi_unit(target, lun)) {
+fn check_unit(broker: &Broker, target: &str, lun: u64, domain: &Facts) -> Result<(), Refusal> {
+    match broker.make_ready(&Identity::of_iscsi_unit(target, lun), domain) {
         Ok(None) => Ok(()),
         _ => Err(Refusal::new(
             Reason::NotAllowed,

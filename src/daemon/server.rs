@@ -114,7 +114,7 @@ impl Server {
         if !listener.is_waiting(call.id) {
             return;
         }
-        match self.judge(&node, request) {
+        match self.judge(call, &node, request) {
             Ok(Verdict::LetThrough) => settle(listener.let_through(call.id)),
             Ok(Verdict::Mapping(volume, mapping)) => {
                 let close_on_exec = request.flags.contains(OFlags::CLOEXEC);
@@ -140,14 +140,15 @@ impl Server {
         }
     }
 
-    fn judge(&self, node: &Node, request: &OpenRequest) -> Result<Verdict, Refusal> {
+    fn judge(&self, call: &Notification, node: &Node, request: &OpenRequest) -> Result<Verdict, Refusal> {
         // A mere handle reads and writes nothing, and opening it for real comes by here again.
         if request.is_path_only() {
             return Ok(Verdict::LetThrough);
         }
+        let guest = self.broker.guest(call.tid);
         match node.passes_commands {
-            true => self.broker.pass_commands(node.device),
-            false => self.broker.open(node.device, node.permitted, request.device_flags()),
+            true => self.broker.pass_commands(node.device, &guest),
+            false => self.broker.open(node.device, node.permitted, request.device_flags(), &guest),
         }
     }
 }

@@ -24,7 +24,7 @@ pub fn status(broker: &Broker, guests: &Guests) -> Result<Status, Refusal> {
     let mappings = broker.encryptor().mappings()?;
     Ok(Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        configuration_error: broker.config().err().map(|error| error.to_string()),
+        configuration_error: broker.configuration_error(),
         key_store_error: broker.vault().err().map(|error| error.to_string()),
         mappings: mappings.into_iter().map(|mapping| describe(broker, mapping, &guests)).collect(),
         guests,

@@ -3,6 +3,11 @@ use std::path::PathBuf;
 
 use roxmltree::{Document, Node};
 
+use super::Facts;
+
+/// The beginning of Nova's namespaces; a version follows: nova/virt/libvirt/config.py.
+const NOVA_NAMESPACE: &str = "http://openstack.org/xmlns/libvirt/nova/";
+
 /// What volcrypt needs to know of a domain.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Domain {
@@ -10,6 +15,9 @@ pub struct Domain {
     pub name: String,
     /// Its UUID.
     pub uuid: Option<String>,
+    /// Whom it belongs to: the project in the metadata that Nova writes, or else the text of volcrypt's
+    /// own `<owner>` there, which `virsh metadata` can set.
+    pub owner: Option<String>,
     /// The program that runs it.
     pub emulator: Option<PathBuf>,
     /// Its disks, in the order of the document, and then its host devices, which may be SCSI units.
@@ -62,14 +70,25 @@ impl Domain {
                 name.name()
             )));
         }
-        let devices = child(&root, "devices");
+        Ok(Domain::from_element(&root))
+    }
+
+    /// Reads the element `<domain>` of a larger document.
+    pub(crate) fn from_element(root: &Node<'_, '_>) -> Self {
+        let devices = child(root, "devices");
         let devices_of = |name: &'static str| devices.into_iter().flat_map(move |node| children(node, name));
-        Ok(Domain {
-            name: text_of(&root, "name").unwrap_or_default(),
-            uuid: text_of(&root, "uuid"),
+        Domain {
+            name: text_of(root, "name").unwrap_or_default(),
+            uuid: text_of(root, "uuid"),
+            owner: child(root, "metadata").and_then(|metadata| owner(&metadata)),
             emulator: devices.and_then(|node| text_of(&node, "emulator")).map(PathBuf::from),
             disks: devices_of("disk").chain(devices_of("hostdev")).map(|disk| Disk::read(&disk)).collect(),
-        })
+        }
+    }
+
+    /// Which domain it is.
+    pub fn facts(&self) -> Facts {
+        Facts { name: self.name.clone(), uuid: self.uuid.clone(), owner: self.owner.clone() }
     }
 }
 
@@ -97,6 +116,24 @@ impl Source {
             _ => Source::Other,
         }
     }
+}
+
+/// Nova's `<nova:instance><nova:owner><nova:project uuid='…'>`, of whichever version of its namespace.
+fn owner(metadata: &Node<'_, '_>) -> Option<String> {
+    let within = |node: Node<'_, '_>, name: &str, namespace: &str| {
+        let tag = node.tag_name();
+        node.is_element() && tag.name() == name && tag.namespace().is_some_and(|own| own.starts_with(namespace))
+    };
+    let nova = metadata.children().find(|node| within(*node, "instance", NOVA_NAMESPACE)).and_then(|instance| {
+        let owner = instance.children().find(|node| within(*node, "owner", NOVA_NAMESPACE))?;
+        let project = owner.children().find(|node| within(*node, "project", NOVA_NAMESPACE))?;
+        project.attribute("uuid").map(str::to_owned)
+    });
+    let own = || {
+        let owner = metadata.children().find(|node| node.has_tag_name((super::NAMESPACE, "owner")))?;
+        Some(owner.text()?.trim().to_owned())
+    };
+    nova.or_else(own).filter(|owner| !owner.is_empty())
 }
 
 fn is(node: &Node<'_, '_>, name: &str) -> bool {

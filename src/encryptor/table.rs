@@ -66,7 +66,7 @@ mod tests {
     use super::*;
     use crate::keys::Key;
     use crate::policy::{KeySize, Profile, Provider};
-    use crate::store::{EnrolledDevice, VolumeRecord};
+    use crate::store::{EnrolledDevice, VolumeRecord, VolumeState};
 
     fn record(sector_size: u32) -> VolumeRecord {
         let id: VolumeId = "v1".parse().unwrap();
@@ -81,6 +81,8 @@ mod tests {
             sector_size,
             check_value: Key::random(key_size).unwrap().check_value(&id),
             enrolled_at: 0,
+            state: VolumeState::Enrolled,
+            owner: None,
             id,
         }
     }

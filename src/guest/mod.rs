@@ -1,9 +1,11 @@
 //! The wrapped QEMUs: what their stopped system calls ask for, and who they are.
 
+mod libvirt;
 mod node;
 mod process;
 mod request;
 
+pub use libvirt::{Domains, LibvirtState};
 pub use node::{Located, Node, block_device_at, is_no_device, locate};
-pub use process::{domain_name, processes, processes_with_open};
+pub use process::{domain_name, process_of, processes, processes_with_open};
 pub use request::OpenRequest;

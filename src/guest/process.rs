@@ -14,6 +14,17 @@ pub fn file_system_user(tid: u32) -> io::Result<u32> {
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/status is not as proc(5) says"))
 }
 
+/// The process that thread `tid` belongs to. A process that a QEMU has started has that QEMU's listener
+/// and is not that QEMU.
+///
+/// # Errors
+/// When the thread is gone.
+pub fn process_of(tid: u32) -> io::Result<u32> {
+    let status = fs::read_to_string(format!("/proc/{tid}/status"))?;
+    let process = status.lines().find_map(|line| line.strip_prefix("Tgid:")?.trim().parse().ok());
+    process.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/status is not as proc(5) says"))
+}
+
 /// proc_pid_status(5): `Uid:` holds the real, effective, saved and file-system id.
 fn parse_file_system_user(status: &str) -> Option<u32> {
     let line = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
@@ -70,6 +81,18 @@ mod tests {
         assert_eq!(parse_file_system_user("Name:\tqemu\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\n"), Some(4));
         assert_eq!(parse_file_system_user("Uid:\t1\n"), None);
         assert_eq!(file_system_user(std::process::id()).unwrap(), rustix::process::geteuid().as_raw());
+    }
+
+    #[test]
+    fn threads_are_their_process_and_children_are_not() {
+        let own = std::process::id();
+        let thread = std::thread::spawn(|| process_of(rustix::thread::gettid().as_raw_nonzero().get() as u32));
+        assert_eq!(thread.join().unwrap().unwrap(), own);
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        assert_eq!(process_of(child.id()).unwrap(), child.id());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(process_of(child.id()).is_err());
     }
 
     #[test]

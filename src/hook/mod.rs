@@ -97,7 +97,7 @@ fn refuse_protected(config: &Config, domain: &str, xml: &str) -> Result<(), Stri
             Source::IscsiUnit { target, lun } => Identity::of_iscsi_unit(target, *lun),
             Source::Other => continue,
         };
-        if !matches!(config.decide(&identity), Decision::Pass) {
+        if !matches!(config.decide(&identity, &domain_xml.facts()), Decision::Pass) {
             return Err(format!("disk {} of domain {domain} is protected and cannot be opened now", disk.target));
         }
     }

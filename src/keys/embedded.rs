@@ -58,7 +58,7 @@ impl EmbeddedKeyManager {
                 Reason::KeyDestroyed,
                 format!(
                     "the key of volume {0} was destroyed and its data can never be read again: to use the device anew, \
-                     run 'volcrypt volume withdraw {0}' and have a rule give it another id",
+                     have a rule give it another id",
                     info.volume
                 ),
             ));

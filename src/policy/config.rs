@@ -9,7 +9,7 @@ use std::time::Duration;
 use toml::Spanned;
 
 use super::error::{ConfigError, Fault};
-use super::file::{DaemonTable, File, HookTable, KeyManagerTable, ProfileTable, RuleTable};
+use super::file::{DaemonTable, File, HookTable, KeyManagerTable, PolicyTable, ProfileTable, RuleTable};
 use super::profile::{NAME_RULE, Profile, is_name};
 use super::rule::Rule;
 
@@ -37,6 +37,8 @@ pub struct Config {
     pub daemon: DaemonConfig,
     /// What the hook is told.
     pub hook: HookConfig,
+    /// What holds beside the rules.
+    pub policy: PolicyConfig,
     profiles: BTreeMap<String, Profile>,
     rules: Vec<Rule>,
 }
@@ -94,6 +96,24 @@ impl Default for HookConfig {
             deadline: Duration::from_secs(DEFAULT_HOOK_DEADLINE),
         }
     }
+}
+
+/// The section `[policy]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PolicyConfig {
+    /// What becomes of iSCSI volumes that no rule matches.
+    pub unmatched_iscsi: Unmatched,
+    /// Whether a volume's key may be written to a file.
+    pub export_keys: bool,
+}
+
+/// What becomes of devices that no rule matches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unmatched {
+    /// They are let through as they are.
+    Pass,
+    /// No guest may have them.
+    Deny,
 }
 
 /// What becomes of domains that run another emulator than the wrapper.
@@ -180,6 +200,7 @@ impl Config {
             key_manager: key_manager(file.key_manager)?,
             daemon: daemon(file.daemon)?,
             hook: hook(file.hook)?,
+            policy: policy(file.policy)?,
             rules: rules(file.rules, &profiles)?,
             profiles,
         })
@@ -278,6 +299,12 @@ fn hook(table: HookTable) -> Result<HookConfig, Fault> {
     Ok(HookConfig { when_daemon_unreachable, other_emulators, deadline })
 }
 
+fn policy(table: PolicyTable) -> Result<PolicyConfig, Fault> {
+    let unmatched_iscsi =
+        word("unmatched_iscsi", table.unmatched_iscsi, [("pass", Unmatched::Pass), ("deny", Unmatched::Deny)])?;
+    Ok(PolicyConfig { unmatched_iscsi, export_keys: table.export_keys })
+}
+
 /// One of two words; the first one is the default.
 fn word<T>(key: &str, value: Option<Spanned<String>>, words: [(&str, T); 2]) -> Result<T, Fault> {
     let [(first, default), (second, other)] = words;
@@ -336,7 +363,8 @@ fn rules(tables: Vec<Spanned<RuleTable>>, profiles: &BTreeMap<String, Profile>) 
                 format!("there is no profile {profile_name:?}; add a section for it, or use one of: {known}");
             return Err(Fault::new(table.profile.map_or(span, |name| name.span()), sentence));
         };
-        rules.push(Rule::new(table, span, profile.clone(), profile_name)?);
+        let profile = profile.clone();
+        rules.push(Rule::new(table, span, (profile_name, profile))?);
     }
     Ok(rules)
 }

@@ -1,6 +1,7 @@
-use super::config::Config;
+use super::config::{Config, Unmatched};
 use super::profile::Profile;
-use super::rule::Rule;
+use super::rule::{Action, Protect, Rule};
+use crate::domain::Requester;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::{Identity, VolumeId};
 
@@ -11,7 +12,7 @@ pub enum Decision<'a> {
     Pass,
     /// It is a protected volume: a guest may have it through its mapping only.
     Protect(Protection<'a>),
-    /// No guest may have it.
+    /// No guest may have it, or not this one.
     Refuse(Refusal),
 }
 
@@ -26,47 +27,106 @@ pub struct Protection<'a> {
     pub profile_name: &'a str,
     /// That profile, for a volume that is enrolled now; an enrolled one has its own in its record.
     pub profile: &'a Profile,
+    /// Whether a blank volume without a key is enrolled when it is first used.
+    pub create_keys: bool,
 }
 
 impl Config {
-    /// What becomes of `device` when a guest asks for it. The first rule that matches decides; a
-    /// device that none matches passes.
+    /// What becomes of `device` when `requester` asks for it. The first rule that matches decides; a
+    /// device that none matches passes, unless it comes over iSCSI and the configuration denies those.
     ///
     /// A partition of a protected volume, or a stack that stands on one, is refused: neither the
     /// raw volume nor a part of the ciphertext may reach a guest that way. What stands on a mapping
     /// of volcrypt's own is encrypted by it and passes.
-    pub fn decide(&self, device: &Identity) -> Decision<'_> {
-        match self.beneath(device) {
-            Decision::Pass => self.of_itself(device),
+    pub fn decide(&self, device: &Identity, requester: &dyn Requester) -> Decision<'_> {
+        match self.beneath(device, requester) {
+            Decision::Pass => self.of_itself(device, requester),
             Decision::Protect(protection) => Decision::Refuse(not_the_volume(device, &protection)),
             refusal => refusal,
         }
     }
 
-    /// The first thing but a pass that any layer below `device` deserves.
-    fn beneath(&self, device: &Identity) -> Decision<'_> {
+    /// Whether no domain at all may open `device` as it is.
+    pub fn is_guarded(&self, device: &Identity) -> bool {
         if device.is_own_mapping() {
-            return Decision::Pass;
+            return false;
         }
-        let layers = device.underlying.iter().flat_map(|below| [self.of_itself(below), self.beneath(below)]);
-        layers.into_iter().find(|decision| !matches!(decision, Decision::Pass)).unwrap_or(Decision::Pass)
+        self.guards_itself(device) || device.underlying.iter().any(|below| self.is_guarded(below))
     }
 
-    fn of_itself(&self, device: &Identity) -> Decision<'_> {
+    fn guards_itself(&self, device: &Identity) -> bool {
+        for rule in self.rules().iter().filter(|rule| rule.mismatch(device).is_none()) {
+            match (rule.action(), rule.depends_on_domain()) {
+                (Action::Pass, _) => return false,
+                (Action::Protect(_) | Action::Deny, false) => return true,
+                // What other domains may do the next rules say.
+                (Action::Protect(_) | Action::Deny, true) => {}
+            }
+        }
+        self.denies_unmatched(device)
+    }
+
+    /// The first thing but a pass that any layer below `device` deserves.
+    fn beneath(&self, device: &Identity, requester: &dyn Requester) -> Decision<'_> {
         if device.is_own_mapping() {
             return Decision::Pass;
         }
-        let matched = self.rules().iter().find_map(|rule| Some((rule, rule.volume(device)?)));
-        match matched {
-            None => Decision::Pass,
-            Some((_, Err(refusal))) => Decision::Refuse(refusal),
-            Some((rule, Ok(volume))) => Decision::Protect(Protection {
+        for below in &device.underlying {
+            for decision in [self.of_itself(below, requester), self.beneath(below, requester)] {
+                if !matches!(decision, Decision::Pass) {
+                    return decision;
+                }
+            }
+        }
+        Decision::Pass
+    }
+
+    fn of_itself(&self, device: &Identity, requester: &dyn Requester) -> Decision<'_> {
+        if device.is_own_mapping() {
+            return Decision::Pass;
+        }
+        let concerns = |rule: &Rule| !rule.depends_on_domain() || rule.concerns(requester.facts());
+        let rule = self.rules().iter().find(|rule| rule.mismatch(device).is_none() && concerns(rule));
+        match rule.map(|rule| (rule, rule.action())) {
+            None if self.denies_unmatched(device) => Decision::Refuse(Refusal::new(
+                Reason::NotAllowed,
+                format!(
+                    "no rule matches {device}, and unmatched_iscsi = \"deny\" keeps such volumes from every guest: add \
+                     a rule that protects it or lets it pass"
+                ),
+            )),
+            None | Some((_, Action::Pass)) => Decision::Pass,
+            Some((rule, Action::Deny)) => Decision::Refuse(Refusal::new(
+                Reason::NotAllowed,
+                format!("rule {:?} denies {device} to {}", rule.name(), whom(rule, requester)),
+            )),
+            Some((rule, Action::Protect(protect))) => self.protection(device, rule, protect),
+        }
+    }
+
+    fn protection<'a>(&self, device: &Identity, rule: &'a Rule, protect: &'a Protect) -> Decision<'a> {
+        match rule.volume(protect, device) {
+            Ok(volume) => Decision::Protect(Protection {
                 volume,
                 rule,
-                profile_name: rule.profile_name(),
-                profile: rule.profile(),
+                profile_name: &protect.profile_name,
+                profile: &protect.profile,
+                create_keys: protect.create_keys,
             }),
+            Err(refusal) => Decision::Refuse(refusal),
         }
+    }
+
+    fn denies_unmatched(&self, device: &Identity) -> bool {
+        device.iscsi.is_some() && self.policy.unmatched_iscsi == Unmatched::Deny
+    }
+}
+
+fn whom(rule: &Rule, requester: &dyn Requester) -> String {
+    match (rule.depends_on_domain(), requester.facts()) {
+        (false, _) => "every guest".to_owned(),
+        (true, Some(domain)) => format!("domain {}", domain.name),
+        (true, None) => "a process that is no known domain".to_owned(),
     }
 }
 

@@ -1,15 +1,16 @@
-use super::config::{Config, KeyManagerConfig, OtherEmulators, WhenUnreachable};
-use super::rule::Rule;
+use super::config::{Config, KeyManagerConfig, OtherEmulators, Unmatched, WhenUnreachable};
+use super::rule::{Action, Rule};
 
 impl Config {
     /// The configuration in plain words, a line for each setting, with the warnings at the end.
     pub fn explain(&self) -> String {
         let mut lines = vec![self.keys(), self.deadlines(), self.users(), self.without_daemon()];
         lines.extend(self.without_wrapper());
-        if self.rules().is_empty() {
-            lines.push("No volume is protected: there is no rule.".to_owned());
+        if !self.rules().iter().any(|rule| rule.protect().is_some()) {
+            lines.push("No volume is protected: there is no rule that protects one.".to_owned());
         }
-        lines.extend(self.rules().iter().map(protection));
+        lines.extend(self.rules().iter().map(in_words));
+        lines.extend(self.without_rule());
         lines.extend(self.unused_profiles());
         lines.extend(self.warnings().into_iter().map(|warning| format!("Warning: {warning}.")));
         lines.join("\n") + "\n"
@@ -44,11 +45,12 @@ impl Config {
     }
 
     fn keys(&self) -> String {
+        let export = if self.policy.export_keys { " Root may write them to files (export_keys)." } else { "" };
         match &self.key_manager {
             KeyManagerConfig::Embedded { directory } => {
-                format!("Keys are kept in the database in {}.", directory.display())
+                format!("Keys are kept in the database in {}.{export}", directory.display())
             }
-            KeyManagerConfig::KeyFile { file } => format!("Keys are read from the file {}.", file.display()),
+            KeyManagerConfig::KeyFile { file } => format!("Keys are read from the file {}.{export}", file.display()),
         }
     }
 
@@ -85,20 +87,38 @@ impl Config {
         })
     }
 
+    fn without_rule(&self) -> Option<String> {
+        let what = match self.policy.unmatched_iscsi {
+            Unmatched::Pass => "are let through as they are",
+            Unmatched::Deny => "are denied to every guest",
+        };
+        let needed = !self.rules().is_empty() || self.policy.unmatched_iscsi == Unmatched::Deny;
+        needed.then(|| format!("iSCSI volumes that no rule matches {what}."))
+    }
+
     fn unused_profiles(&self) -> impl Iterator<Item = String> {
         let unused = self.profiles().filter(|(name, _)| {
             // The built-in profile is no setting that someone made and forgot.
-            *name != "default" && !self.rules().iter().any(|rule| rule.profile_name() == *name)
+            *name != "default"
+                && !self.rules().iter().any(|rule| rule.protect().is_some_and(|protect| protect.profile_name == *name))
         });
         unused.map(|(name, profile)| format!("Profile {name} ({profile}) is used by no rule."))
     }
 }
 
-fn protection(rule: &Rule) -> String {
-    let keys = match rule.create_keys() {
-        true => "keys for blank volumes are created at their first use",
-        false => "keys are not created automatically",
-    };
-    let (name, subject, profile_name, profile) = (rule.name(), rule.subject(), rule.profile_name(), rule.profile());
-    format!("Rule {name}: {subject} are protected with profile {profile_name} ({profile}); {keys}.")
+fn in_words(rule: &Rule) -> String {
+    let (name, subject) = (rule.name(), rule.subject());
+    let domains = rule.domains().map(|domains| format!(", for {domains},")).unwrap_or_default();
+    match rule.action() {
+        Action::Protect(protect) => {
+            let keys = match protect.create_keys {
+                true => "keys for blank volumes are created at their first use",
+                false => "keys are not created automatically",
+            };
+            let (profile_name, profile) = (&protect.profile_name, &protect.profile);
+            format!("Rule {name}: {subject}{domains} are protected with profile {profile_name} ({profile}); {keys}.")
+        }
+        Action::Pass => format!("Rule {name}: {subject}{domains} are let through as they are."),
+        Action::Deny => format!("Rule {name}: {subject}{domains} are denied."),
+    }
 }

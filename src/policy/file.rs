@@ -13,6 +13,7 @@ pub(super) struct File {
     pub(super) key_manager: KeyManagerTable,
     pub(super) daemon: DaemonTable,
     pub(super) hook: HookTable,
+    pub(super) policy: PolicyTable,
     pub(super) profiles: BTreeMap<Spanned<String>, ProfileTable>,
     pub(super) rules: Vec<Spanned<RuleTable>>,
 }
@@ -44,6 +45,13 @@ pub(super) struct HookTable {
 
 #[derive(Deserialize, Default)]
 #[serde(default, deny_unknown_fields)]
+pub(super) struct PolicyTable {
+    pub(super) unmatched_iscsi: Option<Spanned<String>>,
+    pub(super) export_keys: bool,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default, deny_unknown_fields)]
 pub(super) struct ProfileTable {
     pub(super) provider: Option<Provider>,
     pub(super) cipher: Option<Spanned<String>>,
@@ -59,11 +67,14 @@ pub(super) struct ProfileTable {
 #[serde(deny_unknown_fields)]
 pub(super) struct RuleTable {
     pub(super) name: Spanned<String>,
+    pub(super) action: Option<Spanned<String>>,
     pub(super) iscsi_target: Option<Spanned<String>>,
     pub(super) lun: Option<Spanned<i64>>,
     pub(super) wwid: Option<Spanned<String>>,
+    pub(super) dm_uuid: Option<Spanned<String>>,
+    pub(super) domain: Option<Spanned<String>>,
+    pub(super) owner: Option<Spanned<String>>,
     pub(super) volume_id: Option<Spanned<String>>,
     pub(super) profile: Option<Spanned<String>>,
-    #[serde(default)]
-    pub(super) create_keys: bool,
+    pub(super) create_keys: Option<Spanned<bool>>,
 }

@@ -5,15 +5,17 @@ mod decision;
 mod error;
 mod explain;
 mod file;
+mod pattern;
 mod profile;
 mod rule;
 mod template;
+mod trace;
 
 pub use config::{
-    Config, DEFAULT_DIRECTORY, DEFAULT_PATH, DaemonConfig, HookConfig, KeyManagerConfig, OtherEmulators,
-    WhenUnreachable,
+    Config, DEFAULT_DIRECTORY, DEFAULT_PATH, DaemonConfig, HookConfig, KeyManagerConfig, OtherEmulators, PolicyConfig,
+    Unmatched, WhenUnreachable,
 };
 pub use decision::{Decision, Protection};
 pub use error::ConfigError;
 pub use profile::{KeySize, Profile, Provider, UnsupportedKeySize};
-pub use rule::Rule;
+pub use rule::{Action, Protect, Rule};

@@ -1,41 +1,54 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use regex::{Captures, Regex, RegexBuilder};
 use toml::Spanned;
 
 use super::error::Fault;
 use super::file::RuleTable;
+use super::pattern::{Pattern, matched};
 use super::profile::{NAME_RULE, Profile, is_name};
 use super::template::Template;
+use crate::domain::Facts;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::{Identity, VolumeId};
 
-/// The longest pattern, in bytes.
-const PATTERN_LIMIT: usize = 1024;
-/// The most memory that a compiled pattern may take, in bytes.
-const COMPILED_LIMIT: usize = 1 << 20;
 /// The gap of `volume_id` that stands for the device's logical unit number.
 const LUN: &str = "lun";
 
-/// A rule: which devices are protected volumes, and what they are called.
+/// A rule: which devices it is about, for which domains, and what becomes of them.
 #[derive(Clone, Debug)]
 pub struct Rule {
     name: String,
     iscsi_target: Option<Pattern>,
     lun: Option<u64>,
     wwid: Option<Pattern>,
-    volume_id: Template,
-    profile_name: String,
-    profile: Profile,
-    create_keys: bool,
+    dm_uuid: Option<Pattern>,
+    domain: Option<Pattern>,
+    owner: Option<Pattern>,
+    action: Action,
 }
 
-/// A regular expression that a whole text has to match.
+/// What becomes of the devices that a rule matches.
 #[derive(Clone, Debug)]
-struct Pattern {
-    source: String,
-    regex: Regex,
+pub enum Action {
+    /// They are protected volumes.
+    Protect(Protect),
+    /// They are let through as they are.
+    Pass,
+    /// No guest may have them.
+    Deny,
+}
+
+/// How the volumes that a rule protects are called and encrypted.
+#[derive(Clone, Debug)]
+pub struct Protect {
+    volume_id: Template,
+    /// The name of the profile they are encrypted with.
+    pub profile_name: String,
+    /// That profile.
+    pub profile: Profile,
+    /// Whether a blank volume without a key is enrolled when it is first used.
+    pub create_keys: bool,
 }
 
 impl Rule {
@@ -44,43 +57,39 @@ impl Rule {
         &self.name
     }
 
-    /// The name of the profile its volumes are encrypted with.
-    pub fn profile_name(&self) -> &str {
-        &self.profile_name
+    /// What becomes of the devices it matches.
+    pub fn action(&self) -> &Action {
+        &self.action
     }
 
-    /// The profile its volumes are encrypted with.
-    pub fn profile(&self) -> &Profile {
-        &self.profile
+    /// How it protects, if it does.
+    pub fn protect(&self) -> Option<&Protect> {
+        match &self.action {
+            Action::Protect(protect) => Some(protect),
+            Action::Pass | Action::Deny => None,
+        }
     }
 
-    /// Whether a blank volume without a key is enrolled when it is first used.
-    pub fn create_keys(&self) -> bool {
-        self.create_keys
-    }
-
-    pub(super) fn new(
-        table: RuleTable,
-        span: Range<usize>,
-        profile: Profile,
-        profile_name: String,
-    ) -> Result<Self, Fault> {
+    /// `profile` is the one that the table names.
+    pub(super) fn new(table: RuleTable, span: Range<usize>, profile: (String, Profile)) -> Result<Self, Fault> {
         let name = table.name.get_ref().clone();
         if !is_name(&name) {
             return Err(Fault::new(table.name.span(), format!("{name:?} cannot name a rule; {NAME_RULE}")));
         }
-        if table.iscsi_target.is_none() && table.wwid.is_none() {
-            let sentence = format!("rule {name:?} says nothing about devices; give it iscsi_target, wwid or both");
+        if table.iscsi_target.is_none() && table.wwid.is_none() && table.dm_uuid.is_none() {
+            let sentence = format!("rule {name:?} says nothing about devices; give it iscsi_target, wwid or dm_uuid");
             return Err(Fault::new(span, sentence));
         }
+        let pattern =
+            |key, text: &Option<Spanned<String>>| text.as_ref().map(|text| Pattern::new(key, text)).transpose();
         let rule = Rule {
-            iscsi_target: table.iscsi_target.as_ref().map(|text| Pattern::new("iscsi_target", text)).transpose()?,
-            wwid: table.wwid.as_ref().map(|text| Pattern::new("wwid", text)).transpose()?,
-            lun: table.lun.map(logical_unit).transpose()?,
-            volume_id: volume_id(table.volume_id.as_ref())?,
-            profile_name,
-            profile,
-            create_keys: table.create_keys,
+            iscsi_target: pattern("iscsi_target", &table.iscsi_target)?,
+            wwid: pattern("wwid", &table.wwid)?,
+            dm_uuid: pattern("dm_uuid", &table.dm_uuid)?,
+            domain: pattern("domain", &table.domain)?,
+            owner: pattern("owner", &table.owner)?,
+            lun: table.lun.as_ref().map(logical_unit).transpose()?,
+            action: action(&table, profile)?,
             name,
         };
         rule.check_names(table.volume_id.map_or(span, |text| text.span()))?;
@@ -89,7 +98,8 @@ impl Rule {
 
     /// Every gap of the template has to have exactly one source.
     fn check_names(&self, span: Range<usize>) -> Result<(), Fault> {
-        for gap in self.volume_id.gaps() {
+        let Some(protect) = self.protect() else { return Ok(()) };
+        for gap in protect.volume_id.gaps() {
             let captures = self.patterns().filter(|pattern| pattern.captures_name(gap)).count();
             let sources = captures + usize::from(gap == LUN);
             if sources == 0 {
@@ -108,16 +118,47 @@ impl Rule {
         Ok(())
     }
 
-    /// The volume that the rule sees in `device` itself, whatever lies beneath; nothing when the
-    /// rule does not match. A match that makes no valid id is a refusal, never a pass.
-    pub(super) fn volume(&self, device: &Identity) -> Option<Result<VolumeId, Refusal>> {
-        if self.lun.is_some() && self.lun != device.lun {
-            return None;
+    /// What in `device` itself, whatever lies beneath, does not fit the rule; nothing if it all fits.
+    pub(super) fn mismatch(&self, device: &Identity) -> Option<String> {
+        if let Some(lun) = self.lun
+            && device.lun != Some(lun)
+        {
+            return Some(format!("it is about LUN {lun}"));
         }
-        let target = device.iscsi.as_ref().map(|iscsi| iscsi.target.as_str());
-        let captures = [matched(&self.iscsi_target, target)?, matched(&self.wwid, device.wwid.as_deref())?];
+        self.texts(device).into_iter().find_map(|(what, pattern, text)| match (pattern, text) {
+            (None, _) => None,
+            (Some(pattern), Some(text)) if pattern.is_match(text) => None,
+            (Some(pattern), Some(_)) => Some(format!("its {what} does not match {}", pattern.source())),
+            (Some(_), None) => Some(format!("it has no {what}")),
+        })
+    }
+
+    /// Whether the rule is about `domain`; `None` stands for one that is not known, which may be any.
+    /// Whoever is not known is not let through for that, and gets no disk that is denied to some.
+    pub(super) fn concerns(&self, domain: Option<&Facts>) -> bool {
+        let Some(domain) = domain else {
+            return !self.depends_on_domain() || !matches!(self.action, Action::Pass);
+        };
+        let fits = |pattern: &Option<Pattern>, text: Option<&str>| match pattern {
+            None => true,
+            Some(pattern) => text.is_some_and(|text| pattern.is_match(text)),
+        };
+        fits(&self.domain, Some(&domain.name)) && fits(&self.owner, domain.owner.as_deref())
+    }
+
+    /// Whether it is about some domains only.
+    pub(super) fn depends_on_domain(&self) -> bool {
+        self.domain.is_some() || self.owner.is_some()
+    }
+
+    /// The id of the volume on `device`, which matches and is protected. A match that makes no valid id
+    /// is a refusal, never a pass.
+    pub(super) fn volume(&self, protect: &Protect, device: &Identity) -> Result<VolumeId, Refusal> {
+        let texts = self.texts(device);
+        let captures: Vec<_> =
+            texts.into_iter().filter_map(|(_, pattern, text)| matched(pattern.as_ref()?, text?)).collect();
         let value = |name: &str| {
-            let captured = captures.iter().flatten().find_map(|captures| captures.name(name));
+            let captured = captures.iter().find_map(|captures| captures.name(name));
             let lun = device.lun.filter(|_| name == LUN).map(|lun| Cow::from(lun.to_string()));
             captured.map(|text| Cow::from(text.as_str())).or(lun)
         };
@@ -125,42 +166,50 @@ impl Rule {
             let sentence = format!("rule {:?} makes no volume id of {device}: {what}; correct the rule", self.name);
             Refusal::new(Reason::Configuration, sentence)
         };
-        Some(match self.volume_id.fill(value) {
+        match protect.volume_id.fill(value) {
             Ok(text) => text.parse().map_err(|error: crate::volume::InvalidVolumeId| refuse(error.to_string())),
             Err(gap) => Err(refuse(format!("the device has nothing for ${{{gap}}}"))),
-        })
+        }
     }
 
     /// Whether every device that `later` matches is matched by this rule already.
     pub(super) fn shadows(&self, later: &Rule) -> bool {
         let covers = |own: &Option<Pattern>, other: &Option<Pattern>| match (own, other) {
             (None, _) => true,
-            (Some(own), Some(other)) => own.source == other.source,
+            (Some(own), Some(other)) => own.source() == other.source(),
             (Some(_), None) => false,
         };
         covers(&self.iscsi_target, &later.iscsi_target)
             && covers(&self.wwid, &later.wwid)
+            && covers(&self.dm_uuid, &later.dm_uuid)
+            && covers(&self.domain, &later.domain)
+            && covers(&self.owner, &later.owner)
             && (self.lun.is_none() || self.lun == later.lun)
     }
 
     /// Whether two LUNs of one target would get the same id.
     pub(super) fn confuses_luns(&self) -> bool {
-        let tells_luns_apart = |gap: &str| gap == LUN || self.wwid.as_ref().is_some_and(|wwid| wwid.captures_name(gap));
-        self.iscsi_target.is_some() && self.lun.is_none() && !self.volume_id.gaps().any(tells_luns_apart)
+        let Some(protect) = self.protect() else { return false };
+        let one_device = [&self.wwid, &self.dm_uuid];
+        let tells_luns_apart =
+            |gap: &str| gap == LUN || one_device.into_iter().flatten().any(|pattern| pattern.captures_name(gap));
+        self.iscsi_target.is_some() && self.lun.is_none() && !protect.volume_id.gaps().any(tells_luns_apart)
     }
 
     /// Whether every device that matches gets the same id.
     pub(super) fn has_one_id(&self) -> bool {
-        self.volume_id.gaps().next().is_none()
+        self.protect().is_some_and(|protect| protect.volume_id.gaps().next().is_none())
     }
 
     /// Which devices the rule is about, in words.
     pub(super) fn subject(&self) -> String {
-        let wwid = self.wwid.as_ref().map(|wwid| format!("a WWID matching {}", wwid.source));
-        let mut words = match (&self.iscsi_target, wwid) {
-            (Some(target), Some(wwid)) => format!("volumes on iSCSI targets matching {} with {wwid}", target.source),
-            (Some(target), None) => format!("volumes on iSCSI targets matching {}", target.source),
-            (None, wwid) => format!("block devices with {}", wwid.unwrap_or_default()),
+        let with = |what, pattern: &Option<Pattern>| Some(format!("a {what} matching {}", pattern.as_ref()?.source()));
+        let with = [with("WWID", &self.wwid), with("device-mapper UUID", &self.dm_uuid)];
+        let with = with.into_iter().flatten().collect::<Vec<_>>().join(" and ");
+        let mut words = match &self.iscsi_target {
+            Some(target) if with.is_empty() => format!("volumes on iSCSI targets matching {}", target.source()),
+            Some(target) => format!("volumes on iSCSI targets matching {} with {with}", target.source()),
+            None => format!("block devices with {with}"),
         };
         if let Some(lun) = self.lun {
             words.push_str(&format!(", LUN {lun} only,"));
@@ -168,58 +217,66 @@ impl Rule {
         words
     }
 
+    /// Which domains the rule is about, in words, if not about all.
+    pub(super) fn domains(&self) -> Option<String> {
+        let called = self.domain.as_ref().map(|domain| format!("domains called {}", domain.source()));
+        let owned = self.owner.as_ref().map(|owner| format!("owned by {}", owner.source()));
+        match (called, owned) {
+            (Some(called), Some(owned)) => Some(format!("{called} and {owned}")),
+            (None, Some(owned)) => Some(format!("domains {owned}")),
+            (called, None) => called,
+        }
+    }
+
+    fn texts<'a>(&'a self, device: &'a Identity) -> [(&'static str, &'a Option<Pattern>, Option<&'a str>); 3] {
+        let target = device.iscsi.as_ref().map(|iscsi| iscsi.target.as_str());
+        let dm_uuid = device.mapping.as_ref().map(|mapping| mapping.uuid.as_str());
+        [
+            ("iSCSI target", &self.iscsi_target, target),
+            ("WWID", &self.wwid, device.wwid.as_deref()),
+            ("device-mapper UUID", &self.dm_uuid, dm_uuid),
+        ]
+    }
+
+    /// Those that may name the volume.
     fn patterns(&self) -> impl Iterator<Item = &Pattern> {
-        [&self.iscsi_target, &self.wwid].into_iter().flatten()
+        [&self.iscsi_target, &self.wwid, &self.dm_uuid].into_iter().flatten()
     }
 }
 
-impl Pattern {
-    fn new(key: &str, text: &Spanned<String>) -> Result<Self, Fault> {
-        let source = text.get_ref().clone();
-        if source.is_empty() || source.len() > PATTERN_LIMIT {
-            let sentence = format!("{key} has to be a regular expression of 1 to {PATTERN_LIMIT} bytes; correct it");
-            return Err(Fault::new(text.span(), sentence));
+fn action(table: &RuleTable, (profile_name, profile): (String, Profile)) -> Result<Action, Fault> {
+    let name = table.name.get_ref();
+    let other = match table.action.as_ref().map(|word| word.get_ref().as_str()) {
+        None | Some("protect") => {
+            return Ok(Action::Protect(Protect {
+                volume_id: volume_id(table.volume_id.as_ref())?,
+                profile_name,
+                profile,
+                create_keys: table.create_keys.as_ref().is_some_and(|create| *create.get_ref()),
+            }));
         }
-        // By itself first: `a)|(?:b` is no pattern, yet between the anchors it would be one, and a
-        // part of a name would match.
-        let compiled = compile(&source).and_then(|_| compile(&format!(r"\A(?:{source})\z")));
-        match compiled {
-            Ok(regex) => Ok(Pattern { source, regex }),
-            Err(what) => {
-                let sentence = format!("{key} is no regular expression that can be used: {what}; correct the pattern");
-                Err(Fault::new(text.span(), sentence))
-            }
+        Some("pass") => Action::Pass,
+        Some("deny") => Action::Deny,
+        Some(word) => {
+            let sentence = format!("action = {word:?} is not known; use \"protect\", \"pass\" or \"deny\"");
+            return Err(Fault::new(table.action.as_ref().map_or(0..0, Spanned::span), sentence));
+        }
+    };
+    let useless = [
+        ("volume_id", table.volume_id.as_ref().map(Spanned::span)),
+        ("profile", table.profile.as_ref().map(Spanned::span)),
+        ("create_keys", table.create_keys.as_ref().map(Spanned::span)),
+    ];
+    match useless.into_iter().find_map(|(key, span)| Some((key, span?))) {
+        None => Ok(other),
+        Some((key, span)) => {
+            let sentence = format!("{key} belongs to rules that protect, and rule {name:?} does not; remove it");
+            Err(Fault::new(span, sentence))
         }
     }
-
-    fn captures_name(&self, name: &str) -> bool {
-        self.regex.capture_names().flatten().any(|capture| capture == name)
-    }
 }
 
-fn compile(pattern: &str) -> Result<Regex, String> {
-    let compiled = RegexBuilder::new(pattern).size_limit(COMPILED_LIMIT).dfa_size_limit(COMPILED_LIMIT).build();
-    compiled.map_err(|error| match error {
-        // The crate draws a picture; its last line says what is wrong.
-        regex::Error::Syntax(picture) => {
-            let last = picture.lines().last().unwrap_or_default();
-            last.trim_start_matches("error: ").to_owned()
-        }
-        regex::Error::CompiledTooBig(_) => "it is too complicated".to_owned(),
-        other => other.to_string().replace('\n', " "),
-    })
-}
-
-/// What a pattern captures in `text`: nothing at all (the outer `None`) if it does not match, no
-/// captures if there is no pattern.
-fn matched<'a>(pattern: &Option<Pattern>, text: Option<&'a str>) -> Option<Option<Captures<'a>>> {
-    match pattern {
-        None => Some(None),
-        Some(pattern) => pattern.regex.captures(text?).map(Some),
-    }
-}
-
-fn logical_unit(lun: Spanned<i64>) -> Result<u64, Fault> {
+fn logical_unit(lun: &Spanned<i64>) -> Result<u64, Fault> {
     u64::try_from(*lun.get_ref())
         .map_err(|_| Fault::new(lun.span(), "lun is negative; logical unit numbers start at 0"))
 }

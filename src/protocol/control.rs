@@ -11,7 +11,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde::{Deserialize, Serialize};
 
 use crate::keys::KeyInfo;
-use crate::store::VolumeRecord;
+use crate::store::{Grant, VolumeRecord};
 use crate::volume::VolumeId;
 
 /// The longest message in bytes. A domain with a thousand disks needs about half a megabyte.
@@ -45,11 +45,39 @@ pub enum Request {
     Enrol {
         /// A path of the device.
         device: PathBuf,
+        /// Whom the volume belongs to; nobody in particular if nothing is said.
+        owner: Option<String>,
     },
-    /// Forget that a volume is enrolled. Its key stays.
-    Withdraw {
+    /// Take a volume out of use. Its key stays.
+    Retire {
         /// The volume's id.
         id: VolumeId,
+    },
+    /// Destroy a volume's key.
+    Destroy {
+        /// The volume's id.
+        id: VolumeId,
+    },
+    /// Give a volume to somebody else.
+    SetOwner {
+        /// The volume's id.
+        id: VolumeId,
+        /// To whom; to everybody if nothing is said.
+        owner: Option<String>,
+    },
+    /// Every grant.
+    Grants,
+    /// Let a domain have a volume of another owner.
+    Grant {
+        /// Which one, and until when.
+        grant: Grant,
+    },
+    /// Take a grant back.
+    Revoke {
+        /// The volume's id.
+        volume: VolumeId,
+        /// The domain, as the grant says it.
+        domain: String,
     },
     /// Write a volume's key into the file whose descriptor comes with the request.
     ExportKey {
@@ -91,9 +119,11 @@ pub enum Reply {
     Nothing,
     /// The answer to [`Request::Status`].
     Status(Status),
-    /// The answer to [`Request::Volumes`], [`Request::Volume`], [`Request::Enrol`] and
-    /// [`Request::Withdraw`].
+    /// The answer to [`Request::Volumes`], and to every request about one volume: its record as it is
+    /// then.
     Volumes(Vec<VolumeStatus>),
+    /// The answer to [`Request::Grants`].
+    Grants(Vec<Grant>),
     /// The answer to [`Request::Keys`].
     Keys(Vec<KeyInfo>),
 }

@@ -16,12 +16,14 @@ use crate::refusal::{Reason, Refusal};
 
 mod fault;
 mod files;
+mod grants;
 mod keys;
 mod schema;
 mod volumes;
 
+pub use grants::Grant;
 pub(crate) use keys::WrappedKey;
-pub use volumes::{EnrolledDevice, VolumeRecord};
+pub use volumes::{EnrolledDevice, VolumeRecord, VolumeState};
 
 use schema::Migration;
 

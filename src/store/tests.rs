@@ -64,6 +64,7 @@ fn record(name: &str) -> VolumeRecord {
             iscsi_target: Some(format!("iqn.2026-11.org.lab:{name}")),
             lun: Some(1),
             wwid: Some(format!("naa.{name}")),
+            dm_uuid: None,
         },
         size_bytes: 1 << 30,
         profile: "default".to_owned(),
@@ -73,6 +74,8 @@ fn record(name: &str) -> VolumeRecord {
         sector_size: 4096,
         check_value: "00112233445566778899aabbccddeeff".to_owned().try_into().unwrap(),
         enrolled_at: 1_790_000_000,
+        state: VolumeState::Enrolled,
+        owner: None,
     }
 }
 

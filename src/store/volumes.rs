@@ -1,8 +1,8 @@
 //! The records of enrolled volumes.
 
-use rusqlite::{OptionalExtension, Row, TransactionBehavior, params};
-use serde::de::IntoDeserializer;
+use rusqlite::{ErrorCode, OptionalExtension, Row, TransactionBehavior, params};
 use serde::de::value::Error as ValueError;
+use serde::de::{DeserializeOwned, IntoDeserializer};
 use serde::{Deserialize, Serialize};
 
 use super::{Store, fault};
@@ -35,6 +35,39 @@ pub struct VolumeRecord {
     pub check_value: CheckValue,
     /// When it was enrolled, in seconds since 1970-01-01 UTC.
     pub enrolled_at: i64,
+    /// What may be done with it.
+    pub state: VolumeState,
+    /// Whom it belongs to: only domains of the same owner get it without a grant. A volume without an
+    /// owner is any domain's that libvirt gives it to.
+    pub owner: Option<String>,
+}
+
+/// What may be done with a volume that was enrolled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum VolumeState {
+    /// It can be used: its key is stored, and was read back and compared.
+    Enrolled,
+    /// It cannot be used until it is enrolled again; its key is kept.
+    Retired,
+    /// Its key is destroyed, and with it what stood on the volume.
+    Destroyed,
+}
+
+impl VolumeState {
+    fn as_str(self) -> &'static str {
+        match self {
+            VolumeState::Enrolled => "enrolled",
+            VolumeState::Retired => "retired",
+            VolumeState::Destroyed => "destroyed",
+        }
+    }
+}
+
+impl std::fmt::Display for VolumeState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
 }
 
 /// How the device of an enrolled volume is known again.
@@ -46,10 +79,12 @@ pub struct EnrolledDevice {
     pub lun: Option<u64>,
     /// The world-wide identifier as sysfs shows it.
     pub wwid: Option<String>,
+    /// The device-mapper UUID of a logical volume.
+    pub dm_uuid: Option<String>,
 }
 
 impl VolumeRecord {
-    /// The names of the fields in which `self` and `other` differ, apart from `enrolled_at`.
+    /// The names of the fields in which `self` and `other` differ, of those that enrolling pins.
     fn differences(&self, other: &VolumeRecord) -> Vec<&'static str> {
         [
             ("device", self.device != other.device),
@@ -68,7 +103,7 @@ impl VolumeRecord {
 }
 
 const COLUMNS: &str = "id, iscsi_target, lun, wwid, size_bytes, profile, provider, cipher, key_size, sector_size, \
-                       check_value, enrolled_at";
+                       check_value, enrolled_at, state, owner, dm_uuid";
 
 impl Store {
     /// The record of `volume`, if it is enrolled.
@@ -115,7 +150,7 @@ impl Store {
                     Reason::ForeignData,
                     format!(
                         "volume {} is enrolled already with another {}: if the old one is not \
-                         needed any more, run 'volcrypt volume withdraw {}'",
+                         needed any more, run 'volcrypt volume destroy {}'",
                         record.id,
                         differences.join(", "),
                         record.id
@@ -128,8 +163,9 @@ impl Store {
         let lun = device.lun.map(|lun| signed(record, "lun", lun)).transpose()?;
         let holder: Option<String> = transaction
             .query_row(
-                "SELECT id FROM volumes WHERE (iscsi_target = ?1 AND lun = ?2) OR wwid = ?3",
-                params![device.iscsi_target, lun, device.wwid],
+                "SELECT id FROM volumes
+                 WHERE state = 'enrolled' AND ((iscsi_target = ?1 AND lun = ?2) OR wwid = ?3 OR dm_uuid = ?4)",
+                params![device.iscsi_target, lun, device.wwid, device.dm_uuid],
                 |row| row.get(0),
             )
             .optional()
@@ -139,7 +175,7 @@ impl Store {
                 Reason::ForeignData,
                 format!(
                     "the device of volume {} is enrolled already as volume {holder}: if that one's data is not \
-                     needed any more, run 'volcrypt volume withdraw {holder}'",
+                     needed any more, run 'volcrypt volume retire {holder}'",
                     record.id
                 ),
             ));
@@ -147,7 +183,7 @@ impl Store {
 
         transaction
             .execute(
-                &format!("INSERT INTO volumes ({COLUMNS}) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12)"),
+                &format!("INSERT INTO volumes ({COLUMNS}) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15)"),
                 params![
                     record.id.as_str(),
                     device.iscsi_target,
@@ -161,6 +197,9 @@ impl Store {
                     record.sector_size,
                     record.check_value.to_string(),
                     record.enrolled_at,
+                    record.state.as_str(),
+                    record.owner,
+                    device.dm_uuid,
                 ],
             )
             .map_err(fault)?;
@@ -169,18 +208,58 @@ impl Store {
         Ok(())
     }
 
-    /// Forgets that `volume` is enrolled, so that its device can be enrolled anew; its key is not
-    /// touched. Returns whether there was such a record.
+    /// Puts `volume` from one of the states `from` into state `to`, and says which it was in; nothing
+    /// if it is in none of them. Its key is not touched.
+    ///
+    /// # Errors
+    /// [`Reason::ForeignData`] when its device is enrolled as another volume by now,
+    /// [`Reason::StoreUnavailable`] when the database cannot be written.
+    pub fn change_state(
+        &self,
+        volume: &VolumeId,
+        from: &[VolumeState],
+        to: VolumeState,
+    ) -> Result<Option<VolumeState>, Refusal> {
+        let fault = |error| self.fault(&error);
+        let mut connection = self.connection();
+        self.check_in_place()?;
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(fault)?;
+        let present: Option<String> = transaction
+            .query_row("SELECT state FROM volumes WHERE id = ?1", [volume.as_str()], |row| row.get(0))
+            .optional()
+            .map_err(fault)?;
+        let Some(present) = from.iter().copied().find(|state| Some(state.as_str()) == present.as_deref()) else {
+            return Ok(None);
+        };
+        let changed =
+            transaction.execute("UPDATE volumes SET state = ?2 WHERE id = ?1", params![volume.as_str(), to.as_str()]);
+        changed.map_err(|error| match error.sqlite_error_code() {
+            Some(ErrorCode::ConstraintViolation) => Refusal::new(
+                Reason::ForeignData,
+                format!(
+                    "the device of volume {volume} is enrolled as another volume by now: 'volcrypt volume list' shows \
+                     as which; retire that one first"
+                ),
+            ),
+            _ => self.fault(&error),
+        })?;
+        transaction.commit().map_err(fault)?;
+        self.merge_log(&connection);
+        Ok(Some(present))
+    }
+
+    /// Gives `volume` to `owner`, or to nobody. Returns whether there is such a volume.
     ///
     /// # Errors
     /// [`Reason::StoreUnavailable`] when the database cannot be written.
-    pub fn withdraw(&self, volume: &VolumeId) -> Result<bool, Refusal> {
+    pub fn set_owner(&self, volume: &VolumeId, owner: Option<&str>) -> Result<bool, Refusal> {
         let connection = self.connection();
         self.check_in_place()?;
-        let deleted = connection.execute("DELETE FROM volumes WHERE id = ?1", [volume.as_str()]);
-        let deleted = deleted.map_err(|error| self.fault(&error))?;
+        let changed =
+            connection.execute("UPDATE volumes SET owner = ?2 WHERE id = ?1", params![volume.as_str(), owner]);
+        let changed = changed.map_err(|error| self.fault(&error))?;
         self.merge_log(&connection);
-        Ok(deleted > 0)
+        Ok(changed > 0)
     }
 
     fn record(&self, row: VolumeRow) -> Result<VolumeRecord, Refusal> {
@@ -204,6 +283,9 @@ struct VolumeRow {
     sector_size: u32,
     check_value: String,
     enrolled_at: i64,
+    state: String,
+    owner: Option<String>,
+    dm_uuid: Option<String>,
 }
 
 impl VolumeRow {
@@ -211,18 +293,24 @@ impl VolumeRow {
         let lun = self.lun.map(u64::try_from).transpose().ok()?;
         Some(VolumeRecord {
             id: self.id.parse().ok()?,
-            device: EnrolledDevice { iscsi_target: self.iscsi_target, lun, wwid: self.wwid },
+            device: EnrolledDevice { iscsi_target: self.iscsi_target, lun, wwid: self.wwid, dm_uuid: self.dm_uuid },
             size_bytes: self.size_bytes.try_into().ok()?,
             profile: self.profile,
             // The word in the table is the word in JSON, so serde's names are the only list of them.
-            provider: Provider::deserialize(IntoDeserializer::<ValueError>::into_deserializer(self.provider)).ok()?,
+            provider: word(self.provider)?,
             cipher: self.cipher,
             key_size: self.key_size.try_into().ok()?,
             sector_size: self.sector_size,
             check_value: self.check_value.try_into().ok()?,
             enrolled_at: self.enrolled_at,
+            state: word(self.state)?,
+            owner: self.owner,
         })
     }
+}
+
+fn word<T: DeserializeOwned>(text: String) -> Option<T> {
+    T::deserialize(IntoDeserializer::<ValueError>::into_deserializer(text)).ok()
 }
 
 fn read_row(row: &Row<'_>) -> rusqlite::Result<VolumeRow> {
@@ -239,6 +327,9 @@ fn read_row(row: &Row<'_>) -> rusqlite::Result<VolumeRow> {
         sector_size: row.get(9)?,
         check_value: row.get(10)?,
         enrolled_at: row.get(11)?,
+        state: row.get(12)?,
+        owner: row.get(13)?,
+        dm_uuid: row.get(14)?,
     })
 }
 

@@ -4,4 +4,5 @@ pub mod inherited;
 pub mod keyring;
 pub mod memory;
 pub mod seccomp;
+pub mod signals;
 pub mod trace;

@@ -10,9 +10,9 @@ fn an_enrolled_volume_is_opened_through_its_mapping() {
     let world = World::new();
     let device = world.add_volume("one", 0);
     let broker = world.broker(false);
-    broker.enrol(device).unwrap();
+    broker.enrol(device, None).unwrap();
     assert!(
-        matches!(broker.open(device, true, OFlags::RDWR).unwrap(), Verdict::Mapping(volume, _) if volume.as_str() == "one")
+        matches!(broker.open(device, true, OFlags::RDWR, &vm()).unwrap(), Verdict::Mapping(volume, _) if volume.as_str() == "one")
     );
     assert_eq!(world.opened(), ["250:0"]);
 }
@@ -22,14 +22,14 @@ fn a_device_that_no_rule_names_is_let_through() {
     let world = World::new();
     let device = world.add_volume("one", 0);
     world.change(device, |identity| identity.lun = Some(2));
-    assert!(matches!(world.broker(false).open(device, false, OFlags::RDWR).unwrap(), Verdict::LetThrough));
+    assert!(matches!(world.broker(false).open(device, false, OFlags::RDWR, &vm()).unwrap(), Verdict::LetThrough));
 }
 
 #[test]
 fn without_a_key_and_without_the_right_to_make_one_there_is_no_open() {
     let world = World::new();
     let device = world.add_volume("one", 0);
-    let refusal = refusal(world.broker(false).open(device, true, OFlags::RDWR));
+    let refusal = refusal(world.broker(false).open(device, true, OFlags::RDWR, &vm()));
     assert_eq!(refusal.errno(), libc::ENOKEY);
     assert!(refusal.to_string().contains("volcrypt volume enrol /dev/sd0"), "{refusal}");
     assert!(world.opened().is_empty());
@@ -41,8 +41,8 @@ fn a_rule_may_have_blank_volumes_enrolled_at_first_use() {
     let (blank, used) = (world.add_volume("blank", 0), world.add_volume("used", 1));
     world.write(used, b"somebody's data");
     let broker = world.broker(true);
-    assert!(matches!(broker.open(blank, true, OFlags::RDWR).unwrap(), Verdict::Mapping(..)));
-    let refusal = refusal(broker.open(used, true, OFlags::RDWR));
+    assert!(matches!(broker.open(blank, true, OFlags::RDWR, &vm()).unwrap(), Verdict::Mapping(..)));
+    let refusal = refusal(broker.open(used, true, OFlags::RDWR, &vm()));
     assert_eq!(refusal.errno(), libc::EMEDIUMTYPE);
     assert!(refusal.to_string().contains("data at byte 0"), "{refusal}");
     assert_eq!(world.opened(), ["250:0"]);
@@ -53,9 +53,9 @@ fn another_device_in_the_place_of_an_enrolled_one_is_refused() {
     let world = World::new();
     let device = world.add_volume("one", 0);
     let broker = world.broker(true);
-    broker.enrol(device).unwrap();
+    broker.enrol(device, None).unwrap();
     world.change(device, |identity| identity.wwid = Some("naa.other".to_owned()));
-    let refusal = refusal(broker.open(device, true, OFlags::RDWR));
+    let refusal = refusal(broker.open(device, true, OFlags::RDWR, &vm()));
     assert_eq!(refusal.errno(), libc::EMEDIUMTYPE);
     assert!(refusal.to_string().contains("naa.0") && refusal.to_string().contains("naa.other"), "{refusal}");
     assert!(world.opened().is_empty());
@@ -66,11 +66,11 @@ fn a_shrunk_volume_is_refused_and_a_grown_one_is_not() {
     let world = World::new();
     let device = world.add_volume("one", 0);
     let broker = world.broker(true);
-    broker.enrol(device).unwrap();
+    broker.enrol(device, None).unwrap();
     world.change(device, |identity| identity.size = SIZE - 512);
-    assert_eq!(refusal(broker.open(device, true, OFlags::RDWR)).errno(), libc::EMEDIUMTYPE);
+    assert_eq!(refusal(broker.open(device, true, OFlags::RDWR, &vm())).errno(), libc::EMEDIUMTYPE);
     world.change(device, |identity| identity.size = SIZE * 2);
-    assert!(broker.open(device, true, OFlags::RDWR).is_ok());
+    assert!(broker.open(device, true, OFlags::RDWR, &vm()).is_ok());
 }
 
 #[test]
@@ -78,8 +78,8 @@ fn a_guest_that_was_not_given_the_node_gets_nothing() {
     let world = World::new();
     let device = world.add_volume("one", 0);
     let broker = world.broker(true);
-    broker.enrol(device).unwrap();
-    assert_eq!(refusal(broker.open(device, false, OFlags::RDWR)).errno(), libc::EACCES);
+    broker.enrol(device, None).unwrap();
+    assert_eq!(refusal(broker.open(device, false, OFlags::RDWR, &vm())).errno(), libc::EACCES);
     assert!(world.opened().is_empty());
 }
 
@@ -88,17 +88,17 @@ fn a_volume_that_can_only_be_read_is_not_opened_for_writing() {
     let world = World::new();
     let device = world.add_volume("one", 0);
     let broker = world.broker(true);
-    broker.enrol(device).unwrap();
+    broker.enrol(device, None).unwrap();
     world.change(device, |identity| identity.read_only = true);
-    assert_eq!(refusal(broker.open(device, true, OFlags::RDWR)).errno(), libc::EACCES);
-    assert!(broker.open(device, true, OFlags::RDONLY).is_ok());
+    assert_eq!(refusal(broker.open(device, true, OFlags::RDWR, &vm())).errno(), libc::EACCES);
+    assert!(broker.open(device, true, OFlags::RDONLY, &vm()).is_ok());
 }
 
 #[test]
 fn with_a_faulty_configuration_every_device_is_refused() {
     let world = World::new();
     let device = world.add_volume("one", 0);
-    let refusal = refusal(world.broker_with("[[rules]]\nname = 1\n").open(device, true, OFlags::RDWR));
+    let refusal = refusal(world.broker_with("[[rules]]\nname = 1\n").open(device, true, OFlags::RDWR, &vm()));
     assert_eq!(refusal.errno(), libc::ENOTSUP);
     assert!(refusal.to_string().starts_with("volcrypt.toml:2:"), "{refusal}");
 }
@@ -108,11 +108,11 @@ fn enrolling_twice_keeps_the_key() {
     let world = World::new();
     let device = world.add_volume("one", 0);
     let broker = world.broker(false);
-    let record = broker.enrol(device).unwrap();
+    let record = broker.enrol(device, None).unwrap();
     world.write(device, b"ciphertext by now");
-    assert_eq!(broker.enrol(device).unwrap(), record);
+    assert_eq!(broker.enrol(device, None).unwrap(), record);
     // So does a daemon that starts anew.
-    assert_eq!(world.broker(false).enrol(device).unwrap(), record);
+    assert_eq!(world.broker(false).enrol(device, None).unwrap(), record);
 }
 
 #[test]
@@ -122,7 +122,7 @@ fn concurrent_first_opens_enrol_once() {
     let broker = world.broker(true);
     std::thread::scope(|scope| {
         for _ in 0..8 {
-            scope.spawn(|| broker.open(device, true, OFlags::RDWR).unwrap());
+            scope.spawn(|| broker.open(device, true, OFlags::RDWR, &vm()).unwrap());
         }
     });
     assert_eq!(broker.vault().unwrap().store.volumes().unwrap().len(), 1);
@@ -139,7 +139,7 @@ fn a_size_that_is_no_multiple_of_the_sector_size_is_refused_before_anything_is_k
         "[key_manager]\ndirectory = {state:?}\n[profiles.large]\nsector_size = 4096\n[[rules]]\nname = \"lab\"\n\
          iscsi_target = '.*:volume-(?<id>.*)'\nlun = 1\nprofile = \"large\"\n"
     ));
-    let refusal = broker.enrol(device).unwrap_err();
+    let refusal = broker.enrol(device, None).unwrap_err();
     assert!(refusal.to_string().contains("sector_size = 4096"), "{refusal}");
     assert!(broker.vault().unwrap().keys.list().unwrap().is_empty());
 }
@@ -149,7 +149,7 @@ fn a_device_that_somebody_has_open_is_not_enrolled() {
     let mut world = World::new();
     let device = world.add_volume("one", 0);
     world.in_use = true;
-    let refusal = world.broker(true).enrol(device).unwrap_err();
+    let refusal = world.broker(true).enrol(device, None).unwrap_err();
     assert_eq!(refusal.errno(), libc::EMEDIUMTYPE);
     assert!(refusal.to_string().starts_with("process 1 has /dev/sd0 open"), "{refusal}");
     assert!(world.broker(true).vault().unwrap().keys.list().unwrap().is_empty());
@@ -161,6 +161,6 @@ fn scsi_commands_reach_no_protected_volume() {
     let (device, other) = (world.add_volume("one", 0), world.add_volume("two", 1));
     world.change(other, |identity| identity.lun = Some(2));
     let broker = world.broker(true);
-    assert_eq!(refusal(broker.pass_commands(device)).errno(), libc::EACCES);
-    assert!(matches!(broker.pass_commands(other).unwrap(), Verdict::LetThrough));
+    assert_eq!(refusal(broker.pass_commands(device, &vm())).errno(), libc::EACCES);
+    assert!(matches!(broker.pass_commands(other, &vm()).unwrap(), Verdict::LetThrough));
 }

@@ -37,29 +37,6 @@ fn a_request_of_another_version_gets_a_sentence() {
 }
 
 #[test]
-fn a_withdrawn_volume_keeps_its_key() {
-    let world = World::new();
-    let device = world.add_volume("one", 31);
-    let broker = world.broker(false);
-    broker.enrol(device).unwrap();
-    let id = || "one".parse().unwrap();
-    assert!(matches!(ask(broker, &Request::Withdraw { id: id() }), Ok(Reply::Volumes(volumes)) if volumes.len() == 1));
-    assert!(ask(world.broker(false), &Request::Withdraw { id: id() }).is_err());
-    let Ok(Reply::Keys(keys)) = ask(world.broker(false), &Request::Keys) else { panic!() };
-    assert_eq!((keys.len(), keys[0].destroyed), (1, false));
-}
-
-#[test]
-fn a_mapped_volume_is_not_withdrawn() {
-    let mut world = World::new();
-    let device = world.add_volume("one", 32);
-    world.broker(false).enrol(device).unwrap();
-    world.mapped = true;
-    let (sentence, _) = ask(world.broker(false), &Request::Withdraw { id: "one".parse().unwrap() }).unwrap_err();
-    assert!(sentence.contains("in use on this host"), "{sentence}");
-}
-
-#[test]
 fn the_status_says_what_is_wrong_with_the_configuration() {
     let Ok(Reply::Status(status)) = ask(World::new().broker_with("nonsense"), &Request::Status) else { panic!() };
     assert!(status.configuration_error.unwrap().starts_with("volcrypt.toml:1:"));

@@ -3,6 +3,7 @@
 
 mod broker;
 mod control;
+mod lifecycle;
 mod prepare;
 mod server;
 
@@ -19,7 +20,9 @@ use tempfile::TempDir;
 
 use super::broker::Broker;
 use super::devices::Devices;
+use crate::domain::Facts;
 use crate::encryptor::{Mapping, MappingSpec, VolumeEncryptor};
+use crate::guest::Domains;
 use crate::keys::Key;
 use crate::policy::Config;
 use crate::refusal::{Reason, Refusal};
@@ -30,6 +33,16 @@ const ON_THE_MAPPING: &str = "plaintext of the mapping";
 /// The size of every simulated volume.
 const SIZE: u64 = 4 << 20;
 
+/// The domain that asks.
+fn vm() -> Facts {
+    Facts { name: "vm".to_owned(), uuid: None, owner: None }
+}
+
+/// A domain of an owner.
+fn vm_of(owner: &str) -> Facts {
+    Facts { owner: Some(owner.to_owned()), ..vm() }
+}
+
 /// A simulated host: volumes are files in a folder.
 #[derive(Clone)]
 struct World {
@@ -39,6 +52,8 @@ struct World {
     delay: Duration,
     mapped: bool,
     in_use: bool,
+    /// Which domain every process is.
+    domain: Option<Facts>,
 }
 
 impl World {
@@ -52,6 +67,7 @@ impl World {
             delay: Duration::ZERO,
             mapped: false,
             in_use: false,
+            domain: Some(vm()),
         }
     }
 
@@ -99,7 +115,7 @@ impl World {
             builder.create(&state).unwrap();
         }
         let config = Config::parse(config, "volcrypt.toml");
-        Broker::new(config, Box::new(self.clone()), Box::new(self.clone()))
+        Broker::new(config, Box::new(self.clone()), Box::new(self.clone()), Box::new(self.clone()))
     }
 
     /// The backing devices of the mappings that were made, in order.
@@ -124,6 +140,12 @@ impl Devices for World {
 
     fn user(&self, _device: DeviceNumber) -> Option<String> {
         self.in_use.then(|| "process 1".to_owned())
+    }
+}
+
+impl Domains for World {
+    fn of(&self, _pid: u32) -> io::Result<Option<Facts>> {
+        Ok(self.domain.clone())
     }
 }
 

@@ -24,7 +24,7 @@ fn a_domain_whose_disks_are_ready_may_start() {
     let device = world.add_volume("ready", 21);
     let node = Node::new("/dev", device);
     let broker = world.broker(false);
-    broker.enrol(device).unwrap();
+    broker.enrol(device, None).unwrap();
     prepare(&broker, "vm", &domain(WRAPPER, &block_disk("disk", &node.0))).unwrap();
     assert!(world.opened().is_empty(), "a mapping is made by QEMU's open only");
 }

@@ -120,6 +120,19 @@ fn a_node_that_libvirt_cannot_have_made_is_worth_nothing() {
     assert!(world.opened().is_empty());
 }
 
+#[test]
+fn a_process_that_is_no_domain_gets_no_mapping() {
+    let mut world = World::new();
+    let device = world.add_volume("nobody", 16);
+    world.domain = None;
+    let node = Node::new("/dev", device);
+    let path = node.0.clone();
+    let broker = world.broker(true);
+    let errno = as_guest(broker, Duration::from_secs(5), move || open_errno(&path));
+    assert_eq!(errno, Some(libc::EACCES));
+    assert!(world.opened().is_empty());
+}
+
 /// A file system on which a device node opens nothing, whoever owns it.
 struct Mount(PathBuf);
 

@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::domain::{Facts, Nobody};
 use crate::volume::{DeviceNumber, Iscsi, Mapping};
 
 const CINDER: &str = r#"
@@ -55,7 +56,7 @@ fn partition(below: Identity) -> Identity {
 
 /// The volume's id, `pass`, or the refusal's reason.
 fn outcome(config: &Config, device: &Identity) -> String {
-    match config.decide(device) {
+    match config.decide(device, &Nobody) {
         Decision::Pass => "pass".to_owned(),
         Decision::Protect(protection) => protection.volume.to_string(),
         Decision::Refuse(refusal) => format!("{:?}", refusal.reason()),
@@ -73,9 +74,9 @@ fn nothing_is_protected_by_default() {
 fn a_match_names_the_volume_the_rule_and_the_profile() {
     let config = config(&format!("{CINDER}\nprofile = \"fast\"\n[profiles.fast]\nsector_size = 4096\n"));
     let disk = cinder_disk();
-    let Decision::Protect(protection) = config.decide(&disk) else { panic!("not protected") };
+    let Decision::Protect(protection) = config.decide(&disk, &Nobody) else { panic!("not protected") };
     assert_eq!(protection.volume.as_str(), ID);
-    assert_eq!((protection.rule.name(), protection.rule.create_keys()), ("cinder", true));
+    assert_eq!((protection.rule.name(), protection.create_keys), ("cinder", true));
     assert_eq!((protection.profile_name, protection.profile.sector_size), ("fast", 4096));
 }
 
@@ -135,7 +136,7 @@ fn a_capture_that_is_no_volume_id_is_refused() {
 #[test]
 fn a_part_of_a_protected_volume_is_refused_with_both_names() {
     let config = config(CINDER);
-    let sentence = |device: &Identity| match config.decide(device) {
+    let sentence = |device: &Identity| match config.decide(device, &Nobody) {
         Decision::Refuse(refusal) => {
             assert_eq!(refusal.reason(), Reason::NotAllowed);
             refusal.to_string()
@@ -204,7 +205,7 @@ proptest! {
         );
         let disk = Identity { wwid: Some(wwid.clone()), ..disk(&target) };
         let expected = format!("{target}{wwid}").parse::<VolumeId>().ok();
-        match config.decide(&disk) {
+        match config.decide(&disk, &Nobody) {
             Decision::Protect(protection) => prop_assert_eq!(Some(protection.volume), expected),
             Decision::Refuse(refusal) => {
                 prop_assert!(expected.is_none());
@@ -213,8 +214,118 @@ proptest! {
             Decision::Pass => prop_assert!(false, "a name that the pattern matches passed"),
         }
         for above in [partition(disk.clone()), mapping(&target, &wwid, disk)] {
-            let passes = matches!(config.decide(&above), Decision::Pass);
+            let passes = matches!(config.decide(&above, &Nobody), Decision::Pass);
             prop_assert_eq!(passes, above.is_own_mapping());
         }
     }
+}
+
+/// Rules for some domains only, after the words that stand for domains.
+const BY_DOMAIN: &str = r#"
+    [[rules]]
+    name = "backup"
+    action = "pass"
+    iscsi_target = 'iqn\..*'
+    domain = 'backup-.*'
+    [[rules]]
+    name = "foreign"
+    action = "deny"
+    iscsi_target = 'iqn\..*'
+    owner = 'p9'
+    [[rules]]
+    name = "cinder"
+    iscsi_target = 'iqn\.2010-10\.org\.openstack:volume-(?<id>.*)'
+"#;
+
+fn domain(name: &str, owner: Option<&str>) -> Facts {
+    Facts { name: name.to_owned(), uuid: None, owner: owner.map(str::to_owned) }
+}
+
+fn outcome_for(config: &Config, device: &Identity, requester: &dyn Requester) -> String {
+    match config.decide(device, requester) {
+        Decision::Pass => "pass".to_owned(),
+        Decision::Protect(protection) => protection.volume.to_string(),
+        Decision::Refuse(refusal) => refusal.to_string(),
+    }
+}
+
+#[test]
+fn the_first_rule_for_the_device_and_the_domain_decides() {
+    let config = config(BY_DOMAIN);
+    let disk = cinder_disk();
+    assert_eq!(outcome_for(&config, &disk, &domain("backup-1", None)), "pass");
+    assert_eq!(outcome_for(&config, &disk, &domain("backup-1", Some("p9"))), "pass");
+    let denied = outcome_for(&config, &disk, &domain("web", Some("p9")));
+    assert_eq!(denied, "rule \"foreign\" denies /dev/sda to domain web");
+    assert_eq!(outcome_for(&config, &disk, &domain("web", Some("p1"))), ID);
+    assert_eq!(outcome_for(&config, &disk, &domain("not-backup-1", None)), ID);
+    let part = outcome_for(&config, &partition(disk.clone()), &domain("web", None));
+    assert!(part.contains("is a partition of the protected volume"), "{part}");
+}
+
+#[test]
+fn who_is_not_known_passes_nowhere_and_is_denied_what_anybody_is() {
+    let config = config(BY_DOMAIN);
+    let denied = outcome_for(&config, &cinder_disk(), &Nobody);
+    assert_eq!(denied, "rule \"foreign\" denies /dev/sda to a process that is no known domain");
+}
+
+#[test]
+fn only_what_no_domain_may_open_is_guarded() {
+    let by_domain = config(BY_DOMAIN);
+    assert!(!by_domain.is_guarded(&cinder_disk()), "backup domains have to be able to open it");
+    assert!(!by_domain.is_guarded(&device("sdb")));
+    let always = config(CINDER);
+    for device in [cinder_disk(), partition(cinder_disk()), mapping("lv", "LVM-x", cinder_disk())] {
+        assert!(always.is_guarded(&device), "{device}");
+    }
+    assert!(!always.is_guarded(&mapping("volcrypt-x", "VOLCRYPT-plain-x", cinder_disk())));
+    assert!(!always.is_guarded(&disk("iqn.other")));
+    let strict = config("[policy]\nunmatched_iscsi = 'deny'\n");
+    assert!(strict.is_guarded(&disk("iqn.other")) && !strict.is_guarded(&device("sdb")));
+}
+
+#[test]
+fn iscsi_volumes_without_a_rule_can_be_denied() {
+    let config = config(&format!("[policy]\nunmatched_iscsi = \"deny\"\n{CINDER}"));
+    assert_eq!(outcome(&config, &cinder_disk()), ID);
+    assert_eq!(outcome(&config, &disk("iqn.other")), "NotAllowed");
+    assert_eq!(outcome(&config, &partition(disk("iqn.other"))), "NotAllowed");
+    assert_eq!(outcome(&config, &device("sdb")), "pass");
+}
+
+#[test]
+fn a_logical_volume_can_be_a_volume_of_its_own() {
+    let config = config("[[rules]]\nname = 'lv'\ndm_uuid = 'LVM-(?<id>[A-Za-z0-9]{64})'\n");
+    let uuid = "a".repeat(64);
+    let logical = mapping("vg-lv", &format!("LVM-{uuid}"), device("sda"));
+    assert_eq!(outcome(&config, &logical), uuid);
+    assert_eq!(outcome(&config, &mapping("mpatha", "mpath-3600", device("sda"))), "pass");
+}
+
+#[test]
+fn a_trace_names_every_rule_up_to_the_one_that_decides() {
+    let config = config(BY_DOMAIN);
+    let trace = |device: &Identity, requester: &dyn Requester| config.trace(device, requester).join("\n");
+    assert_eq!(
+        trace(&partition(cinder_disk()), &domain("web", None)),
+        format!(
+            "/dev/sda1: partition 1\n  \
+             rule backup does not match: it has no iSCSI target\n  \
+             rule foreign does not match: it has no iSCSI target\n  \
+             rule cinder does not match: it has no iSCSI target\n  \
+             no rule matches: passes\n  \
+             /dev/sda: iSCSI target \"iqn.2010-10.org.openstack:volume-{ID}\", LUN 1, WWID \"naa.6001405aaaa\"\n    \
+             rule backup matches the device, but is for domains called backup-.* and not for domain web\n    \
+             rule foreign matches the device, but is for domains owned by p9 and not for domain web\n    \
+             rule cinder matches: protected as volume {ID}\n\
+             Decision: refused with errno 13: /dev/sda1 is a partition of the protected volume {ID}; give the guest the whole \
+             volume."
+        )
+    );
+    let passes = trace(&disk("iqn.other"), &domain("backup-1", None));
+    assert!(
+        passes.ends_with("rule backup matches: it passes\nDecision: /dev/sda is let through as it is."),
+        "{passes}"
+    );
 }

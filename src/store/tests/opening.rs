@@ -136,20 +136,42 @@ fn a_damaged_database_is_refused_and_kept() {
     assert_eq!(names(&Store::open(directory.path()).unwrap()).len(), 100);
 }
 
-const WITH_NOTES: &[Migration] = &[schema::MIGRATIONS[0], "ALTER TABLE volumes ADD COLUMN note TEXT; SELECT 1;"];
-const BROKEN: &[Migration] =
-    &[schema::MIGRATIONS[0], "ALTER TABLE volumes ADD COLUMN note TEXT; CREATE TABLE volumes (a);"];
+const NOTES: Migration = "ALTER TABLE volumes ADD COLUMN note TEXT; SELECT 1;";
+const BROKEN: Migration = "ALTER TABLE volumes ADD COLUMN note TEXT; CREATE TABLE volumes (a);";
+
+/// The steps there are, and one more.
+fn and_then(step: Migration) -> Vec<Migration> {
+    [schema::MIGRATIONS, &[step]].concat()
+}
+
+#[test]
+fn volumes_of_the_first_version_are_enrolled_and_everybodys() {
+    let directory = private_directory();
+    drop(Store::open_with(directory.path(), &schema::MIGRATIONS[..1]).unwrap());
+    let connection = Connection::open(directory.path().join("volcrypt.db")).unwrap();
+    connection
+        .execute_batch(
+            "INSERT INTO volumes VALUES ('one', 'iqn.2026-11.org.lab:one', 1, 'naa.one', 1073741824, 'default', 'plain',
+                 'aes-xts-plain64', 512, 4096, '00112233445566778899aabbccddeeff', 1790000000);
+             INSERT INTO keys VALUES ('one', 1, 512, x'0102', 1, NULL);",
+        )
+        .unwrap();
+    drop(connection);
+    let store = Store::open(directory.path()).unwrap();
+    assert_eq!(store.volumes().unwrap(), [record("one")]);
+    assert_eq!(store.wrapped_key(&record("one").id).unwrap().unwrap().wrapped, Some(vec![1, 2]));
+}
 
 #[test]
 fn an_older_database_is_brought_forward_with_its_records() {
     let directory = private_directory();
     Store::open(directory.path()).unwrap().enrol(&record("one")).unwrap();
-    let store = Store::open_with(directory.path(), WITH_NOTES).unwrap();
-    assert_eq!(schema::version(&store.connection()).unwrap(), 2);
+    let store = Store::open_with(directory.path(), &and_then(NOTES)).unwrap();
+    assert_eq!(schema::version(&store.connection()).unwrap(), schema::MIGRATIONS.len() + 1);
     store.connection().execute_batch("UPDATE volumes SET note = 'kept'").unwrap();
     assert_eq!(store.volume(&record("one").id).unwrap(), Some(record("one")));
     drop(store);
-    drop(Store::open_with(directory.path(), WITH_NOTES).unwrap());
+    drop(Store::open_with(directory.path(), &and_then(NOTES)).unwrap());
     assert!(refused(Store::open(directory.path())).contains("newer"), "and there is no way back");
 }
 
@@ -157,9 +179,9 @@ fn an_older_database_is_brought_forward_with_its_records() {
 fn a_step_that_fails_changes_nothing() {
     let directory = private_directory();
     Store::open(directory.path()).unwrap().enrol(&record("one")).unwrap();
-    refused(Store::open_with(directory.path(), BROKEN));
+    refused(Store::open_with(directory.path(), &and_then(BROKEN)));
     let store = Store::open(directory.path()).unwrap();
-    assert_eq!(schema::version(&store.connection()).unwrap(), 1);
+    assert_eq!(schema::version(&store.connection()).unwrap(), schema::MIGRATIONS.len());
     assert!(store.connection().prepare("SELECT note FROM volumes").is_err());
     assert_eq!(names(&store), ["one"]);
 }
@@ -169,7 +191,7 @@ fn an_older_database_that_cannot_be_written_is_refused() {
     let directory = private_directory();
     drop(Store::open(directory.path()).unwrap());
     let path = directory.path().join("volcrypt.db");
-    assert!(refused(connect_for_reading(&path, WITH_NOTES)).contains("brought to version 2"));
+    assert!(refused(connect_for_reading(&path, &and_then(NOTES))).contains("must be brought to version"));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 use rusqlite::{TransactionBehavior, ffi};
 
 use super::*;
+use crate::domain::Facts;
 
 #[test]
 fn records_survive_and_are_read_as_written() {
@@ -57,15 +58,16 @@ fn a_device_is_enrolled_once() {
     let directory = private_directory();
     let store = Store::open(directory.path()).unwrap();
     store.enrol(&record("one")).unwrap();
-    let EnrolledDevice { iscsi_target, lun, wwid } = record("one").device;
-    let same_lun = EnrolledDevice { iscsi_target: iscsi_target.clone(), lun, wwid: Some("naa.other".to_owned()) };
-    let same_wwid = EnrolledDevice { iscsi_target: None, lun: None, wwid };
+    let EnrolledDevice { iscsi_target, lun, wwid, .. } = record("one").device;
+    let same_lun =
+        EnrolledDevice { iscsi_target: iscsi_target.clone(), lun, wwid: Some("naa.other".to_owned()), dm_uuid: None };
+    let same_wwid = EnrolledDevice { wwid, ..EnrolledDevice::default() };
     for device in [same_lun, same_wwid, record("one").device] {
         let refusal = store.enrol(&VolumeRecord { device, ..record("two") }).unwrap_err();
         assert_eq!(refusal.reason(), Reason::ForeignData);
         assert!(refusal.to_string().contains("two") && refusal.to_string().contains("volume one"), "{refusal}");
     }
-    let next_lun = EnrolledDevice { iscsi_target, lun: Some(2), wwid: None };
+    let next_lun = EnrolledDevice { iscsi_target, lun: Some(2), ..EnrolledDevice::default() };
     store.enrol(&VolumeRecord { device: next_lun, ..record("two") }).unwrap();
     // The table itself refuses it too, whoever writes.
     let connection = store.connection();
@@ -74,14 +76,65 @@ fn a_device_is_enrolled_once() {
 }
 
 #[test]
-fn a_withdrawn_device_can_be_enrolled_anew() {
+fn a_retired_volume_makes_room_and_comes_back_only_to_room() {
+    use VolumeState::{Destroyed, Enrolled, Retired};
     let directory = private_directory();
     let store = Store::open(directory.path()).unwrap();
     store.enrol(&record("one")).unwrap();
-    assert_eq!(store.withdraw(&record("one").id), Ok(true));
-    assert_eq!(store.withdraw(&record("one").id), Ok(false));
+    let one = record("one").id;
+    assert_eq!(store.change_state(&one, &[Enrolled], Retired), Ok(Some(Enrolled)));
+    assert_eq!(store.change_state(&one, &[Enrolled], Retired), Ok(None));
+    assert_eq!(store.volume(&one).unwrap(), Some(VolumeRecord { state: Retired, ..record("one") }));
     store.enrol(&VolumeRecord { device: record("one").device, ..record("two") }).unwrap();
-    assert_eq!(names(&store), ["two"]);
+    let refusal = store.change_state(&one, &[Retired], Enrolled).unwrap_err();
+    assert_eq!(refusal.reason(), Reason::ForeignData);
+    assert!(refusal.to_string().contains("enrolled as another volume"), "{refusal}");
+    assert_eq!(store.change_state(&record("two").id, &[Enrolled], Destroyed), Ok(Some(Enrolled)));
+    assert_eq!(store.change_state(&one, &[Retired], Enrolled), Ok(Some(Retired)));
+    assert_eq!(store.change_state(&record("none").id, &[Enrolled], Retired), Ok(None));
+}
+
+#[test]
+fn an_owner_can_be_changed() {
+    let directory = private_directory();
+    let store = Store::open(directory.path()).unwrap();
+    store.enrol(&record("one")).unwrap();
+    let one = record("one").id;
+    for owner in [Some("p1"), None, Some("p2")] {
+        assert_eq!(store.set_owner(&one, owner), Ok(true));
+        assert_eq!(store.volume(&one).unwrap().unwrap().owner.as_deref(), owner);
+    }
+    assert_eq!(store.set_owner(&record("two").id, None), Ok(false));
+    assert!(store.set_owner(&one, Some("")).is_err());
+}
+
+#[test]
+fn a_grant_holds_for_one_domain_until_its_time_is_over() {
+    let directory = private_directory();
+    let store = Store::open(directory.path()).unwrap();
+    store.enrol(&record("one")).unwrap();
+    store.enrol(&VolumeRecord { device: EnrolledDevice::default(), ..record("two") }).unwrap();
+    let (one, two) = (record("one").id, record("two").id);
+    let grant =
+        |domain: &str, expires_at| Grant { volume: one.clone(), domain: domain.to_owned(), expires_at, created_at: 1 };
+    let facts = |name: &str, uuid: &str| Facts { name: name.to_owned(), uuid: Some(uuid.to_owned()), owner: None };
+    let uuid = "0b1f7c1e-1111-4222-8333-444455556666";
+    let (web, db) = (facts("web", uuid), facts("db", "0b1f7c1e-1111-4222-8333-000000000000"));
+    store.grant(&grant("db", 10)).unwrap();
+    store.grant(&grant("db", 20)).unwrap();
+    assert_eq!(store.grants().unwrap(), [grant("db", 20)]);
+    assert_eq!(store.is_granted(&one, &db, 19), Ok(true));
+    assert_eq!(store.is_granted(&one, &db, 20), Ok(false));
+    assert_eq!(store.is_granted(&two, &db, 19), Ok(false));
+    assert_eq!(store.is_granted(&one, &web, 19), Ok(false));
+    store.grant(&grant(uuid, 20)).unwrap();
+    assert_eq!(store.is_granted(&one, &web, 19), Ok(true));
+    // Whoever calls himself by another's UUID is not the other.
+    assert_eq!(store.is_granted(&one, &facts(uuid, ""), 19), Ok(false));
+    assert_eq!((store.revoke(&one, uuid), store.revoke(&one, uuid)), (Ok(true), Ok(false)));
+    assert_eq!(store.is_granted(&one, &web, 19), Ok(false));
+    let unknown = Grant { volume: record("none").id, ..grant("db", 20) };
+    assert_eq!(store.grant(&unknown).unwrap_err().reason(), Reason::NoKey);
 }
 
 #[test]
@@ -162,7 +215,7 @@ fn a_read_only_database_is_read_and_not_written() {
     let store = Store::open_for_reading(directory.path()).unwrap();
     assert!(store.is_read_only().unwrap());
     assert_eq!(store.volumes().unwrap(), [record("one")]);
-    for sentence in [refused(store.enrol(&record("two"))), refused(store.withdraw(&record("one").id))] {
+    for sentence in [refused(store.enrol(&record("two"))), refused(store.set_owner(&record("one").id, None))] {
         assert!(sentence.contains("volcrypt.db is read-only") && sentence.contains("mounted writable"), "{sentence}");
     }
     assert!(contents(directory.path()) == before);
@@ -187,10 +240,11 @@ fn the_file_alone_is_the_whole_database() {
     let store = Store::open(directory.path()).unwrap();
     store.enrol(&record("one")).unwrap();
     store.enrol(&record("two")).unwrap();
-    store.withdraw(&record("two").id).unwrap();
+    store.set_owner(&record("two").id, Some("p1")).unwrap();
     let backup = private_directory();
     fs::copy(directory.path().join("volcrypt.db"), backup.path().join("volcrypt.db")).unwrap();
-    assert_eq!(names(&Store::open(backup.path()).unwrap()), ["one"]);
+    let copied = Store::open(backup.path()).unwrap().volumes().unwrap();
+    assert_eq!(copied, [record("one"), VolumeRecord { owner: Some("p1".to_owned()), ..record("two") }]);
 }
 
 #[test]
@@ -202,7 +256,7 @@ fn nothing_is_written_to_a_file_that_was_replaced() {
     fs::copy(&file, &backup).unwrap();
     fs::rename(&backup, &file).unwrap();
     assert!(refused(store.enrol(&record("two"))).contains("was replaced"));
-    assert!(refused(store.withdraw(&record("one").id)).contains("was replaced"));
+    assert!(refused(store.set_owner(&record("one").id, None)).contains("was replaced"));
 }
 
 #[test]

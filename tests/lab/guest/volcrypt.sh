@@ -3,11 +3,11 @@
 
 volcrypt_config=/etc/volcrypt/volcrypt.toml
 
-# protect [LINE...]: has every LUN of the lab's targets prot-* protected, as volume NAME-LUN, and restarts
-# the daemon. Further lines go into that rule, for example 'create_keys = true'.
+# protect [LINE...]: has every LUN of the lab's targets prot-* protected, as volume NAME-LUN, lets keys be
+# exported, and restarts the daemon. Further lines go into that rule, for example 'create_keys = true'.
 protect() {
     {
-        printf '%s\n' '[[rules]]' 'name = "lab"' "iscsi_target = 'iqn\\.2026-11\\.org\\.lab:(?<id>prot-.*)'" \
+        printf '%s\n' '[policy]' 'export_keys = true' '[[rules]]' 'name = "lab"' "iscsi_target = 'iqn\\.2026-11\\.org\\.lab:(?<id>prot-.*)'" \
             "volume_id = \"\${id}-\${lun}\""
         [ $# -eq 0 ] || printf '%s\n' "$@"
     } >"$volcrypt_config"

@@ -1,0 +1,74 @@
+//! Which domain may have which volume.
+
+use std::cell::OnceCell;
+
+use super::{Broker, seconds_now};
+use crate::domain::{Facts, Requester};
+use crate::guest::{Domains, process_of};
+use crate::refusal::{Reason, Refusal};
+use crate::store::VolumeRecord;
+use crate::volume::VolumeId;
+
+/// The domain that a thread which waits for an open runs. It is looked up when it matters, which it does
+/// for few opens, and anew for each of them: libvirt may have given the domain to another owner.
+///
+/// Not the process that registered counts: its listener may outlive it in a process that it has
+/// started, and its number be another domain's by then.
+pub struct Guest<'a> {
+    domains: &'a dyn Domains,
+    tid: u32,
+    facts: OnceCell<Option<Facts>>,
+}
+
+impl Requester for Guest<'_> {
+    fn facts(&self) -> Option<&Facts> {
+        let look_up = || {
+            process_of(self.tid).and_then(|pid| self.domains.of(pid)).unwrap_or_else(|error| {
+                tracing::error!(tid = self.tid, "it cannot be told which domain thread {} runs: {error}", self.tid);
+                None
+            })
+        };
+        self.facts.get_or_init(look_up).as_ref()
+    }
+}
+
+/// The domain of `guest`.
+///
+/// # Errors
+/// [`Reason::NotAllowed`] when it is none that libvirt knows of.
+pub(super) fn known<'a>(guest: &'a dyn Requester, volume: &VolumeId) -> Result<&'a Facts, Refusal> {
+    guest.facts().ok_or_else(|| {
+        Refusal::new(
+            Reason::NotAllowed,
+            format!(
+                "volume {volume} is for domains of libvirt, and the process that asks for it is none: libvirt's own files \
+                 in /run/libvirt/qemu and the process's control group have to say so"
+            ),
+        )
+    })
+}
+
+impl Broker {
+    /// Whoever waits in thread `tid`.
+    pub fn guest(&self, tid: u32) -> Guest<'_> {
+        Guest { domains: self.domains.as_ref(), tid, facts: OnceCell::new() }
+    }
+
+    /// Whether `domain` may have the volume: it has the same owner, or was granted it, or the volume
+    /// is everybody's.
+    pub(super) fn authorise(&self, record: &VolumeRecord, domain: &Facts) -> Result<(), Refusal> {
+        let Some(owner) = &record.owner else { return Ok(()) };
+        if domain.owner.as_ref() == Some(owner) || self.vault()?.store.is_granted(&record.id, domain, seconds_now())? {
+            return Ok(());
+        }
+        let (volume, name) = (&record.id, &domain.name);
+        let other = domain.owner.as_ref().map_or("to nobody".to_owned(), |other| format!("to {other:?}"));
+        Err(Refusal::new(
+            Reason::NotAllowed,
+            format!(
+                "volume {volume} belongs to {owner:?} and domain {name} {other}: if it may have the volume, run 'volcrypt \
+                 grant add {volume} {name} --for 1h'"
+            ),
+        ))
+    }
+}

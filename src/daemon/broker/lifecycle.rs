@@ -1,0 +1,191 @@
+//! What becomes of a volume after it was enrolled.
+
+use super::Broker;
+use crate::refusal::{Reason, Refusal};
+use crate::store::{Grant, VolumeRecord, VolumeState};
+use crate::volume::{Identity, VolumeId};
+
+impl Broker {
+    /// The record of a volume that is or was enrolled.
+    ///
+    /// # Errors
+    /// [`Reason::NoKey`] when there is none.
+    pub fn volume(&self, id: &VolumeId) -> Result<VolumeRecord, Refusal> {
+        self.vault()?.store.volume(id)?.ok_or_else(|| unknown(id))
+    }
+
+    /// Takes a volume out of use; its key stays. To repeat it changes nothing.
+    ///
+    /// # Errors
+    /// When the volume is unknown, destroyed, or in use on this host.
+    pub fn retire(&self, id: &VolumeId) -> Result<VolumeRecord, Refusal> {
+        self.enrolling.with(id, || {
+            let record = self.volume(id)?;
+            self.check_not_destroyed(&record)?;
+            let before = self.vault()?.store.change_state(id, &[VolumeState::Enrolled], VolumeState::Retired)?;
+            if before.is_some() {
+                self.check_unused(id, VolumeState::Retired, VolumeState::Enrolled)?;
+                tracing::warn!(volume = %id, "retired volume {id}, whose key stays");
+            }
+            self.volume(id)
+        })
+    }
+
+    /// Destroys the key of a volume, and with it what stands on the volume. To repeat it wipes what could
+    /// not be wiped before.
+    ///
+    /// # Errors
+    /// When the volume is unknown or in use on this host, or its key cannot be destroyed.
+    pub fn destroy(&self, id: &VolumeId) -> Result<VolumeRecord, Refusal> {
+        self.enrolling.with(id, || {
+            self.volume(id)?;
+            let vault = self.vault()?;
+            let usable = [VolumeState::Enrolled, VolumeState::Retired];
+            // From here on no open gets a mapping; one that was on its way is found now, or finds this.
+            let before = vault.store.change_state(id, &usable, VolumeState::Destroyed)?;
+            if let Some(before) = before {
+                self.check_unused(id, VolumeState::Destroyed, before)?;
+            }
+            if let Err(refusal) = vault.keys.destroy(id) {
+                // A key manager that destroys no keys has done nothing.
+                if let Some(before) = before
+                    && vault.keys.get(id).is_ok()
+                {
+                    vault.store.change_state(id, &[VolumeState::Destroyed], before)?;
+                }
+                return Err(refusal);
+            }
+            tracing::warn!(volume = %id, "destroyed the key of volume {id}: what stands on the volume can never be read again");
+            self.volume(id)
+        })
+    }
+
+    /// Gives a volume to `owner`, or to everybody.
+    ///
+    /// # Errors
+    /// When the volume is unknown, and when the database cannot be written.
+    pub fn set_owner(&self, id: &VolumeId, owner: Option<&str>) -> Result<VolumeRecord, Refusal> {
+        let owner = owner.map(valid_name).transpose()?;
+        match self.vault()?.store.set_owner(id, owner)? {
+            true => self.volume(id),
+            false => Err(unknown(id)),
+        }
+    }
+
+    /// Lets a domain of another owner have a volume for a time.
+    ///
+    /// # Errors
+    /// When the volume is unknown, the time is over already, or the name is none that a domain could have.
+    pub fn grant(&self, grant: &Grant) -> Result<(), Refusal> {
+        valid_name(&grant.domain)?;
+        if grant.expires_at <= super::seconds_now() {
+            let sentence = format!("the grant of volume {} would be over already: give a time to come", grant.volume);
+            return Err(Refusal::new(Reason::Configuration, sentence));
+        }
+        self.vault()?.store.grant(grant)
+    }
+
+    /// Takes a grant back.
+    ///
+    /// # Errors
+    /// When there is no such grant.
+    pub fn revoke(&self, volume: &VolumeId, domain: &str) -> Result<(), Refusal> {
+        match self.vault()?.store.revoke(volume, domain)? {
+            true => Ok(()),
+            false => Err(Refusal::new(
+                Reason::Configuration,
+                format!("volume {volume} is not granted to {domain:?}: 'volcrypt grant list' shows what is"),
+            )),
+        }
+    }
+
+    /// What enrolling makes of a volume that has a record already.
+    pub(super) fn enrol_again(
+        &self,
+        identity: &Identity,
+        record: VolumeRecord,
+        owner: Option<&str>,
+    ) -> Result<VolumeRecord, Refusal> {
+        let id = &record.id;
+        self.check_not_destroyed(&record)?;
+        self.check_device(identity, &record)?;
+        if let Some(owner) = owner
+            && record.owner.as_deref() != Some(owner)
+        {
+            let present = record.owner.as_ref().map_or("to everybody".to_owned(), |owner| format!("to {owner:?}"));
+            let sentence = format!(
+                "volume {id} is enrolled already and belongs {present}: 'volcrypt volume set-owner {id} OWNER' gives it \
+                 to somebody else"
+            );
+            return Err(Refusal::new(Reason::NotAllowed, sentence));
+        }
+        self.key(&record)?;
+        let store = &self.vault()?.store;
+        if store.change_state(id, &[VolumeState::Retired], VolumeState::Enrolled)?.is_some() {
+            tracing::info!(volume = %id, "volume {id} can be used again");
+        }
+        self.volume(id)
+    }
+
+    /// Whether the volume may be used at all.
+    pub(super) fn check_state(&self, identity: &Identity, record: &VolumeRecord) -> Result<(), Refusal> {
+        let id = &record.id;
+        match record.state {
+            VolumeState::Enrolled => Ok(()),
+            VolumeState::Retired => Err(Refusal::new(
+                Reason::NoKey,
+                format!("volume {id} is retired: if it is to be used again, run 'volcrypt volume enrol {identity}'"),
+            )),
+            VolumeState::Destroyed => self.check_not_destroyed(record),
+        }
+    }
+
+    fn check_not_destroyed(&self, record: &VolumeRecord) -> Result<(), Refusal> {
+        match record.state {
+            VolumeState::Enrolled | VolumeState::Retired => Ok(()),
+            VolumeState::Destroyed => Err(Refusal::new(
+                Reason::KeyDestroyed,
+                format!(
+                    "volume {0} was destroyed and what stands on it can never be read again: to use its device anew, have \
+                     a rule give it another id",
+                    record.id
+                ),
+            )),
+        }
+    }
+
+    /// Puts the state of a volume that turns out to be in use back from `now` to `before`.
+    fn check_unused(&self, id: &VolumeId, now: VolumeState, before: VolumeState) -> Result<(), Refusal> {
+        let refusal = match self.is_mapped(id) {
+            Ok(false) => return Ok(()),
+            Ok(true) => Refusal::new(
+                Reason::NotAllowed,
+                format!(
+                    "volume {id} is in use on this host: detach it first; 'volcrypt status' shows from which domain"
+                ),
+            ),
+            Err(refusal) => refusal,
+        };
+        self.vault()?.store.change_state(id, &[now], before)?;
+        Err(refusal)
+    }
+
+    fn is_mapped(&self, id: &VolumeId) -> Result<bool, Refusal> {
+        Ok(self.encryptor.mappings()?.iter().any(|mapping| mapping.volume == *id))
+    }
+}
+
+fn unknown(id: &VolumeId) -> Refusal {
+    Refusal::new(Reason::NoKey, format!("volume {id} is not enrolled: 'volcrypt volume list' shows those that are"))
+}
+
+/// The name of an owner or a domain: what Nova and libvirt may use, in one printable line.
+fn valid_name(name: &str) -> Result<&str, Refusal> {
+    match !name.trim().is_empty() && name.len() <= 255 && !name.contains(char::is_control) {
+        true => Ok(name),
+        false => Err(Refusal::new(
+            Reason::Configuration,
+            format!("{name:?} can be no owner's and no domain's name: use 1 to 255 bytes without control characters"),
+        )),
+    }
+}

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Many at once: four domains, eight protected volumes for each, all on one target, made at their first use.
 # limit: 900
+# machine: second
 
 many_domains=4
 many_luns=8

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Who gets what: root the control socket, a QEMU the volumes that libvirt has given to its domain, and nobody
 # else anything.
+# machine: second
 
 wrapper=/usr/libexec/volcrypt/emulators/qemu-system-x86_64
 

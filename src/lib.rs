@@ -11,6 +11,7 @@
 //! - [`domain`]: domains as libvirt describes them;
 //! - [`encryptor`]: making, checking and flagging mappings;
 //! - [`guest`]: the wrapped QEMUs and the system calls they send;
+//! - [`guard`]: keeping guests without the wrapper from protected volumes;
 //! - [`protocol`]: what the programs say to each other;
 //! - [`daemon`], [`hook`], [`wrapper`], [`cli`]: the four programs; [`unguarded`] and [`logging`] are
 //!   what they share;
@@ -23,6 +24,7 @@ pub mod cli;
 pub mod daemon;
 pub mod domain;
 pub mod encryptor;
+pub mod guard;
 pub mod guest;
 pub mod hook;
 pub mod keys;

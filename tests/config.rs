@@ -47,11 +47,12 @@ fn the_example_shows_every_setting_with_its_default() {
     assert_eq!(shown.daemon, default.daemon);
     assert_eq!(shown.hook, default.hook);
     assert_eq!(shown.policy, default.policy);
+    assert_eq!(shown.guard, default.guard);
     assert_eq!(shown.profile("default"), default.profile("default"));
     assert_eq!(shown.rules().len(), 1);
     assert!(shown.warnings().is_empty(), "{:?}", shown.warnings());
     // The serde messages list every key there is; each has to be shown.
-    for section in ["key_manager", "daemon", "hook", "policy", "profiles.default"] {
+    for section in ["key_manager", "daemon", "hook", "policy", "guard", "profiles.default"] {
         let error = Config::parse(&format!("[{section}]\nnone-such = 1"), "x").unwrap_err().to_string();
         let known =
             error.split('`').skip(3).step_by(2).filter(|key| !["file", "i_know_this_is_insecure"].contains(key));

@@ -14,7 +14,8 @@ fn describe(xml: &str) -> String {
     };
     let emulator = domain.emulator.map_or("none".to_owned(), |path| path.display().to_string());
     let uuid = domain.uuid.unwrap_or("none".to_owned());
-    let mut text = format!("name: {}\nuuid: {uuid}\nemulator: {emulator}\n", domain.name);
+    let owner = domain.owner.map_or(String::new(), |owner| format!("owner: {owner}\n"));
+    let mut text = format!("name: {}\nuuid: {uuid}\n{owner}emulator: {emulator}\n", domain.name);
     for disk in domain.disks {
         let source = match disk.source {
             Source::Path(path) => format!("path {}", path.display()),

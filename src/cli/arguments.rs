@@ -31,6 +31,9 @@ pub enum Command {
     /// Let domains have volumes of another owner for a time
     #[command(subcommand)]
     Grant(GrantCommand),
+    /// Give domains the wrapper as their emulator
+    #[command(subcommand)]
+    Domain(DomainCommand),
     /// Look at the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -137,6 +140,21 @@ pub enum PolicyCommand {
         /// Whom the domain belongs to
         #[arg(long, requires = "domain")]
         owner: Option<String>,
+    },
+}
+
+/// `volcrypt domain`.
+#[derive(Debug, Subcommand)]
+pub enum DomainCommand {
+    /// Have a domain run the wrapper in the place of its emulator, from its next start on
+    Adopt {
+        /// The domain's name
+        name: String,
+    },
+    /// Give an adopted domain its emulator back
+    Release {
+        /// The domain's name
+        name: String,
     },
 }
 

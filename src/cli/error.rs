@@ -2,6 +2,7 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+use super::table::printable;
 use crate::guest::is_no_device;
 use crate::policy::ConfigError;
 use crate::protocol::CallError;
@@ -35,6 +36,8 @@ pub enum CommandError {
     Refused(Refusal),
     /// The operator did not confirm what cannot be undone.
     NotConfirmed(VolumeId),
+    /// A domain's definition could not be read or changed; the sentence says why.
+    Domain(String),
     /// What was found could not be printed.
     Output(io::Error),
 }
@@ -60,6 +63,7 @@ impl fmt::Display for CommandError {
             CommandError::NotConfirmed(id) => {
                 write!(f, "nothing was destroyed: type the volume's id when asked, or add --confirm {id}")
             }
+            CommandError::Domain(sentence) => f.write_str(&printable(sentence)),
             CommandError::Output(source) => write!(f, "the output cannot be written ({source})"),
         }
     }

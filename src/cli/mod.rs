@@ -1,7 +1,7 @@
 //! The operator's command, `volcrypt`.
 //!
 //! It is a thin client: everything but `config check` and parts of `doctor` is asked of the daemon.
-//! What it knows of libvirt comes in from outside as a [`doctor::Survey`], because linking libvirt
+//! What it knows of libvirt comes in from outside as [`Libvirt`], because linking libvirt
 //! takes a process fourteen milliseconds to start and only this one command can afford that.
 
 use std::io::{self, Write};
@@ -18,6 +18,7 @@ use crate::protocol::{CONTROL_SOCKET, ControlClient, Reply, Request};
 
 mod arguments;
 pub mod doctor;
+mod domain;
 mod error;
 mod grant;
 mod key;
@@ -28,18 +29,30 @@ mod time;
 mod volume;
 
 pub use arguments::{
-    Arguments, Command, ConfigCommand, Format, GrantCommand, KeyCommand, PolicyCommand, VolumeCommand,
+    Arguments, Command, ConfigCommand, DomainCommand, Format, GrantCommand, KeyCommand, PolicyCommand, VolumeCommand,
 };
+pub use domain::{Define, Definition, Look};
 pub use error::CommandError;
 
 /// How long each step of a call to the daemon may take. A key manager that does not answer is given
 /// up by the daemon earlier than that.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// The program `volcrypt`; `survey` asks libvirt for its domains.
-pub fn main(survey: doctor::Survey) -> ExitCode {
+/// What is asked of libvirt.
+#[derive(Clone, Copy, Debug)]
+pub struct Libvirt {
+    /// Asks for its version and all domains.
+    pub survey: doctor::Survey,
+    /// Asks for one domain's definition.
+    pub look: Look,
+    /// Changes a domain's definition.
+    pub define: Define,
+}
+
+/// The program `volcrypt`; `libvirt` is how libvirt is asked.
+pub fn main(libvirt: Libvirt) -> ExitCode {
     let arguments = Arguments::parse();
-    let outcome = run(&arguments, Path::new(CONTROL_SOCKET), survey).and_then(|outcome| {
+    let outcome = run(&arguments, Path::new(CONTROL_SOCKET), libvirt).and_then(|outcome| {
         write_out(&mut io::stdout().lock(), &outcome.text).map_err(CommandError::Output)?;
         Ok(outcome.code)
     });
@@ -66,7 +79,7 @@ pub struct Outcome {
 ///
 /// # Errors
 /// [`CommandError`].
-pub fn run(arguments: &Arguments, socket: &Path, survey: doctor::Survey) -> Result<Outcome, CommandError> {
+pub fn run(arguments: &Arguments, socket: &Path, libvirt: Libvirt) -> Result<Outcome, CommandError> {
     let daemon = &Daemon { socket };
     let text = match &arguments.command {
         Command::Status(format) => status::show(daemon, *format)?,
@@ -84,7 +97,9 @@ pub fn run(arguments: &Arguments, socket: &Path, survey: doctor::Survey) -> Resu
             let domain = domain.clone().map(|name| Facts { name, uuid: None, owner: owner.clone() });
             policy::test(&arguments.config, device, domain)?
         }
-        Command::Doctor => return Ok(doctor::examine(&arguments.config, daemon, survey)),
+        Command::Domain(DomainCommand::Adopt { name }) => domain::adopt_domain(name, libvirt.look, libvirt.define)?,
+        Command::Domain(DomainCommand::Release { name }) => domain::release_domain(name, libvirt.look, libvirt.define)?,
+        Command::Doctor => return Ok(doctor::examine(&arguments.config, daemon, libvirt.survey)),
     };
     Ok(Outcome { text, code: 0 })
 }

@@ -1,7 +1,7 @@
 use super::table::{Table, printable};
 use super::time::utc;
 use super::{CommandError, Daemon, Format, json};
-use crate::protocol::{MappingStatus, Reply, Request, Status};
+use crate::protocol::{GuardStatus, MappingStatus, Reply, Request, Status};
 
 pub(super) fn show(daemon: &Daemon<'_>, format: Format) -> Result<String, CommandError> {
     let status = ask(daemon)?;
@@ -15,11 +15,15 @@ pub(super) fn ask(daemon: &Daemon<'_>) -> Result<Status, CommandError> {
     }
 }
 
-/// Warnings first, then the mappings, then the number of guests.
+/// Warnings first, then the mappings, then the number of guests and the guard.
 fn describe(status: &Status) -> String {
     let warning = |text: &Option<String>| text.as_ref().map(|text| format!("warning: {}\n", printable(text)));
     let mut text: String =
         [&status.configuration_error, &status.key_store_error].into_iter().filter_map(warning).collect();
+    let GuardStatus { cgroup, devices, fault, .. } = &status.guard;
+    if let Some(fault) = fault {
+        text.push_str(&format!("warning: the guard is off: {}\n", printable(fault)));
+    }
     if status.mappings.is_empty() {
         text.push_str("No volume is mapped.\n");
     } else {
@@ -30,6 +34,13 @@ fn describe(status: &Status) -> String {
         1 => "1 guest is guarded.\n".to_owned(),
         number => format!("{number} guests are guarded.\n"),
     });
+    if status.guard.on {
+        let cgroup = printable(cgroup);
+        text.push_str(&match devices {
+            1 => format!("The guard is on: 1 raw device is shut for {cgroup}.\n"),
+            _ => format!("The guard is on: {devices} raw devices are shut for {cgroup}.\n"),
+        });
+    }
     text
 }
 
@@ -61,6 +72,7 @@ mod tests {
             key_store_error: None,
             mappings: vec![],
             guests: vec![],
+            guard: GuardStatus { on: true, cgroup: "machine.slice".into(), devices: 0, fault: None },
         }
     }
 
@@ -80,8 +92,11 @@ mod tests {
     }
 
     #[test]
-    fn an_idle_host_is_told_in_two_sentences() {
-        assert_eq!(describe(&idle()), "No volume is mapped.\nNo guest is guarded.\n");
+    fn an_idle_host_is_told_in_three_sentences() {
+        assert_eq!(
+            describe(&idle()),
+            "No volume is mapped.\nNo guest is guarded.\nThe guard is on: 0 raw devices are shut for machine.slice.\n"
+        );
     }
 
     #[test]
@@ -91,12 +106,14 @@ mod tests {
             key_store_error: Some("locked".into()),
             mappings: vec![mapping(&["web1", "web2"], Some(0)), mapping(&[], None)],
             guests: vec![GuestStatus { pid: 7, domain: None }, GuestStatus { pid: 8, domain: Some("web1".into()) }],
+            guard: GuardStatus { on: false, fault: Some("no such cgroup".into()), ..idle().guard },
             ..idle()
         };
         assert_eq!(
             describe(&status),
             "warning: volcrypt.toml:3: no\n\
              warning: locked\n\
+             warning: the guard is off: no such cgroup\n\
              VOLUME  MAPPING    BACKING   FORMAT  CIPHER           DOMAINS    SINCE\n\
              vol-1   /dev/dm-0  /dev/sda  plain   aes-xts-plain64  web1,web2  1970-01-01T00:00:00Z\n\
              vol-1   /dev/dm-0  /dev/sda  plain   aes-xts-plain64  -          -\n\

@@ -14,7 +14,7 @@ use super::pool::Pool;
 use super::{prepare, status};
 use crate::guest::block_device_at;
 use crate::protocol::registration::receive_with_descriptors;
-use crate::protocol::{HookOperation, MAX_MESSAGE, Reply, Request, Response, VolumeStatus};
+use crate::protocol::{GuardStatus, HookOperation, MAX_MESSAGE, Reply, Request, Response, VolumeStatus};
 use crate::refusal::{Reason, Refusal};
 use crate::store::VolumeRecord;
 use crate::volume::VolumeId;
@@ -26,12 +26,16 @@ const CLIENT_DEADLINE: Duration = Duration::from_secs(10);
 pub struct Control {
     broker: Arc<Broker>,
     guests: Arc<Guests>,
+    guard: GuardReport,
 }
+
+/// Asks for the guard's state.
+pub type GuardReport = Box<dyn Fn() -> GuardStatus + Send + Sync>;
 
 impl Control {
     /// A server of the control socket.
-    pub fn new(broker: Arc<Broker>, guests: Arc<Guests>) -> Arc<Self> {
-        Arc::new(Control { broker, guests })
+    pub fn new(broker: Arc<Broker>, guests: Arc<Guests>, guard: GuardReport) -> Arc<Self> {
+        Arc::new(Control { broker, guests, guard })
     }
 
     /// Serves `socket` for ever.
@@ -86,7 +90,7 @@ impl Control {
                 sweep(&self.broker)?;
                 Ok(Reply::Nothing)
             }
-            Request::Status => Ok(Reply::Status(status::status(&self.broker, &self.guests)?)),
+            Request::Status => Ok(Reply::Status(status::status(&self.broker, &self.guests, (self.guard)())?)),
             Request::Volumes => Ok(Reply::Volumes(self.volumes(self.broker.vault()?.store.volumes()?)?)),
             Request::Volume { id } => self.volume(self.broker.volume(&id)?),
             Request::Keys => Ok(Reply::Keys(self.broker.vault()?.keys.list()?)),

@@ -1,8 +1,10 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::guard::Guard;
 use crate::guest::{domain_name, processes, processes_with_open};
 use crate::refusal::Refusal;
 use crate::volume::{DeviceNumber, Identity, Sysfs};
@@ -31,24 +33,19 @@ pub trait Devices: Send + Sync {
 /// Those of this host.
 pub struct HostDevices {
     sysfs: Sysfs,
+    guard: Arc<Guard>,
 }
 
 impl HostDevices {
-    /// The devices that /sys and /dev show.
-    pub fn new() -> Self {
-        HostDevices { sysfs: Sysfs::system() }
-    }
-}
-
-impl Default for HostDevices {
-    fn default() -> Self {
-        Self::new()
+    /// The devices that /sys and /dev show; `guard` hears of each that is identified.
+    pub fn new(guard: Arc<Guard>) -> Self {
+        HostDevices { sysfs: Sysfs::system(), guard }
     }
 }
 
 impl Devices for HostDevices {
     fn identify(&self, device: DeviceNumber) -> Result<Identity, Refusal> {
-        self.sysfs.identify(device)
+        self.sysfs.identify(device).inspect(|identity| self.guard.saw(identity))
     }
 
     fn open_exclusively(&self, identity: &Identity) -> io::Result<File> {

@@ -31,6 +31,7 @@ use self::registrar::Registrar;
 use self::server::Server;
 use self::service_manager::Inherited;
 use crate::encryptor::PlainEncryptor;
+use crate::guard::{self, Guard};
 use crate::guest::LibvirtState;
 use crate::logging;
 use crate::policy::{Config, DEFAULT_PATH, DaemonConfig};
@@ -51,6 +52,9 @@ struct Options {
     /// The configuration file
     #[arg(long, value_name = "FILE", default_value = DEFAULT_PATH)]
     config: PathBuf,
+    /// Take the guard off guests and end; for when volcrypt is removed
+    #[arg(long)]
+    remove_guard: bool,
 }
 
 /// Runs the daemon until it is killed. There is nothing to put in order at the end: the kernel has
@@ -58,7 +62,8 @@ struct Options {
 pub fn main() -> ExitCode {
     let options = Options::parse();
     logging::start("volcryptd");
-    match run(&options) {
+    let outcome = if options.remove_guard { guard::remove() } else { run(&options) };
+    match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!("volcryptd cannot run: {error}");
@@ -83,12 +88,10 @@ fn run(options: &Options) -> io::Result<()> {
         Err(error) => format!("Refusing every block device: {error}"),
     };
 
-    let broker = Arc::new(Broker::new(
-        config,
-        Box::new(HostDevices::new()),
-        Box::new(LibvirtState::system()),
-        Box::new(PlainEncryptor::new()),
-    ));
+    let guard = Arc::new(Guard::start(config.as_ref().ok().cloned()));
+    let devices = Box::new(HostDevices::new(Arc::clone(&guard)));
+    let domains = Box::new(LibvirtState::system());
+    let broker = Arc::new(Broker::new(config, devices, domains, Box::new(PlainEncryptor::new())));
     if let Err(refusal) = control::sweep(&broker) {
         tracing::warn!("mappings of an earlier daemon were not looked for: {refusal}");
     }
@@ -98,13 +101,18 @@ fn run(options: &Options) -> io::Result<()> {
 
     let wrapper_socket = inherited.wrapper.map_or_else(|| bind(WRAPPER_SOCKET.as_ref(), 0o666), Ok)?;
     let control_socket = inherited.control.map_or_else(|| bind(CONTROL_SOCKET.as_ref(), 0o600), Ok)?;
-    let control = Control::new(Arc::clone(&broker), Arc::clone(&guests));
+    let control = Control::new(Arc::clone(&broker), Arc::clone(&guests), {
+        let guard = Arc::clone(&guard);
+        Box::new(move || guard.status())
+    });
     start("control", move || control.serve(&control_socket, &Pool::new(MOST_CLIENTS)))?;
+    let watched = Arc::clone(&guard);
+    start("guard", move || guard::watch(&watched))?;
     let (reloaded, path) = (Arc::clone(&broker), options.config.clone());
     start("reload", move || {
         loop {
             hangup.wait();
-            reload(&reloaded, &path);
+            reload(&reloaded, &guard, &path);
         }
     })?;
     start("registrar", move || registrar.serve(&wrapper_socket, &Pool::new(MOST_CLIENTS)))?;
@@ -114,10 +122,11 @@ fn run(options: &Options) -> io::Result<()> {
 }
 
 /// Reads the configuration anew. A faulty one is told of and changes nothing.
-fn reload(broker: &Broker, path: &Path) {
+fn reload(broker: &Broker, guard: &Guard, path: &Path) {
     let earlier = broker.config();
     match broker.reload(Config::load(path)) {
         Ok(config) => {
+            guard.reload(Some(Config::clone(&config)));
             tracing::info!("the configuration in {} is in force", path.display());
             if earlier.is_ok_and(|earlier| earlier.daemon != config.daemon) {
                 tracing::warn!("the section [daemon] has changed, which takes 'systemctl restart volcryptd'");

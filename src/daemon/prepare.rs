@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::broker::{Broker, no_such_device};
-use crate::domain::{Disk, Domain, Facts, Source};
+use crate::domain::{Disk, Domain, Facts, Source, quoted};
 use crate::guest::{block_device_at, is_no_device};
 use crate::policy::OtherEmulators;
 use crate::protocol::EMULATOR_DIRECTORY;
@@ -82,14 +82,13 @@ fn check_emulator(name: &str, domain: &Domain, what: &str) -> Result<(), Refusal
     if emulator.parent() == Some(Path::new(EMULATOR_DIRECTORY)) {
         return Ok(());
     }
-    let emulator_name = emulator.file_name().unwrap_or_else(|| "qemu-system-x86_64".as_ref());
     Err(Refusal::new(
         Reason::NotAllowed,
         format!(
-            "domain {name} runs the emulator {:?} and would write to {what} unencrypted: run 'virsh edit {name}' and make \
-             that {EMULATOR_DIRECTORY}/{}",
+            "domain {name} runs the emulator {:?} and would write to {what} unencrypted: run 'volcrypt domain adopt {}', \
+             which has it run volcrypt's wrapper",
             emulator.display().to_string(),
-            emulator_name.display()
+            quoted(name)
         ),
     ))
 }

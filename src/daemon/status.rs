@@ -8,14 +8,14 @@ use super::broker::Broker;
 use super::guests::Guests;
 use crate::encryptor::{Mapping, device_path};
 use crate::guest::processes_with_open;
-use crate::protocol::{GuestStatus, MappingStatus, Status};
+use crate::protocol::{GuardStatus, GuestStatus, MappingStatus, Status};
 use crate::refusal::Refusal;
 
 /// The daemon's whole state.
 ///
 /// # Errors
 /// When device-mapper does not answer.
-pub fn status(broker: &Broker, guests: &Guests) -> Result<Status, Refusal> {
+pub fn status(broker: &Broker, guests: &Guests, guard: GuardStatus) -> Result<Status, Refusal> {
     let guests: Vec<GuestStatus> = guests
         .list()
         .iter()
@@ -28,6 +28,7 @@ pub fn status(broker: &Broker, guests: &Guests) -> Result<Status, Refusal> {
         key_store_error: broker.vault().err().map(|error| error.to_string()),
         mappings: mappings.into_iter().map(|mapping| describe(broker, mapping, &guests)).collect(),
         guests,
+        guard,
     })
 }
 

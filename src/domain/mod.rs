@@ -1,11 +1,28 @@
 //! A domain as libvirt describes it in XML: <https://libvirt.org/formatdomain.html>.
 
+mod adoption;
 mod facts;
 mod xml;
 
+pub use adoption::{Adoption, METADATA_NAMESPACE, Release, adopt, release};
 pub use facts::{Facts, Nobody, Requester};
 pub use xml::{Disk, Domain, InvalidXml, Source};
 
-/// The namespace of what volcrypt reads and writes in a domain's `<metadata>`:
-/// <https://libvirt.org/formatdomain.html#general-metadata>.
-pub const NAMESPACE: &str = "https://volcrypt.org/xmlns/libvirt/1";
+/// A domain's name as a word of the shell.
+pub fn quoted(name: &str) -> String {
+    match name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte)) {
+        true => name.to_owned(),
+        false => format!("'{}'", name.replace('\'', r"'\''")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_safe_to_paste() {
+        assert_eq!(quoted("web-1.a_b"), "web-1.a_b");
+        assert_eq!(quoted("a b'; rm"), r"'a b'\''; rm'");
+    }
+}

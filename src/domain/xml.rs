@@ -8,6 +8,10 @@ use super::Facts;
 /// The beginning of Nova's namespaces; a version follows: nova/virt/libvirt/config.py.
 const NOVA_NAMESPACE: &str = "http://openstack.org/xmlns/libvirt/nova/";
 
+/// The namespace of an `<owner>` that is set by hand. It is one of its own because libvirt keeps one element
+/// for each namespace: <https://libvirt.org/formatdomain.html#general-metadata>.
+const OWNER_NAMESPACE: &str = "https://volcrypt.org/xmlns/libvirt/owner/1";
+
 /// What volcrypt needs to know of a domain.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Domain {
@@ -130,13 +134,13 @@ fn owner(metadata: &Node<'_, '_>) -> Option<String> {
         project.attribute("uuid").map(str::to_owned)
     });
     let own = || {
-        let owner = metadata.children().find(|node| node.has_tag_name((super::NAMESPACE, "owner")))?;
+        let owner = metadata.children().find(|node| node.has_tag_name((OWNER_NAMESPACE, "owner")))?;
         Some(owner.text()?.trim().to_owned())
     };
     nova.or_else(own).filter(|owner| !owner.is_empty())
 }
 
-fn is(node: &Node<'_, '_>, name: &str) -> bool {
+pub(super) fn is(node: &Node<'_, '_>, name: &str) -> bool {
     node.is_element() && node.tag_name().namespace().is_none() && node.tag_name().name() == name
 }
 
@@ -144,7 +148,7 @@ fn children<'a, 'input>(node: Node<'a, 'input>, name: &'static str) -> impl Iter
     node.children().filter(move |child| is(child, name))
 }
 
-fn child<'a, 'input>(node: &Node<'a, 'input>, name: &'static str) -> Option<Node<'a, 'input>> {
+pub(super) fn child<'a, 'input>(node: &Node<'a, 'input>, name: &'static str) -> Option<Node<'a, 'input>> {
     children(*node, name).next()
 }
 
@@ -154,7 +158,7 @@ fn text_of(node: &Node<'_, '_>, name: &'static str) -> Option<String> {
 
 /// A text that is no domain's XML.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct InvalidXml(String);
+pub struct InvalidXml(pub(super) String);
 
 impl fmt::Display for InvalidXml {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -10,6 +10,7 @@ use toml::Spanned;
 
 use super::error::{ConfigError, Fault};
 use super::file::{DaemonTable, File, HookTable, KeyManagerTable, PolicyTable, ProfileTable, RuleTable};
+use super::guard::GuardConfig;
 use super::profile::{NAME_RULE, Profile, is_name};
 use super::rule::Rule;
 
@@ -39,6 +40,8 @@ pub struct Config {
     pub hook: HookConfig,
     /// What holds beside the rules.
     pub policy: PolicyConfig,
+    /// What keeps guests from raw devices.
+    pub guard: GuardConfig,
     profiles: BTreeMap<String, Profile>,
     rules: Vec<Rule>,
 }
@@ -201,6 +204,7 @@ impl Config {
             daemon: daemon(file.daemon)?,
             hook: hook(file.hook)?,
             policy: policy(file.policy)?,
+            guard: GuardConfig::new(file.guard)?,
             rules: rules(file.rules, &profiles)?,
             profiles,
         })

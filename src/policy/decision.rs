@@ -46,7 +46,8 @@ impl Config {
         }
     }
 
-    /// Whether no domain at all may open `device` as it is.
+    /// Whether no process of a guest may open `device` itself, wrapped or not: everything that no domain at
+    /// all may have as it is.
     pub fn is_guarded(&self, device: &Identity) -> bool {
         if device.is_own_mapping() {
             return false;

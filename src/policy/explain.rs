@@ -6,6 +6,7 @@ impl Config {
     pub fn explain(&self) -> String {
         let mut lines = vec![self.keys(), self.deadlines(), self.users(), self.without_daemon()];
         lines.extend(self.without_wrapper());
+        lines.push(self.guard());
         if !self.rules().iter().any(|rule| rule.protect().is_some()) {
             lines.push("No volume is protected: there is no rule that protects one.".to_owned());
         }
@@ -69,7 +70,7 @@ impl Config {
         let what = match self.hook.when_daemon_unreachable {
             WhenUnreachable::Refuse => "no domain starts",
             WhenUnreachable::StartUnprotected => {
-                "domains without protected disks start, without a guard for disks that are attached later"
+                "domains without protected disks start, without the wrapper's protection of disks that are attached later"
             }
         };
         format!("While the daemon cannot be reached, {what}.")
@@ -79,11 +80,11 @@ impl Config {
         // Nothing is asked of a domain where nothing is protected.
         (!self.rules().is_empty()).then(|| match self.hook.other_emulators {
             OtherEmulators::Refuse => "Domains that run another emulator than the wrapper do not start.".to_owned(),
-            OtherEmulators::Start => {
+            OtherEmulators::Start => format!(
                 "Domains that run another emulator than the wrapper start unless they have a protected disk, and \
-                 protected volumes that are attached to them later are written in clear."
-                    .to_owned()
-            }
+                 protected volumes that are attached to them later are {}.",
+                if self.guard.enabled { "refused by the guard" } else { "written in clear" }
+            ),
         })
     }
 
@@ -94,6 +95,18 @@ impl Config {
         };
         let needed = !self.rules().is_empty() || self.policy.unmatched_iscsi == Unmatched::Deny;
         needed.then(|| format!("iSCSI volumes that no rule matches {what}."))
+    }
+
+    fn guard(&self) -> String {
+        match self.guard.enabled {
+            true => format!(
+                "The guard keeps processes of the cgroup {} from opening raw devices of protected volumes.",
+                self.guard.cgroup
+            ),
+            false => {
+                "The guard is off: what runs without the wrapper can open raw devices of protected volumes.".to_owned()
+            }
+        }
     }
 
     fn unused_profiles(&self) -> impl Iterator<Item = String> {

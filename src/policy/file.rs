@@ -14,6 +14,7 @@ pub(super) struct File {
     pub(super) daemon: DaemonTable,
     pub(super) hook: HookTable,
     pub(super) policy: PolicyTable,
+    pub(super) guard: GuardTable,
     pub(super) profiles: BTreeMap<Spanned<String>, ProfileTable>,
     pub(super) rules: Vec<Spanned<RuleTable>>,
 }
@@ -48,6 +49,13 @@ pub(super) struct HookTable {
 pub(super) struct PolicyTable {
     pub(super) unmatched_iscsi: Option<Spanned<String>>,
     pub(super) export_keys: bool,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct GuardTable {
+    pub(super) enabled: Option<bool>,
+    pub(super) cgroup: Option<Spanned<String>>,
 }
 
 #[derive(Deserialize, Default)]

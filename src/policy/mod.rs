@@ -5,6 +5,7 @@ mod decision;
 mod error;
 mod explain;
 mod file;
+mod guard;
 mod pattern;
 mod profile;
 mod rule;
@@ -17,5 +18,6 @@ pub use config::{
 };
 pub use decision::{Decision, Protection};
 pub use error::ConfigError;
+pub use guard::GuardConfig;
 pub use profile::{KeySize, Profile, Provider, UnsupportedKeySize};
 pub use rule::{Action, Protect, Rule};

@@ -141,6 +141,21 @@ pub struct Status {
     pub mappings: Vec<MappingStatus>,
     /// Every QEMU whose opens the daemon answers.
     pub guests: Vec<GuestStatus>,
+    /// What keeps other QEMUs from protected volumes.
+    pub guard: GuardStatus,
+}
+
+/// The guard that keeps the raw devices of protected volumes shut.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct GuardStatus {
+    /// Whether every such device is shut.
+    pub on: bool,
+    /// For whom: the processes in and below this cgroup.
+    pub cgroup: String,
+    /// How many devices are shut: block devices, and character devices that pass commands to them.
+    pub devices: usize,
+    /// Why it is off, and what to do.
+    pub fault: Option<String>,
 }
 
 /// One mapping in the kernel.

@@ -8,8 +8,8 @@ mod control;
 pub mod registration;
 
 pub use control::{
-    CallError, ControlClient, GuestStatus, HookOperation, MAX_MESSAGE, MappingStatus, Reply, Request, Response, Status,
-    VolumeStatus,
+    CallError, ControlClient, GuardStatus, GuestStatus, HookOperation, MAX_MESSAGE, MappingStatus, Reply, Request,
+    Response, Status, VolumeStatus,
 };
 
 /// Where both sockets are.

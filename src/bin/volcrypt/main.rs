@@ -2,8 +2,11 @@
 
 use std::process::ExitCode;
 
+use volcrypt::cli::Libvirt;
+
+mod definition;
 mod survey;
 
 fn main() -> ExitCode {
-    volcrypt::cli::main(survey::survey)
+    volcrypt::cli::main(Libvirt { survey: survey::survey, look: definition::look, define: definition::define })
 }

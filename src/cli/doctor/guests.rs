@@ -4,7 +4,8 @@ use roxmltree::{Document, Node};
 
 use super::host::Host;
 use super::{EMULATORS, Finding};
-use crate::protocol::Status;
+use crate::domain::quoted;
+use crate::protocol::{GuardStatus, Status};
 
 const OLDEST_LIBVIRT: u32 = 9_000_000;
 
@@ -54,7 +55,7 @@ pub(super) fn check(host: &Host, view: Result<LibvirtView, String>, status: Opti
                 "domain {} names the emulator {emulator}, so its next start passes volcrypt's wrapper by",
                 domain.name
             ),
-            format!("virsh edit {}, and take the line <emulator> out", quoted(&domain.name)),
+            format!("volcrypt domain adopt {}", quoted(&domain.name)),
         ))
     });
     findings.extend(passing_by);
@@ -80,14 +81,23 @@ fn running(host: &Host, domain: &DomainView, status: &Status) -> Option<Finding>
     }
     let name = &domain.name;
     let emulator = foreign_emulator(xml).map(|emulator| format!(" (its emulator is {emulator})")).unwrap_or_default();
+    let consequence = match pid.is_some_and(|pid| is_kept_out(host, pid, &status.guard)) {
+        true => "protected volumes cannot be attached to it, because the guard refuses them",
+        false => "protected volumes attached to it are NOT encrypted",
+    };
     Some(Finding::warn(
         "guests",
-        format!(
-            "domain {name} runs without volcrypt's wrapper{emulator}: \
-             protected volumes attached to it are NOT encrypted"
-        ),
+        format!("domain {name} runs without volcrypt's wrapper{emulator}: {consequence}"),
         format!("shut it down and start it again: virsh shutdown {0}; virsh start {0}", quoted(name)),
     ))
+}
+
+/// Whether the guard keeps this process from raw devices: it is on, and the process is in its cgroup or
+/// below. proc_pid_cgroup(5): cgroup v2 has the line `0::/PATH`.
+fn is_kept_out(host: &Host, pid: u32, guard: &GuardStatus) -> bool {
+    let cgroups = host.text(&format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    let own = cgroups.lines().find_map(|line| line.strip_prefix("0::/"));
+    guard.on && own.is_some_and(|own| Path::new(own).starts_with(&guard.cgroup))
 }
 
 /// libvirt writes the process id of a domain's QEMU into a file of the domain's name.
@@ -113,14 +123,6 @@ fn child<'a, 'input>(node: Node<'a, 'input>, name: &str) -> Option<Node<'a, 'inp
     node.children().find(|child| child.has_tag_name(name))
 }
 
-/// A domain's name as a word of the shell.
-fn quoted(name: &str) -> String {
-    match name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte)) {
-        true => name.to_owned(),
-        false => format!("'{}'", name.replace('\'', r"'\''")),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::Verdict;
@@ -135,6 +137,7 @@ mod tests {
             key_store_error: None,
             mappings: vec![],
             guests: pids.iter().map(|&pid| GuestStatus { pid, domain: None }).collect(),
+            guard: GuardStatus { on: true, cgroup: "machine.slice".into(), devices: 0, fault: None },
         }
     }
 
@@ -170,7 +173,7 @@ mod tests {
                  /usr/bin/qemu-system-x86_64): protected volumes attached to it are NOT encrypted; to mend it: shut \
                  it down and start it again: virsh shutdown web1; virsh start web1",
                 "warn  guests: domain web1 names the emulator /usr/bin/qemu-system-x86_64, so its next start passes \
-                 volcrypt's wrapper by; to mend it: virsh edit web1, and take the line <emulator> out",
+                 volcrypt's wrapper by; to mend it: volcrypt domain adopt web1",
             ]
         );
     }
@@ -204,8 +207,19 @@ mod tests {
     }
 
     #[test]
-    fn names_are_safe_to_paste() {
-        assert_eq!(quoted("web-1.a_b"), "web-1.a_b");
-        assert_eq!(quoted("a b'; rm"), r"'a b'\''; rm'");
+    fn a_guest_that_the_guard_keeps_out_writes_nothing_in_clear() {
+        for (cgroup, on, consequence) in [
+            ("0::/machine.slice/machine-qemu.scope/libvirt/emulator\n", true, "the guard refuses them"),
+            ("1:cpu:/machine.slice\n0::/machine.slice\n", true, "the guard refuses them"),
+            ("0::/machine.slice/machine-qemu.scope\n", false, "NOT encrypted"),
+            ("0::/machine.slices/x\n", true, "NOT encrypted"),
+            ("1:devices:/machine.slice\n0::/\n", true, "NOT encrypted"),
+        ] {
+            let (_root, host) = host(&[("/run/libvirt/qemu/web1.pid", "42"), ("/proc/42/cgroup", cgroup)]);
+            let mut status = status(&[7]);
+            status.guard.on = on;
+            let findings = check(&host, view(Some(xml(PLAIN)), None), Some(&status));
+            assert!(findings[1].to_string().contains(consequence), "{cgroup}: {}", findings[1]);
+        }
     }
 }

@@ -10,7 +10,7 @@ use super::status;
 use super::table::printable;
 use super::{CommandError, DEADLINE, Daemon, Outcome};
 use crate::policy::Config;
-use crate::protocol::Status;
+use crate::protocol::{GuardStatus, Status};
 
 mod apparmor;
 mod guests;
@@ -41,6 +41,7 @@ pub(super) fn examine(config: &Path, daemon: &Daemon<'_>, survey: Survey) -> Out
     ];
     let status = status.ok();
     findings.extend(status.as_ref().into_iter().flat_map(daemon_errors));
+    findings.extend(status.as_ref().map(guard));
     findings.extend(host.emulator_links());
     findings.extend(host.libvirt_path());
     findings.push(host.hook());
@@ -151,6 +152,21 @@ fn daemon_errors(status: &Status) -> impl Iterator<Item = Finding> {
     configuration.into_iter().chain(store)
 }
 
+/// Without it a guest that runs without the wrapper can open a protected volume in clear.
+fn guard(status: &Status) -> Finding {
+    let GuardStatus { cgroup, devices, fault, .. } = &status.guard;
+    match fault {
+        None => Finding::ok("guard", format!("it is on: {devices} raw devices are shut for {cgroup}")),
+        // A sentence and what to do.
+        Some(fault) => {
+            let (what, remedy) = fault.split_once(": ").unwrap_or((fault, "journalctl -u volcryptd shows more"));
+            let sentence =
+                format!("it is off, so guests without the wrapper could open protected volumes in clear: {what}");
+            Finding::warn("guard", sentence, remedy)
+        }
+    }
+}
+
 /// libvirt's own calls have no deadline. A thread that hangs in one ends with the process.
 fn survey_in_time(survey: Survey) -> Result<LibvirtView, String> {
     let (sender, receiver) = mpsc::channel();
@@ -172,6 +188,7 @@ mod tests {
             key_store_error: None,
             mappings: vec![],
             guests: vec![],
+            guard: GuardStatus { on: true, cgroup: "machine.slice".into(), devices: 2, fault: None },
         }
     }
 
@@ -189,6 +206,18 @@ mod tests {
         assert_eq!(daemon_answers(&Err(down)).verdict, Verdict::Fail);
         assert_eq!(daemon_answers(&Ok(status("0.0.1"))).verdict, Verdict::Warn);
         assert_eq!(daemon_answers(&Ok(status(env!("CARGO_PKG_VERSION")))).verdict, Verdict::Ok);
+    }
+
+    #[test]
+    fn a_guard_that_is_off_warns_with_its_remedy() {
+        assert_eq!(guard(&status("x")).to_string(), "ok    guard: it is on: 2 raw devices are shut for machine.slice");
+        let fault = Some("there is no cgroup /x: run this".to_owned());
+        let off = Status { guard: GuardStatus { on: false, fault, ..GuardStatus::default() }, ..status("x") };
+        assert_eq!(
+            guard(&off).to_string(),
+            "warn  guard: it is off, so guests without the wrapper could open protected volumes in clear: there is no \
+             cgroup /x; to mend it: run this"
+        );
     }
 
     #[test]

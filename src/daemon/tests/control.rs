@@ -4,11 +4,11 @@ use std::os::unix::net::UnixStream;
 use super::super::control::Control;
 use super::super::guests::Guests;
 use super::*;
-use crate::protocol::{Reply, Request, Response};
+use crate::protocol::{GuardStatus, Reply, Request, Response};
 
 /// What the control socket of a daemon with `broker` says to `request`.
 fn answer(broker: Broker, request: &[u8]) -> Response {
-    let control = Control::new(Arc::new(broker), Arc::new(Guests::new().unwrap()));
+    let control = Control::new(Arc::new(broker), Arc::new(Guests::new().unwrap()), Box::new(GuardStatus::default));
     let (mut client, server) = UnixStream::pair().unwrap();
     client.write_all(request).unwrap();
     client.write_all(b"\n").unwrap();

@@ -45,7 +45,7 @@ fn an_emulator_that_is_not_the_wrapper_would_write_in_clear() {
     let lax = || world.broker_saying(true, "[hook]\nother_emulators = \"start\"\n");
     for emulator in ["/usr/bin/qemu-system-x86_64", "/usr/libexec/volcrypt/emulators/../qemu", ""] {
         let sentence = refused(&world.broker(true), &domain(emulator, &other));
-        assert!(sentence.contains("attached to it") && sentence.contains("virsh edit vm"), "{sentence}");
+        assert!(sentence.contains("attached to it") && sentence.contains("volcrypt domain adopt vm"), "{sentence}");
         prepare(&lax(), "vm", &domain(emulator, &other)).unwrap();
         let sentence = refused(&lax(), &domain(emulator, &block_disk("disk", &node.0)));
         assert!(sentence.contains("the protected volume unwrapped"), "{sentence}");

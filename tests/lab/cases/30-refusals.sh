@@ -318,7 +318,7 @@ case_past_the_encryption() {
     local disk unit
     ready
     disk=$(disk_xml "$(lun_path prot-rf 0)" sda)
-    start_refused "run 'virsh edit rs'" "$disk" 's,<emulator>.*,<emulator>/usr/bin/qemu-system-x86_64</emulator>,'
+    start_refused "run 'volcrypt domain adopt rs'" "$disk" 's,<emulator>.*,<emulator>/usr/bin/qemu-system-x86_64</emulator>,'
     start_refused "device='lun' passes SCSI commands around its encryption" "${disk/device=\'disk\'/device=\'lun\'}"
     unit=$lab_iqn:prot-rf/0
     start_refused "LUN 0 of $lab_iqn:prot-rf is protected" "<disk type='network' device='disk'>

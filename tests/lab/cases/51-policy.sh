@@ -58,10 +58,10 @@ case_a_volume_is_for_the_domains_of_its_owner() {
 
 # An owner in volcrypt's own metadata, for those who have no Nova, while the domain runs.
 case_an_owner_without_nova() {
-    virsh --quiet metadata bare --uri https://volcrypt.org/xmlns/libvirt/1 --key volcrypt --live --config \
+    virsh --quiet metadata bare --uri https://volcrypt.org/xmlns/libvirt/owner/1 --key volcrypt --live --config \
         --set '<owner>p1</owner>' >/dev/null
     attaches bare 0
-    virsh --quiet metadata bare --uri https://volcrypt.org/xmlns/libvirt/1 --live --config --remove >/dev/null
+    virsh --quiet metadata bare --uri https://volcrypt.org/xmlns/libvirt/owner/1 --live --config --remove >/dev/null
     refused bare 0 'Permission denied' 'domain bare to nobody'
 }
 

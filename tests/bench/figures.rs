@@ -22,6 +22,8 @@ mod measure;
 mod memory;
 #[path = "figures/opens.rs"]
 mod opens;
+#[path = "figures/policy.rs"]
+mod policy;
 #[path = "figures/table.rs"]
 mod table;
 #[path = "figures/wrapper.rs"]
@@ -93,6 +95,7 @@ fn host() -> Outcome<Vec<Figure>> {
         figures.extend(hook::figures(&daemon)?);
         figures.extend(wrapper::figures(&stand_in)?);
         figures.extend(opens::figures()?);
+        figures.extend(policy::figures(daemon.folder())?);
     }
     // A daemon that has done nothing else yet.
     let daemon = Daemon::start()?;

@@ -7,7 +7,8 @@
 //! - [`volume`]: what a volume is called and how the kernel identifies it;
 //! - [`policy`]: the configuration file, its rules and profiles;
 //! - [`keys`]: key managers and the secret types they hand out;
-//! - [`store`]: the database of enrolled volumes and wrapped keys;
+//! - [`store`]: the database of enrolled volumes, wrapped keys and audit records;
+//! - [`audit`]: what is recorded of their use, and the chain that it makes;
 //! - [`domain`]: domains as libvirt describes them;
 //! - [`encryptor`]: making, checking and flagging mappings;
 //! - [`guest`]: the wrapped QEMUs and the system calls they send;
@@ -20,6 +21,7 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod audit;
 pub mod cli;
 pub mod daemon;
 pub mod domain;

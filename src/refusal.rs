@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::volume::VolumeId;
+
 /// A refusal. The errno travels through QEMU and libvirt to the caller's terminal, where only its
 /// text is seen; the sentence goes to the journal, to `virsh start` (through the hook) and to the
 /// operator's command.
@@ -9,6 +11,7 @@ use std::fmt;
 pub struct Refusal {
     reason: Reason,
     sentence: String,
+    volume: Option<VolumeId>,
 }
 
 /// The kinds of refusal, each with an errno of its own.
@@ -52,12 +55,38 @@ impl Reason {
             Reason::Kernel => libc::EIO,
         }
     }
+
+    /// Its name, as errno(3) has it.
+    pub fn errno_name(self) -> &'static str {
+        match self {
+            Reason::NoKey => "ENOKEY",
+            Reason::WrongKey => "EKEYREJECTED",
+            Reason::KeyDestroyed => "EKEYREVOKED",
+            Reason::NotAllowed => "EACCES",
+            Reason::ForeignData => "EMEDIUMTYPE",
+            Reason::TimedOut => "ETIMEDOUT",
+            Reason::DeviceGone => "ENODEV",
+            Reason::StoreUnavailable => "EROFS",
+            Reason::Configuration => "ENOTSUP",
+            Reason::Kernel => "EIO",
+        }
+    }
 }
 
 impl Refusal {
     /// A refusal for `reason`; `sentence` says what is wrong and what to do.
     pub fn new(reason: Reason, sentence: impl Into<String>) -> Self {
-        Refusal { reason, sentence: sentence.into() }
+        Refusal { reason, sentence: sentence.into(), volume: None }
+    }
+
+    /// The same refusal, as one of `volume`.
+    pub fn of(self, volume: &VolumeId) -> Self {
+        Refusal { volume: Some(volume.clone()), ..self }
+    }
+
+    /// The protected volume that it is about, where that was known.
+    pub fn volume(&self) -> Option<&VolumeId> {
+        self.volume.as_ref()
     }
 
     /// What kind of refusal this is.

@@ -1,4 +1,4 @@
-//! The permission to start without a guard.
+//! The permission to start without the daemon, and so without a listener.
 //!
 //! While the daemon cannot be reached, a domain without protected disks may start if the
 //! configuration says so. The hook, as root, has looked at its disks and leaves a marker; the

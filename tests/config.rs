@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use proptest::prelude::*;
-use volcrypt::policy::{Config, KeyManagerConfig, Profile, WhenUnreachable};
+use volcrypt::policy::{Config, KeyManagerConfig, Profile, WhenUnreachable, WhenUnwritable};
 
 #[test]
 fn every_faulty_file_gives_its_sentence() {
@@ -48,11 +48,12 @@ fn the_example_shows_every_setting_with_its_default() {
     assert_eq!(shown.hook, default.hook);
     assert_eq!(shown.policy, default.policy);
     assert_eq!(shown.guard, default.guard);
+    assert_eq!(shown.audit, default.audit);
     assert_eq!(shown.profile("default"), default.profile("default"));
     assert_eq!(shown.rules().len(), 1);
     assert!(shown.warnings().is_empty(), "{:?}", shown.warnings());
     // The serde messages list every key there is; each has to be shown.
-    for section in ["key_manager", "daemon", "hook", "policy", "guard", "profiles.default"] {
+    for section in ["key_manager", "daemon", "hook", "policy", "guard", "audit", "profiles.default"] {
         let error = Config::parse(&format!("[{section}]\nnone-such = 1"), "x").unwrap_err().to_string();
         let known =
             error.split('`').skip(3).step_by(2).filter(|key| !["file", "i_know_this_is_insecure"].contains(key));
@@ -73,6 +74,7 @@ fn an_empty_file_has_the_documented_defaults() {
     assert_eq!(config.daemon.qemu_users, ["libvirt-qemu", "qemu"]);
     assert_eq!(config.hook.deadline, Duration::from_secs(30));
     assert_eq!(config.hook.when_daemon_unreachable, WhenUnreachable::Refuse);
+    assert_eq!(config.audit.when_unwritable, WhenUnwritable::Refuse);
     assert_eq!(config.profile("default"), Some(&Profile::default()));
     assert_eq!(config.profile("other"), None);
 }

@@ -246,3 +246,68 @@ fn doctor_reports_every_check_even_when_nothing_answers() {
     }
     assert!(outcome.text.lines().all(|line| line.starts_with("ok    ") || line.contains("; to mend it: ")));
 }
+
+fn audit_record(seq: u32) -> Value {
+    json!({
+        "v": 1, "seq": seq, "time": 0, "kind": "key-used", "volume": "vol-1", "domain": "web1", "pid": 42, "by": "guest",
+        "outcome": "done", "detail": "opened as /dev/sda", "previous": "0".repeat(64), "hash": "1".repeat(64)
+    })
+}
+
+#[test]
+fn audit_records_are_shown_with_the_newest_last() {
+    let page = json!({ "entries": [audit_record(3), audit_record(2), audit_record(1)], "before": null });
+    let answer = json!({ "done": { "audit": page } });
+    let daemon = FakeDaemon::new(answer.clone(), "");
+    let arguments =
+        ["audit", "show", "--volume", "vol-1", "--kind", "key-used", "--since", "1970-01-02", "--limit", "2"];
+    let outcome = daemon.run(&arguments).unwrap();
+    let numbers: Vec<&str> = outcome.text.lines().map(|line| line.split(' ').next().unwrap()).collect();
+    assert_eq!(numbers, ["NUMBER", "2", "3"]);
+    let query = json!({ "before": null, "volume": "vol-1", "kind": "key-used", "since": 86_400 });
+    assert_eq!(daemon.request(), json!({ "audit": query }));
+    let outcome = FakeDaemon::new(answer, "").run(&["audit", "show", "--json"]).unwrap();
+    let shown: Value = serde_json::from_str(&outcome.text).unwrap();
+    assert_eq!(shown, json!([audit_record(1), audit_record(2), audit_record(3)]));
+}
+
+#[test]
+fn a_broken_chain_is_exit_code_1_and_names_the_record() {
+    let hash = "1".repeat(64);
+    let verified = |broken: Option<&str>| {
+        let end = json!({ "seq": 4, "hash": hash });
+        json!({ "done": { "audit-verified": { "end": end, "broken": broken, "complete": broken.is_none() } } })
+    };
+    let daemon = FakeDaemon::new(verified(None), "");
+    let outcome = daemon.run(&["audit", "verify"]).unwrap();
+    assert_eq!((outcome.code, outcome.text), (0, format!("4 records, newest hash {hash}\n")));
+    assert_eq!(daemon.request(), json!({ "verify-audit": { "from": { "seq": 0, "hash": "0".repeat(64) } } }));
+    let outcome = FakeDaemon::new(verified(Some("record 5 was changed")), "").run(&["audit", "verify"]).unwrap();
+    let text = "record 5 was changed; the 4 records before it are as they were written\n";
+    assert_eq!((outcome.code, outcome.text.as_str()), (1, text));
+    // A daemon that never comes to an end is not asked for ever.
+    let stuck = json!({ "end": { "seq": 0, "hash": "0".repeat(64) }, "broken": null, "complete": false });
+    let daemon = FakeDaemon::new(json!({ "done": { "audit-verified": stuck } }), "");
+    assert!(daemon.run(&["audit", "verify"]).unwrap_err().contains("does not fit the question"));
+}
+
+#[test]
+fn a_place_is_identified_by_a_handle_on_it() {
+    let answer = json!({ "done": { "identification": { "file": {
+        "device": { "major": 254, "minor": 0 }, "inode": 12, "size": 1 << 20
+    } } } });
+    let daemon = FakeDaemon::new(answer, "");
+    let image = daemon.folder.path().join("image");
+    fs::write(&image, "").unwrap();
+    let outcome = daemon.run(&["volume", "identify", image.to_str().unwrap()]).unwrap();
+    assert_eq!(
+        outcome.text,
+        "image file:      inode 12 of device 254:0\n\
+         size:            1 MiB (1048576 bytes)\n\
+         outcome:         not protected: no rule protects image files\n"
+    );
+    assert_eq!(daemon.request(), json!("identify"));
+
+    let missing = run(&["volume", "identify", "/nowhere"], Path::new("/nowhere")).unwrap_err();
+    assert!(missing.starts_with("/nowhere cannot be looked at"), "{missing}");
+}

@@ -3,6 +3,8 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
+use super::time;
+use crate::audit::Kind;
 use crate::volume::VolumeId;
 
 /// Encryption of virtual machines' volumes on the hypervisor.
@@ -34,6 +36,9 @@ pub enum Command {
     /// Give domains the wrapper as their emulator
     #[command(subcommand)]
     Domain(DomainCommand),
+    /// Look at what was done with keys and volumes, and for whom
+    #[command(subcommand)]
+    Audit(AuditCommand),
     /// Look at the configuration
     #[command(subcommand)]
     Config(ConfigCommand),
@@ -53,6 +58,14 @@ pub enum VolumeCommand {
     Show {
         /// The volume's id
         id: VolumeId,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        format: Format,
+    },
+    /// Show what the kernel says of a device, and which rule matches and why
+    Identify {
+        /// A path of the device, for example /dev/sda
+        path: PathBuf,
         #[command(flatten)]
         #[allow(missing_docs)]
         format: Format,
@@ -156,6 +169,31 @@ pub enum DomainCommand {
         /// The domain's name
         name: String,
     },
+}
+
+/// `volcrypt audit`.
+#[derive(Debug, Subcommand)]
+pub enum AuditCommand {
+    /// Show the newest records, the newest last
+    Show {
+        /// Only those about this volume
+        #[arg(long, value_name = "ID")]
+        volume: Option<VolumeId>,
+        /// Only those of this kind, for example key-used or refused
+        #[arg(long)]
+        kind: Option<Kind>,
+        /// Only those since then: 2026-11-23, 2026-11-23T16:02:14Z (UTC), or so long ago: 90s, 30m, 2h, 7d
+        #[arg(long, value_name = "TIME", value_parser = time::parse)]
+        since: Option<i64>,
+        /// How many at most
+        #[arg(long, value_name = "NUMBER", default_value_t = 100)]
+        limit: usize,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        format: Format,
+    },
+    /// Check that no record was changed or taken out
+    Verify,
 }
 
 /// `volcrypt config`.

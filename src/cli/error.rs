@@ -25,8 +25,15 @@ pub enum CommandError {
         /// What the system said.
         source: io::Error,
     },
-    /// A path does not lead to a device.
-    Device {
+    /// There is nothing at a path, or nobody can tell what.
+    Place {
+        /// The path.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A path does not lead to a block device.
+    NoDevice {
         /// The path.
         path: PathBuf,
         /// What the system said.
@@ -55,15 +62,18 @@ impl fmt::Display for CommandError {
                 write!(f, "{} exists already: name a file that does not, nothing is ever overwritten", path.display())
             }
             CommandError::File { path, source } => write!(f, "{} cannot be written ({source})", path.display()),
-            CommandError::Device { path, source } if is_no_device(source) => {
+            CommandError::NoDevice { path, source } if is_no_device(source) => {
                 write!(f, "{} is no block device: give one, for example /dev/sda", path.display())
             }
-            CommandError::Device { path, source } => write!(f, "{} cannot be looked at ({source})", path.display()),
+            CommandError::NoDevice { path, source } => write!(f, "{} cannot be looked at ({source})", path.display()),
             CommandError::Refused(refusal) => refusal.fmt(f),
             CommandError::NotConfirmed(id) => {
                 write!(f, "nothing was destroyed: type the volume's id when asked, or add --confirm {id}")
             }
             CommandError::Domain(sentence) => f.write_str(&printable(sentence)),
+            CommandError::Place { path, source } => {
+                write!(f, "{} cannot be looked at ({source}): name a device or an image file", path.display())
+            }
             CommandError::Output(source) => write!(f, "the output cannot be written ({source})"),
         }
     }

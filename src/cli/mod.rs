@@ -15,12 +15,15 @@ use serde::Serialize;
 use crate::domain::Facts;
 use crate::policy::Config;
 use crate::protocol::{CONTROL_SOCKET, ControlClient, Reply, Request};
+use crate::store::AuditQuery;
 
 mod arguments;
+mod audit;
 pub mod doctor;
 mod domain;
 mod error;
 mod grant;
+pub mod identify;
 mod key;
 mod policy;
 mod status;
@@ -29,7 +32,8 @@ mod time;
 mod volume;
 
 pub use arguments::{
-    Arguments, Command, ConfigCommand, DomainCommand, Format, GrantCommand, KeyCommand, PolicyCommand, VolumeCommand,
+    Arguments, AuditCommand, Command, ConfigCommand, DomainCommand, Format, GrantCommand, KeyCommand, PolicyCommand,
+    VolumeCommand,
 };
 pub use domain::{Define, Definition, Look};
 pub use error::CommandError;
@@ -71,7 +75,7 @@ pub fn main(libvirt: Libvirt) -> ExitCode {
 pub struct Outcome {
     /// The text for stdout.
     pub text: String,
-    /// The exit code: 1 when `doctor` found a fault.
+    /// The exit code: 1 when `doctor` or `audit verify` found a fault.
     pub code: u8,
 }
 
@@ -90,6 +94,11 @@ pub fn run(arguments: &Arguments, socket: &Path, libvirt: Libvirt) -> Result<Out
         }
         Command::Grant(GrantCommand::List(format)) => grant::list(daemon, *format)?,
         Command::Grant(GrantCommand::Revoke { volume, domain }) => grant::revoke(daemon, volume, domain)?,
+        Command::Audit(AuditCommand::Show { volume, kind, since, limit, format }) => {
+            let query = AuditQuery { before: None, volume: volume.clone(), kind: *kind, since: *since };
+            audit::show(daemon, query, *limit, *format)?
+        }
+        Command::Audit(AuditCommand::Verify) => return audit::verify(daemon),
         Command::Config(ConfigCommand::Check) => {
             Config::load(&arguments.config).map_err(CommandError::Configuration)?.explain()
         }
@@ -108,6 +117,7 @@ fn on_volume(daemon: &Daemon<'_>, command: &VolumeCommand) -> Result<String, Com
     match command {
         VolumeCommand::List(format) => volume::list(daemon, *format),
         VolumeCommand::Show { id, format } => volume::show(daemon, id, *format),
+        VolumeCommand::Identify { path, format } => identify::show(daemon, path, *format),
         VolumeCommand::Enrol { device, owner } => volume::enrol(daemon, device, owner.as_deref()),
         VolumeCommand::SetOwner { id, owner } => volume::set_owner(daemon, id, owner.as_deref()),
         VolumeCommand::Retire { id } => volume::retire(daemon, id),

@@ -1,6 +1,6 @@
 use std::path::Path;
 
-use super::CommandError;
+use super::{CommandError, identify};
 use crate::domain::{Facts, Nobody, Requester};
 use crate::guest::block_device_at;
 use crate::policy::Config;
@@ -10,10 +10,9 @@ use crate::volume::Sysfs;
 /// put in its place.
 pub(super) fn test(config: &Path, device: &Path, domain: Option<Facts>) -> Result<String, CommandError> {
     let config = Config::load(config).map_err(CommandError::Configuration)?;
-    let number = block_device_at(device).map_err(|source| CommandError::Device { path: device.to_owned(), source })?;
-    let identity = Sysfs::system().identify(number).map_err(CommandError::Refused)?;
+    let number =
+        block_device_at(device).map_err(|source| CommandError::NoDevice { path: device.to_owned(), source })?;
+    let portrait = Sysfs::system().portray(number).map_err(CommandError::Refused)?;
     let requester: &dyn Requester = domain.as_ref().map_or(&Nobody, |domain| domain);
-    let mut text = config.trace(&identity, requester).join("\n");
-    text.push('\n');
-    Ok(text)
+    Ok(identify::judgement(&portrait, &config, requester))
 }

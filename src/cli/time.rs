@@ -1,3 +1,9 @@
+use std::time::{SystemTime, UNIX_EPOCH};
+
+const DAYS_PER_ERA: i64 = 146_097;
+/// From 0000-03-01, the first day of an era, to 1970-01-01.
+const DAYS_TO_1970: i64 = 719_468;
+
 /// A time in seconds since 1970-01-01 UTC as text: `2026-11-23T16:02:14Z`.
 pub(super) fn utc(seconds: i64) -> String {
     let (year, month, day) = civil_from_days(seconds.div_euclid(86_400));
@@ -6,14 +12,65 @@ pub(super) fn utc(seconds: i64) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}Z")
 }
 
+/// The time that `text` means, in seconds since 1970-01-01 UTC: a date, a date and a time of day, both in
+/// UTC, or how long ago.
+pub(super) fn parse(text: &str) -> Result<i64, String> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |passed| passed.as_secs() as i64);
+    ago(text)
+        .and_then(|seconds| now.checked_sub(seconds))
+        .or_else(|| moment(text))
+        .ok_or_else(|| "write it as 2026-11-23, 2026-11-23T16:02:14Z, 90s, 30m, 2h or 7d".to_owned())
+}
+
+fn ago(text: &str) -> Option<i64> {
+    let unit = match text.chars().last()? {
+        's' => 1,
+        'm' => 60,
+        'h' => 3600,
+        'd' => 86_400,
+        _ => return None,
+    };
+    number(&text[..text.len() - 1])?.checked_mul(unit)
+}
+
+/// `2026-11-23` or `2026-11-23T16:02:14Z`.
+fn moment(text: &str) -> Option<i64> {
+    let (date, time) = text.strip_suffix('Z').and_then(|text| text.split_once('T')).unwrap_or((text, "00:00:00"));
+    let [year, month, day] = numbers(date, '-')?;
+    let [hour, minute, second] = numbers(time, ':')?;
+    let days = days_from_civil(year, month, day);
+    // What is no date, such as the 30th of February, comes back as another one.
+    let is_date = civil_from_days(days) == (year, month, day);
+    let in_day = (0..24).contains(&hour) && (0..60).contains(&minute) && (0..60).contains(&second);
+    (is_date && in_day).then_some(days * 86_400 + hour * 3600 + minute * 60 + second)
+}
+
+fn numbers(text: &str, separator: char) -> Option<[i64; 3]> {
+    let mut parts = text.split(separator).map(number);
+    let numbers = [parts.next()??, parts.next()??, parts.next()??];
+    parts.next().is_none().then_some(numbers)
+}
+
+/// Digits only, and not too many of them.
+fn number(text: &str) -> Option<i64> {
+    let digits = (1..=9).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_digit());
+    digits.then(|| text.parse().ok()).flatten()
+}
+
+/// How many days after 1970-01-01 a date is: the reverse of [`civil_from_days`].
+fn days_from_civil(year: i64, month: i64, day: i64) -> i64 {
+    let year = year - i64::from(month <= 2);
+    let (era, year_of_era) = (year.div_euclid(400), year.rem_euclid(400));
+    let day_of_year = (153 * ((month + 9) % 12) + 2) / 5 + day - 1;
+    let day_of_era = year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year;
+    era * DAYS_PER_ERA + day_of_era - DAYS_TO_1970
+}
+
 /// The date that is `days` days after 1970-01-01 in the Gregorian calendar.
 ///
 /// Years are counted from March, so that the leap day is the last day of a year, and in eras of 400
 /// years, which all have the same 146,097 days.
 fn civil_from_days(days: i64) -> (i64, i64, i64) {
-    const DAYS_PER_ERA: i64 = 146_097;
-    // From 0000-03-01, the first day of an era, to 1970-01-01.
-    const DAYS_TO_1970: i64 = 719_468;
     let day_number = days.saturating_add(DAYS_TO_1970);
     let (era, day_of_era) = (day_number.div_euclid(DAYS_PER_ERA), day_number.rem_euclid(DAYS_PER_ERA));
     // Take away the leap days: one every 4 years, none every 100, one every 400.
@@ -42,6 +99,43 @@ mod tests {
             (4_107_542_400, "2100-03-01T00:00:00Z"),
         ] {
             assert_eq!(utc(seconds), text);
+            assert_eq!(parse(text), Ok(seconds));
+        }
+        assert_eq!(parse("2026-11-23"), Ok(1_795_449_734 / 86_400 * 86_400));
+    }
+
+    #[test]
+    fn how_long_ago_is_a_time_too() {
+        let now = parse("0s").unwrap();
+        for (text, seconds) in [("90s", 90), ("30m", 1800), ("2h", 7200), ("7d", 604_800)] {
+            assert!((0..=5).contains(&(parse(text).unwrap() - now + seconds)), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_time_is_refused() {
+        for text in [
+            "",
+            "now",
+            "h",
+            "-1h",
+            "1w",
+            "é",
+            "2026",
+            "2026-13-01",
+            "2026-02-30",
+            "2026-00-10",
+            "2026-11-23T16:02",
+            "2026-11-23T24:00:00Z",
+            "2026-11-23T16:60:00Z",
+            "2026-11-23T16:02:14",
+            "2026-11-23T16:02:14+01:00",
+            "2026-11-23-1",
+            "+2026-11-23",
+            "99999999999999999999d",
+            "0000000001s ",
+        ] {
+            assert!(parse(text).is_err(), "{text}");
         }
     }
 
@@ -51,6 +145,7 @@ mod tests {
         let mut expected = (1970, 1, 1);
         for day in 0..146_097 {
             assert_eq!(civil_from_days(day), expected, "day {day}");
+            assert_eq!(days_from_civil(expected.0, expected.1, expected.2), day);
             let (year, month, date) = expected;
             let length = match month {
                 2 if leap(year) => 29,

@@ -7,7 +7,7 @@ use super::table::{Table, printable};
 use super::time::utc;
 use super::{CommandError, Daemon, Format, json};
 use crate::protocol::{Reply, Request, VolumeStatus};
-use crate::store::{EnrolledDevice, VolumeRecord};
+use crate::store::VolumeRecord;
 use crate::volume::VolumeId;
 
 pub(super) fn list(daemon: &Daemon<'_>, format: Format) -> Result<String, CommandError> {
@@ -125,7 +125,7 @@ fn table(volumes: &[VolumeStatus]) -> String {
 fn describe(VolumeStatus { record, mapped }: &VolumeStatus) -> String {
     let lines = [
         ("volume", record.id.to_string()),
-        ("device", device(&record.device)),
+        ("device", record.device.to_string()),
         ("size", format!("{} ({} bytes)", size(record.size_bytes), record.size_bytes)),
         ("profile", record.profile.clone()),
         ("format", record.provider.to_string()),
@@ -140,19 +140,8 @@ fn describe(VolumeStatus { record, mapped }: &VolumeStatus) -> String {
     lines.iter().map(|(name, value)| format!("{:<16} {}\n", format!("{name}:"), printable(value))).collect()
 }
 
-fn device(device: &EnrolledDevice) -> String {
-    let parts = [
-        device.iscsi_target.clone().map(|target| format!("target {target}")),
-        device.lun.map(|lun| format!("LUN {lun}")),
-        device.wwid.clone().map(|wwid| format!("WWID {wwid}")),
-        device.dm_uuid.clone().map(|uuid| format!("device-mapper UUID {uuid}")),
-    ];
-    let known: Vec<String> = parts.into_iter().flatten().collect();
-    if known.is_empty() { "not told by the kernel".to_owned() } else { known.join(", ") }
-}
-
 /// A size in the largest binary unit that keeps it a whole number.
-fn size(bytes: u64) -> String {
+pub(super) fn size(bytes: u64) -> String {
     let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
     let whole = units.iter().find(|(shift, _)| bytes != 0 && bytes.is_multiple_of(1 << shift));
     whole.map_or_else(|| format!("{bytes} B"), |(shift, unit)| format!("{} {unit}", bytes >> shift))

@@ -6,6 +6,7 @@ mod policy;
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -13,7 +14,9 @@ use rustix::fs::OFlags;
 
 use self::authorisation::known;
 use self::policy::Policy;
+use super::auditing::RefusalLimit;
 use super::devices::Devices;
+use crate::audit::Asker;
 use crate::domain::{Facts, Nobody, Requester};
 use crate::encryptor::{MappingSpec, VolumeEncryptor, VolumeLocks};
 use crate::guest::Domains;
@@ -21,7 +24,7 @@ use crate::keys::{EmbeddedKeyManager, Key, KeyFileManager, KeyManager, OneKeyFor
 use crate::policy::{Config, ConfigError, DEFAULT_DIRECTORY, Decision, KeyManagerConfig, Protection};
 use crate::refusal::{Reason, Refusal};
 use crate::store::{EnrolledDevice, Store, VolumeRecord, VolumeState};
-use crate::volume::{Content, DeviceNumber, Identity, VolumeId, examine};
+use crate::volume::{Content, DeviceNumber, Identity, Portrait, VolumeId, examine};
 
 /// Holds the policy, the keys and the mappings together.
 pub struct Broker {
@@ -31,6 +34,8 @@ pub struct Broker {
     encryptor: Box<dyn VolumeEncryptor>,
     vault: Mutex<Option<Arc<Vault>>>,
     enrolling: VolumeLocks,
+    refusals: RefusalLimit,
+    merging: Arc<AtomicBool>,
 }
 
 /// The database and the key manager, once both could be opened.
@@ -60,12 +65,24 @@ impl Broker {
         encryptor: Box<dyn VolumeEncryptor>,
     ) -> Self {
         let policy = Policy::new(config);
-        Broker { policy, devices, domains, encryptor, vault: Mutex::default(), enrolling: VolumeLocks::default() }
+        let (vault, enrolling) = (Mutex::default(), VolumeLocks::default());
+        let (refusals, merging) = (RefusalLimit::default(), Arc::default());
+        Broker { policy, devices, domains, encryptor, vault, enrolling, refusals, merging }
     }
 
     /// The maker of mappings.
     pub fn encryptor(&self) -> &dyn VolumeEncryptor {
         self.encryptor.as_ref()
+    }
+
+    /// What was refused lately.
+    pub(super) fn refusals(&self) -> &RefusalLimit {
+        &self.refusals
+    }
+
+    /// Whether the audit records are about to be merged.
+    pub(super) fn merging(&self) -> &Arc<AtomicBool> {
+        &self.merging
     }
 
     /// Opens `device` for `guest`: through its mapping if it is protected. `permitted` says whether
@@ -82,11 +99,25 @@ impl Broker {
     ) -> Result<Verdict, Refusal> {
         let config = self.config()?;
         let identity = self.devices.identify(device)?;
-        let protection = match config.decide(&identity, guest) {
-            Decision::Pass => return Ok(Verdict::LetThrough),
-            Decision::Refuse(refusal) => return Err(refusal),
-            Decision::Protect(protection) => protection,
-        };
+        match config.decide(&identity, guest) {
+            Decision::Pass => Ok(Verdict::LetThrough),
+            Decision::Refuse(refusal) => Err(refusal),
+            Decision::Protect(protection) => {
+                let asker = Asker::current().known_as(guest.facts());
+                let opened = asker.ask(|| self.open_protected(&identity, &protection, permitted, flags, guest));
+                opened.map_err(|refusal| refusal.of(&protection.volume))
+            }
+        }
+    }
+
+    fn open_protected(
+        &self,
+        identity: &Identity,
+        protection: &Protection<'_>,
+        permitted: bool,
+        flags: OFlags,
+        guest: &dyn Requester,
+    ) -> Result<Verdict, Refusal> {
         let volume = &protection.volume;
         if !permitted {
             let sentence =
@@ -98,22 +129,22 @@ impl Broker {
             return Err(Refusal::new(Reason::NotAllowed, sentence));
         }
         let domain = known(guest, volume)?;
-        let record = self.record(&identity, &protection, domain)?;
+        let record = self.record(identity, protection, domain)?;
         self.authorise(&record, domain)?;
         let spec = MappingSpec {
             record: &record,
             profile: protection.profile,
-            device,
+            device: identity.number,
             size_bytes: identity.size,
             read_only: identity.read_only,
         };
         let opened = self.encryptor.open(&spec, flags, &|| self.key(&record))?;
         // The device number may have been given to another device while all this went on; the
         // mapping holds it now, so what is there now stays.
-        self.check_device(&self.devices.identify(device)?, &record)?;
+        self.check_device(&self.devices.identify(identity.number)?, &record)?;
         // So may the volume have been retired, destroyed or given to somebody else.
         match self.vault()?.store.volume(volume)? == Some(record) {
-            true => Ok(Verdict::Mapping(protection.volume, opened)),
+            true => Ok(Verdict::Mapping(volume.clone(), opened)),
             false => Err(Refusal::new(Reason::NoKey, format!("volume {volume} was changed while it was being opened"))),
         }
     }
@@ -134,7 +165,8 @@ impl Broker {
                      encryption: give it to the guest as a disk",
                     protection.volume
                 ),
-            )),
+            )
+            .of(&protection.volume)),
         }
     }
 
@@ -148,10 +180,11 @@ impl Broker {
             Decision::Pass => Ok(None),
             Decision::Refuse(refusal) => Err(refusal),
             Decision::Protect(protection) => {
-                let record = self.record(identity, &protection, domain)?;
-                self.authorise(&record, domain)?;
-                self.key(&record)?;
-                Ok(Some(record.id))
+                let ready = self.record(identity, &protection, domain).and_then(|record| {
+                    self.authorise(&record, domain)?;
+                    self.key(&record)
+                });
+                ready.map(|_| Some(protection.volume.clone())).map_err(|refusal| refusal.of(&protection.volume))
             }
         }
     }
@@ -164,6 +197,14 @@ impl Broker {
         self.devices.identify(device)
     }
 
+    /// All that is known of `device`.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn portray(&self, device: DeviceNumber) -> Result<Portrait, Refusal> {
+        self.devices.portray(device)
+    }
+
     /// Enrols the volume on `device` for `owner`, or for everybody. A rule must protect the device, and it
     /// must be blank. A volume that is enrolled already stays as it is, and one that was retired can be
     /// used again.
@@ -174,7 +215,9 @@ impl Broker {
     pub fn enrol(&self, device: DeviceNumber, owner: Option<&str>) -> Result<VolumeRecord, Refusal> {
         let identity = self.devices.identify(device)?;
         match self.config()?.decide(&identity, &Nobody) {
-            Decision::Protect(protection) => self.enrol_as(&identity, &protection, owner),
+            Decision::Protect(protection) => {
+                self.enrol_as(&identity, &protection, owner).map_err(|refusal| refusal.of(&protection.volume))
+            }
             Decision::Refuse(refusal) => Err(refusal),
             Decision::Pass => Err(Refusal::new(
                 Reason::Configuration,
@@ -304,7 +347,7 @@ impl Broker {
     /// Whether `identity` is the device that the volume was enrolled on.
     fn check_device(&self, identity: &Identity, record: &VolumeRecord) -> Result<(), Refusal> {
         let VolumeRecord { id, device: enrolled, size_bytes, .. } = record;
-        let found = enrolled_device(identity);
+        let found = enrolled_device(identity.at_address(enrolled.iscsi_target.as_deref(), enrolled.lun));
         let differs = [
             differing("iSCSI target", &enrolled.iscsi_target, &found.iscsi_target),
             differing("LUN", &enrolled.lun, &found.lun),

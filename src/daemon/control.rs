@@ -10,8 +10,10 @@ use std::time::Duration;
 
 use super::broker::{Broker, no_such_device};
 use super::guests::Guests;
+use super::identify::identify;
 use super::pool::Pool;
 use super::{prepare, status};
+use crate::audit::{Asker, Kind};
 use crate::guest::block_device_at;
 use crate::protocol::registration::receive_with_descriptors;
 use crate::protocol::{GuardStatus, HookOperation, MAX_MESSAGE, Reply, Request, Response, VolumeStatus};
@@ -70,7 +72,8 @@ impl Control {
         let (message, file) = receive(stream)?;
         let request = serde_json::from_slice(&message)
             .map_err(|error| Refusal::new(Reason::Configuration, format!("volcryptd does not understand the request ({error}): hook, command and daemon must be of one version, so run 'systemctl restart volcryptd'")));
-        let response = match request.and_then(|request| self.carry_out(request, file)) {
+        let asker = Asker::operator(peer.pid.as_raw_nonzero().get() as u32, peer.uid.as_raw());
+        let response = match request.and_then(|request| asker.ask(|| self.carry_out(request, file))) {
             Ok(reply) => Response::Done(reply),
             Err(refusal) => Response::Refused { sentence: refusal.to_string(), errno: refusal.errno() },
         };
@@ -94,24 +97,45 @@ impl Control {
             Request::Volumes => Ok(Reply::Volumes(self.volumes(self.broker.vault()?.store.volumes()?)?)),
             Request::Volume { id } => self.volume(self.broker.volume(&id)?),
             Request::Keys => Ok(Reply::Keys(self.broker.vault()?.keys.list()?)),
-            Request::Enrol { device, owner } => self.volume(self.broker.enrol(at(&device)?, owner.as_deref())?),
-            Request::Retire { id } => self.volume(self.broker.retire(&id)?),
-            Request::Destroy { id } => self.volume(self.broker.destroy(&id)?),
-            Request::SetOwner { id, owner } => self.volume(self.broker.set_owner(&id, owner.as_deref())?),
+            Request::Enrol { device, owner } => {
+                let enrolled = at(&device).and_then(|device| self.broker.enrol(device, owner.as_deref()));
+                self.volume(self.recorded(enrolled)?)
+            }
+            Request::Identify => {
+                let place =
+                    file.ok_or_else(|| Refusal::new(Reason::Configuration, "no device came with the request"))?;
+                Ok(Reply::Identification(identify(&self.broker, place)?))
+            }
+            Request::Retire { id } => self.volume(self.recorded_of(&id, self.broker.retire(&id))?),
+            Request::Destroy { id } => self.volume(self.recorded_of(&id, self.broker.destroy(&id))?),
+            Request::SetOwner { id, owner } => {
+                self.volume(self.recorded_of(&id, self.broker.set_owner(&id, owner.as_deref()))?)
+            }
             Request::Grants => Ok(Reply::Grants(self.broker.vault()?.store.grants()?)),
             Request::Grant { grant } => {
-                self.broker.grant(&grant)?;
+                self.recorded_of(&grant.volume, self.broker.grant(&grant))?;
                 Ok(Reply::Nothing)
             }
             Request::Revoke { volume, domain } => {
-                self.broker.revoke(&volume, &domain)?;
+                self.recorded_of(&volume, self.broker.revoke(&volume, &domain))?;
                 Ok(Reply::Nothing)
             }
             Request::ExportKey { id } => {
-                self.export(&id, file)?;
+                self.recorded_of(&id, self.export(&id, file))?;
                 Ok(Reply::Nothing)
             }
+            Request::Audit(query) => Ok(Reply::Audit(self.broker.vault()?.store.audit(&query)?)),
+            Request::VerifyAudit { from } => Ok(Reply::AuditVerified(self.broker.vault()?.store.verify_audit(from)?)),
         }
+    }
+
+    /// Has a refusal recorded; what was done is recorded by whoever does it.
+    fn recorded<T>(&self, outcome: Result<T, Refusal>) -> Result<T, Refusal> {
+        outcome.inspect_err(|refusal| self.broker.record_refusal(refusal))
+    }
+
+    fn recorded_of<T>(&self, volume: &VolumeId, outcome: Result<T, Refusal>) -> Result<T, Refusal> {
+        self.recorded(outcome.map_err(|refusal| refusal.of(volume)))
     }
 
     fn volume(&self, record: VolumeRecord) -> Result<Reply, Refusal> {
@@ -140,6 +164,8 @@ impl Control {
             Some(record) => self.broker.key(&record)?,
             None => vault.keys.get(id)?,
         };
+        self.broker.record_use(Kind::KeyExported, id, "to a file of the operator's")?;
+        self.broker.merge_audit_soon();
         let mut file = File::from(file);
         let written = file.write_all(key.bytes()).and_then(|()| file.sync_all());
         written.map_err(|error| {

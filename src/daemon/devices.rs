@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::guard::Guard;
 use crate::guest::{domain_name, processes, processes_with_open};
 use crate::refusal::Refusal;
-use crate::volume::{DeviceNumber, Identity, Sysfs};
+use crate::volume::{DeviceNumber, Identity, Portrait, Sysfs};
 
 /// How long a process may have a device open without being its user.
 const GLANCE: Duration = Duration::from_secs(3);
@@ -19,6 +19,12 @@ pub trait Devices: Send + Sync {
     /// # Errors
     /// When it is gone.
     fn identify(&self, device: DeviceNumber) -> Result<Identity, Refusal>;
+
+    /// All that is known of a device, for an operator's eyes.
+    ///
+    /// # Errors
+    /// Those of [`Devices::identify`].
+    fn portray(&self, device: DeviceNumber) -> Result<Portrait, Refusal>;
 
     /// Opens a device for reading, claimed for the time being.
     ///
@@ -46,6 +52,10 @@ impl HostDevices {
 impl Devices for HostDevices {
     fn identify(&self, device: DeviceNumber) -> Result<Identity, Refusal> {
         self.sysfs.identify(device).inspect(|identity| self.guard.saw(identity))
+    }
+
+    fn portray(&self, device: DeviceNumber) -> Result<Portrait, Refusal> {
+        self.sysfs.portray(device)
     }
 
     fn open_exclusively(&self, identity: &Identity) -> io::Result<File> {

@@ -7,7 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::event::epoll;
 
-use crate::guest::domain_name;
+use crate::audit::{Asker, Role};
+use crate::guest::{domain_name, domain_uuid};
 use crate::sys::seccomp::Listener;
 
 /// How many calls of one guest may be worked on at a time, so that no guest takes all threads. QEMU opens
@@ -20,6 +21,7 @@ pub struct Guest {
     pid: u32,
     listener: Listener,
     domain: OnceLock<Option<String>>,
+    domain_uuid: OnceLock<Option<String>>,
     in_work: AtomicU32,
 }
 
@@ -37,6 +39,17 @@ impl Guest {
     /// The name of its domain, for people to read. Known as soon as the wrapper has become QEMU.
     pub fn domain(&self) -> Option<&str> {
         self.domain.get_or_init(|| domain_name(self.pid)).as_deref()
+    }
+
+    /// The guest as the one who asks for something.
+    pub fn asker(&self) -> Asker {
+        Asker {
+            domain: self.domain().map(str::to_owned),
+            domain_uuid: self.domain_uuid.get_or_init(|| domain_uuid(self.pid)).clone(),
+            pid: Some(self.pid),
+            by: Role::Guest,
+            ..Asker::default()
+        }
     }
 
     /// Counts one more call in work until the returned value is dropped; `None` when there are as many
@@ -117,7 +130,14 @@ impl Guests {
         let mut all = self.all();
         let number = all.next_number;
         all.next_number += 1;
-        let guest = Arc::new(Guest { number, pid, listener, domain: OnceLock::new(), in_work: AtomicU32::new(0) });
+        let guest = Arc::new(Guest {
+            number,
+            pid,
+            listener,
+            domain: OnceLock::new(),
+            domain_uuid: OnceLock::new(),
+            in_work: AtomicU32::new(0),
+        });
         let data = epoll::EventData::new_u64(number);
         all.guests.insert(number, Arc::clone(&guest));
         if let Err(error) = epoll::add(&self.epoll, guest.listener.as_fd(), data, epoll::EventFlags::IN) {

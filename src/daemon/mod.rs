@@ -1,10 +1,12 @@
 //! `volcryptd`: the only holder of keys and maker of mappings.
 
+mod auditing;
 mod broker;
 mod control;
 mod deadlines;
 mod devices;
 mod guests;
+mod identify;
 mod pool;
 mod prepare;
 mod registrar;
@@ -127,6 +129,7 @@ fn reload(broker: &Broker, guard: &Guard, path: &Path) {
     match broker.reload(Config::load(path)) {
         Ok(config) => {
             guard.reload(Some(Config::clone(&config)));
+            broker.record_reload(path);
             tracing::info!("the configuration in {} is in force", path.display());
             if earlier.is_ok_and(|earlier| earlier.daemon != config.daemon) {
                 tracing::warn!("the section [daemon] has changed, which takes 'systemctl restart volcryptd'");

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::broker::{Broker, no_such_device};
+use crate::audit::{Asker, Kind};
 use crate::domain::{Disk, Domain, Facts, Source, quoted};
 use crate::guest::{block_device_at, is_no_device};
 use crate::policy::OtherEmulators;
@@ -10,17 +11,26 @@ use crate::protocol::EMULATOR_DIRECTORY;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::{Identity, VolumeId};
 
-/// Makes every protected disk of the domain in `xml` ready for QEMU's open, or refuses.
+/// Makes every protected disk of the domain in `xml` ready for QEMU's open, or refuses; either is
+/// recorded.
 ///
 /// # Errors
 /// When a protected disk could not be opened, or would be opened past its mapping.
 pub fn prepare(broker: &Broker, name: &str, xml: &str) -> Result<(), Refusal> {
-    let domain = Domain::parse(xml).map_err(|error| Refusal::new(Reason::Configuration, error.to_string()))?;
+    let domain = Domain::parse(xml).map_err(|error| Refusal::new(Reason::Configuration, error.to_string()));
+    let uuid = domain.as_ref().ok().and_then(|domain| domain.uuid.clone());
+    Asker::hook(name, uuid.as_deref()).ask(|| {
+        let prepared = domain.and_then(|domain| prepare_domain(broker, name, &domain));
+        prepared.inspect_err(|refusal| broker.record_refusal(refusal))
+    })
+}
+
+fn prepare_domain(broker: &Broker, name: &str, domain: &Domain) -> Result<(), Refusal> {
     if let Ok(config) = broker.config()
         && !config.rules().is_empty()
         && config.hook.other_emulators == OtherEmulators::Refuse
     {
-        check_emulator(name, &domain, "protected volumes attached to it")?;
+        check_emulator(name, domain, "protected volumes attached to it")?;
     }
     let facts = domain.facts();
     for disk in &domain.disks {
@@ -28,8 +38,13 @@ pub fn prepare(broker: &Broker, name: &str, xml: &str) -> Result<(), Refusal> {
         match &disk.source {
             Source::Path(path) => {
                 if let Some(volume) = prepare_path(broker, path, &facts).map_err(refused)? {
-                    check_disk(disk, &volume).map_err(refused)?;
-                    check_emulator(name, &domain, &format!("the protected volume {volume}"))?;
+                    check_disk(disk, &volume).map_err(|refusal| refused(refusal.of(&volume)))?;
+                    check_emulator(name, domain, &format!("the protected volume {volume}"))
+                        .map_err(|refusal| refusal.of(&volume))?;
+                    broker
+                        .record_use(Kind::KeyUsed, &volume, &format!("made ready for disk {}", disk.target))
+                        .map_err(refused)?;
+                    broker.merge_audit_soon();
                     tracing::info!(domain = name, volume = %volume, "volume {volume} is ready for disk {} of domain {name}", disk.target);
                 }
             }
@@ -94,5 +109,9 @@ fn check_emulator(name: &str, domain: &Domain, what: &str) -> Result<(), Refusal
 }
 
 fn in_disk(disk: &Disk, refusal: &Refusal) -> Refusal {
-    Refusal::new(refusal.reason(), format!("disk {}: {refusal}", disk.target))
+    let of_disk = Refusal::new(refusal.reason(), format!("disk {}: {refusal}", disk.target));
+    match refusal.volume() {
+        Some(volume) => of_disk.of(volume),
+        None => of_disk,
+    }
 }

@@ -15,8 +15,10 @@ use super::broker::{Broker, Verdict};
 use super::deadlines::Deadlines;
 use super::guests::{Event, Guest, Guests};
 use super::pool::Pool;
+use crate::audit::Kind;
+use crate::domain::Requester;
 use crate::guest::{Located, Node, OpenRequest, locate};
-use crate::refusal::Refusal;
+use crate::refusal::{Reason, Refusal};
 use crate::sys::seccomp::Notification;
 
 /// What the threads of the server share.
@@ -100,12 +102,12 @@ impl Server {
 
     fn decide(&self, guest: &Guest, call: &Notification, request: &OpenRequest) {
         let listener = guest.listener();
-        let path = String::from_utf8_lossy(&request.path);
         let node = match locate(call.tid, request, true) {
             Located::NoVolume => return settle(listener.let_through(call.id)),
             Located::WouldWait => return settle(listener.refuse(call.id, libc::EAGAIN)),
             Located::Device(node) => node,
             Located::Unknown(error) => {
+                let path = String::from_utf8_lossy(&request.path);
                 tracing::error!(pid = guest.pid(), "it cannot be told what {path:?} is for {guest}: {error}");
                 return settle(listener.refuse(call.id, error.raw_os_error().unwrap_or(libc::EACCES)));
             }
@@ -114,7 +116,21 @@ impl Server {
         if !listener.is_waiting(call.id) {
             return;
         }
-        match self.judge(call, &node, request) {
+        let requester = self.broker.guest(call.tid);
+        let outcome = guest.asker().ask(|| self.judge(&requester, &node, request));
+        // A process could call itself by any name; where a volume is concerned, libvirt's word counts.
+        let asker = match &outcome {
+            Ok(Verdict::LetThrough) => guest.asker(),
+            Ok(Verdict::Mapping(..)) | Err(_) => guest.asker().known_as(requester.facts()),
+        };
+        asker.ask(|| self.carry_out(outcome, guest, call, request));
+    }
+
+    /// Answers the call as it was judged.
+    fn carry_out(&self, outcome: Result<Verdict, Refusal>, guest: &Guest, call: &Notification, request: &OpenRequest) {
+        let listener = guest.listener();
+        let path = String::from_utf8_lossy(&request.path);
+        match outcome.and_then(|verdict| self.record(verdict, guest, call, &path)) {
             Ok(Verdict::LetThrough) => settle(listener.let_through(call.id)),
             Ok(Verdict::Mapping(volume, mapping)) => {
                 let close_on_exec = request.flags.contains(OFlags::CLOEXEC);
@@ -130,25 +146,38 @@ impl Server {
                         settle(listener.refuse(call.id, error.raw_os_error().unwrap_or(libc::EIO)));
                     }
                 }
+                self.broker.merge_audit_soon();
             }
             Err(refusal) => {
                 let errno = refusal.errno();
                 if listener.refuse(call.id, errno).is_ok() {
                     tracing::error!(pid = guest.pid(), path = %path, errno, "{guest} was refused {path:?}: {refusal}");
                 }
+                self.broker.record_refusal(&refusal);
             }
         }
     }
 
-    fn judge(&self, call: &Notification, node: &Node, request: &OpenRequest) -> Result<Verdict, Refusal> {
+    /// Lets a mapping be handed out once that is recorded, so that no use of a key is missing in the log.
+    fn record(&self, verdict: Verdict, guest: &Guest, call: &Notification, path: &str) -> Result<Verdict, Refusal> {
+        if let Verdict::Mapping(volume, _) = &verdict {
+            if !guest.listener().is_waiting(call.id) {
+                let sentence = format!("the open of volume {volume} was given up before its mapping was ready");
+                return Err(Refusal::new(Reason::TimedOut, sentence).of(volume));
+            }
+            self.broker.record_use(Kind::KeyUsed, volume, &format!("opened as {path}"))?;
+        }
+        Ok(verdict)
+    }
+
+    fn judge(&self, guest: &dyn Requester, node: &Node, request: &OpenRequest) -> Result<Verdict, Refusal> {
         // A mere handle reads and writes nothing, and opening it for real comes by here again.
         if request.is_path_only() {
             return Ok(Verdict::LetThrough);
         }
-        let guest = self.broker.guest(call.tid);
         match node.passes_commands {
-            true => self.broker.pass_commands(node.device, &guest),
-            false => self.broker.open(node.device, node.permitted, request.device_flags(), &guest),
+            true => self.broker.pass_commands(node.device, guest),
+            false => self.broker.open(node.device, node.permitted, request.device_flags(), guest),
         }
     }
 }

@@ -128,6 +128,10 @@ pub fn retire_others(kept: Option<&Attachment>) -> io::Result<()> {
             outcome = outcome.and(fs::remove_file(entry.path()));
         }
     }
+    if kept.is_none() {
+        // An empty folder does no harm.
+        let _ = fs::remove_dir(DIRECTORY);
+    }
     outcome
 }
 
@@ -164,7 +168,7 @@ fn program_for(map: &Map) -> io::Result<Program> {
     {
         return Ok(program);
     }
-    let program = Program::load(NAME, &instructions(map))?;
+    let program = Program::load(NAME, &instructions(map.as_fd()))?;
     let new = path.with_file_name(format!("new-program-{VERSION}"));
     match fs::remove_file(&new) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

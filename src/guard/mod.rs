@@ -17,6 +17,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 pub use self::watch::watch;
 
@@ -27,7 +28,6 @@ use self::sysfs::Shown;
 use self::uevent::Subject;
 use crate::policy::{Config, GuardConfig};
 use crate::protocol::GuardStatus;
-use crate::refusal::Reason;
 use crate::volume::{DeviceNumber, Identity, Sysfs};
 
 /// Keeps raw devices of protected volumes shut.
@@ -55,7 +55,8 @@ impl Guard {
     /// A guard that works by `config`, on as far as that is possible. Without a configuration it goes on
     /// with what an earlier daemon has left.
     pub fn start(config: Option<Config>) -> Self {
-        let state = State { config: None, book: None, attachment: None, complete: false, alone: false, fault: None };
+        let fault = Some("it was not started yet".to_owned());
+        let state = State { config: None, book: None, attachment: None, complete: false, alone: false, fault };
         let guard = Guard { sysfs: Sysfs::system(), shown: Shown::here(), state: Mutex::new(state) };
         guard.reload(config);
         guard
@@ -153,9 +154,11 @@ impl Guard {
         }
         let Some(book) = &mut state.book else { return Ok(()) };
         if let Some(config) = state.config.as_ref().filter(|_| !state.complete) {
+            let began = Instant::now();
             let guarded = self.all_to_guard(config).map_err(|error| format!("/sys cannot be read ({error})"))?;
             book.set_all(guarded).map_err(|error| unguarded(&error))?;
             state.complete = true;
+            tracing::debug!("looked at all devices in {} microseconds", began.elapsed().as_micros());
         }
         let attachment = match state.attachment.take() {
             Some(attachment) => attachment.renew().map(|()| attachment)?,
@@ -184,8 +187,9 @@ impl Guard {
     fn to_guard(&self, config: &Config, number: DeviceNumber) -> BTreeSet<Device> {
         let guarded = match self.sysfs.identify(number) {
             Ok(identity) => config.is_guarded(&identity),
-            // What cannot be identified is given to no wrapped guest either.
-            Err(refusal) => refusal.reason() != Reason::DeviceGone,
+            // What is there and cannot be identified is given to no wrapped guest either. A disk whose
+            // session goes away is there for a moment longer, and what it was is not known any more.
+            Err(_) => self.shown.has(number),
         };
         match guarded {
             true => {
@@ -215,7 +219,7 @@ impl State {
             Some(fault) => tracing::warn!(
                 "the guard does not keep protected volumes from guests that run without the wrapper: {fault}"
             ),
-            None => tracing::info!("the guard is on"),
+            None => tracing::info!("the guard is on for {}", self.settings().cgroup),
         }
         self.fault = fault;
     }

@@ -1,6 +1,6 @@
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 
-use crate::sys::bpf::{Instruction, Key, Map};
+use crate::sys::bpf::{Instruction, Key};
 use crate::volume::DeviceNumber;
 
 /// Goes up with every change of the program or of the map's keys, so that a new daemon replaces what an
@@ -49,19 +49,19 @@ impl Device {
     }
 }
 
-/// What the kernel runs at every open of a device: 1 lets it through, 0 makes it fail with `EPERM`.
+/// What the kernel runs at every open of a device; `map` holds the keys of the guarded ones. 1 lets it through, 0 makes it fail with `EPERM`.
 ///
 /// Its context is `struct bpf_cgroup_dev_ctx { u32 access_type, major, minor; }`, with the kind of device
 /// in the lower half of `access_type` and what is wanted in the upper.
-pub fn instructions(map: &Map) -> Vec<Instruction> {
+pub fn instructions(map: BorrowedFd<'_>) -> Vec<Instruction> {
     let (r0, r1, r2, r6, r10) = (0, 1, 2, 6, 10);
-    let map = map.as_fd().as_raw_fd();
+    let map = map.as_raw_fd();
     vec![
         op(LOAD_WORD, r6, r1, 0, 0),                // r6 = context.access_type
         op(MOVE, r2, r6, 0, 0),                     // r2 = what is wanted
         op(SHIFT_RIGHT, r2, 0, 0, 16),              //
         op(AND, r2, 0, 0, READ_OR_WRITE),           // to make a node is neither
-        op(JUMP_IF_EQUAL, r2, 0, 13, 0),            // if that is all, let it through
+        op(JUMP_IF_EQUAL, r2, 0, 14, 0),            // if that is all, let it through
         op(AND, r6, 0, 0, 0xffff),                  // r6 = the kind of device
         op(STORE_WORD, r10, r6, -12, 0),            // key.kind
         op(LOAD_WORD, r2, r1, 4, 0),                // r2 = context.major
@@ -117,6 +117,56 @@ fn op(code: u8, destination: u8, source: u8, offset: i16, immediate: i32) -> Ins
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What the program says of an open, with the operations that it is made of carried out here.
+    fn verdict(access: u32, device: Device, guarded: &[Device]) -> u64 {
+        let stdin = std::io::stdin();
+        let program = instructions(std::os::fd::AsFd::as_fd(&stdin));
+        let key = device.key();
+        let word = |bytes: &[u8]| u32::from_ne_bytes(bytes.try_into().unwrap());
+        let context = [word(&key[0..4]) | access << 16, word(&key[4..8]), word(&key[8..12])];
+        let mut registers = [u64::MAX; 11];
+        let mut stack = Key::default();
+        let mut at = 0;
+        loop {
+            let Instruction { code, registers: pair, offset, immediate } = program[at];
+            let (to, from) = (usize::from(pair & 15), usize::from(pair >> 4));
+            at += 1;
+            match code {
+                LOAD_WORD => registers[to] = u64::from(context[offset as usize / 4]),
+                STORE_WORD => {
+                    let start = (stack.len() as i16 + offset) as usize;
+                    stack[start..start + 4].copy_from_slice(&(registers[from] as u32).to_ne_bytes());
+                }
+                LOAD_DOUBLE => at += 1,
+                MOVE => registers[to] = registers[from],
+                SET => registers[to] = immediate as u64,
+                ADD => registers[to] = registers[to].wrapping_add(immediate as u64),
+                AND => registers[to] &= immediate as u64,
+                SHIFT_RIGHT => registers[to] >>= immediate,
+                JUMP_IF_EQUAL if registers[to] == immediate as u64 => at += offset as usize,
+                JUMP_IF_EQUAL => {}
+                CALL => registers[0] = guarded.iter().any(|device| device.key() == stack).into(),
+                EXIT => return registers[0],
+                other => panic!("operation {other:#x}"),
+            }
+        }
+    }
+
+    #[test]
+    fn only_reading_and_writing_a_guarded_device_is_refused() {
+        let number = DeviceNumber { major: 8, minor: 16 };
+        let guarded = [Device::Block(number), Device::Character(DeviceNumber { major: 21, minor: 1 })];
+        let (make, read, write) = (1, 2, 4);
+        for device in guarded {
+            for (access, allowed) in [(0, 1), (make, 1), (read, 0), (write, 0), (read | write, 0), (make | read, 0)] {
+                assert_eq!(verdict(access, device, &guarded), allowed, "{access} of {device:?}");
+            }
+        }
+        for other in [Device::Character(number), Device::Block(DeviceNumber { major: 16, minor: 8 })] {
+            assert_eq!(verdict(read | write, other, &guarded), 1, "{other:?}");
+        }
+    }
 
     #[test]
     fn keys_tell_block_from_character_devices() {

@@ -31,6 +31,11 @@ impl Shown {
         Ok(entries.iter().filter_map(|entry| number_of(&entry.path())).collect())
     }
 
+    /// Whether there is such a block device.
+    pub fn has(&self, number: DeviceNumber) -> bool {
+        self.root.join("dev/block").join(number.to_string()).exists()
+    }
+
     /// The character devices that pass SCSI commands to the disk `number`: sg's and bsg's.
     pub fn passing_commands_to(&self, number: DeviceNumber) -> Vec<DeviceNumber> {
         let device = self.root.join("dev/block").join(number.to_string()).join("device");
@@ -95,6 +100,7 @@ mod tests {
         let shown = Shown::at(root.path());
         let character = |major, minor| DeviceNumber { major, minor };
         assert_eq!(shown.passing_commands_to(disk()), [character(21, 1), character(248, 1)]);
+        assert!(shown.has(disk()) && !shown.has(DeviceNumber { major: 8, minor: 1 }));
         assert_eq!(shown.disks_of(Path::new(SCSI)), [disk()]);
         assert!(shown.disks_of(Path::new("devices/none")).is_empty());
         assert!(shown.passing_commands_to(DeviceNumber { major: 8, minor: 1 }).is_empty());

@@ -42,14 +42,24 @@ pub fn may_open(user: u32, owner: u32, mode: u32, reads: bool, writes: bool) -> 
 /// The name of the domain that QEMU process `pid` runs, as libvirt put it on the command line
 /// (`-name guest=NAME,…`). It is for people to read: the process could have changed it.
 pub fn domain_name(pid: u32) -> Option<String> {
-    let command_line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-    let mut words = command_line.split(|&byte| byte == 0);
-    words.find(|word| *word == b"-name")?;
-    let value = String::from_utf8_lossy(words.next()?).into_owned();
+    let value = option(pid, b"-name")?;
     // In an option of QEMU's a comma is doubled.
     let unescaped = value.replace(",,", "\0");
     let name = unescaped.split(',').next()?.replace('\0', ",");
     Some(name.strip_prefix("guest=").map(str::to_owned).unwrap_or(name))
+}
+
+/// The UUID of the domain that QEMU process `pid` runs, known as its name is (`-uuid UUID`).
+pub fn domain_uuid(pid: u32) -> Option<String> {
+    option(pid, b"-uuid")
+}
+
+/// What follows `option` on the command line of process `pid`.
+fn option(pid: u32, option: &[u8]) -> Option<String> {
+    let command_line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let mut words = command_line.split(|&byte| byte == 0);
+    words.find(|word| *word == option)?;
+    Some(String::from_utf8_lossy(words.next()?).into_owned())
 }
 
 /// All processes of the host.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use toml::Spanned;
 
 use super::error::{ConfigError, Fault};
-use super::file::{DaemonTable, File, HookTable, KeyManagerTable, PolicyTable, ProfileTable, RuleTable};
+use super::file::{AuditTable, DaemonTable, File, HookTable, KeyManagerTable, PolicyTable, ProfileTable, RuleTable};
 use super::guard::GuardConfig;
 use super::profile::{NAME_RULE, Profile, is_name};
 use super::rule::Rule;
@@ -42,6 +42,8 @@ pub struct Config {
     pub policy: PolicyConfig,
     /// What keeps guests from raw devices.
     pub guard: GuardConfig,
+    /// What holds for the audit log.
+    pub audit: AuditConfig,
     profiles: BTreeMap<String, Profile>,
     rules: Vec<Rule>,
 }
@@ -79,6 +81,22 @@ pub struct HookConfig {
     pub other_emulators: OtherEmulators,
     /// How long the hook waits for the daemon: 1 to 300 seconds.
     pub deadline: Duration,
+}
+
+/// The section `[audit]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AuditConfig {
+    /// What becomes of a key's use that cannot be recorded.
+    pub when_unwritable: WhenUnwritable,
+}
+
+/// What becomes of a key's use that cannot be recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenUnwritable {
+    /// The key is not used.
+    Refuse,
+    /// It is used all the same, and only the journal tells.
+    Continue,
 }
 
 impl Default for DaemonConfig {
@@ -205,6 +223,7 @@ impl Config {
             hook: hook(file.hook)?,
             policy: policy(file.policy)?,
             guard: GuardConfig::new(file.guard)?,
+            audit: audit(file.audit)?,
             rules: rules(file.rules, &profiles)?,
             profiles,
         })
@@ -307,6 +326,11 @@ fn policy(table: PolicyTable) -> Result<PolicyConfig, Fault> {
     let unmatched_iscsi =
         word("unmatched_iscsi", table.unmatched_iscsi, [("pass", Unmatched::Pass), ("deny", Unmatched::Deny)])?;
     Ok(PolicyConfig { unmatched_iscsi, export_keys: table.export_keys })
+}
+
+fn audit(table: AuditTable) -> Result<AuditConfig, Fault> {
+    let words = [("refuse", WhenUnwritable::Refuse), ("continue", WhenUnwritable::Continue)];
+    Ok(AuditConfig { when_unwritable: word("when_unwritable", table.when_unwritable, words)? })
 }
 
 /// One of two words; the first one is the default.

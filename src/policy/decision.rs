@@ -40,7 +40,7 @@ impl Config {
     /// of volcrypt's own is encrypted by it and passes.
     pub fn decide(&self, device: &Identity, requester: &dyn Requester) -> Decision<'_> {
         match self.beneath(device, requester) {
-            Decision::Pass => self.of_itself(device, requester),
+            Decision::Pass => self.of_volume(device, requester),
             Decision::Protect(protection) => Decision::Refuse(not_the_volume(device, &protection)),
             refusal => refusal,
         }
@@ -56,7 +56,7 @@ impl Config {
     }
 
     fn guards_itself(&self, device: &Identity) -> bool {
-        for rule in self.rules().iter().filter(|rule| rule.mismatch(device).is_none()) {
+        for rule in self.rules().iter().filter(|rule| rule.matches(device)) {
             match (rule.action(), rule.depends_on_domain()) {
                 (Action::Pass, _) => return false,
                 (Action::Protect(_) | Action::Deny, false) => return true,
@@ -73,7 +73,9 @@ impl Config {
             return Decision::Pass;
         }
         for below in &device.underlying {
-            for decision in [self.of_itself(below, requester), self.beneath(below, requester)] {
+            // The paths of a multipath map are the volume that it is; `of_volume` looks at them.
+            let itself = if device.is_multipath() { Decision::Pass } else { self.of_itself(below, requester) };
+            for decision in [itself, self.beneath(below, requester)] {
                 if !matches!(decision, Decision::Pass) {
                     return decision;
                 }
@@ -82,12 +84,12 @@ impl Config {
         Decision::Pass
     }
 
-    fn of_itself(&self, device: &Identity, requester: &dyn Requester) -> Decision<'_> {
+    pub(super) fn of_itself(&self, device: &Identity, requester: &dyn Requester) -> Decision<'_> {
         if device.is_own_mapping() {
             return Decision::Pass;
         }
         let concerns = |rule: &Rule| !rule.depends_on_domain() || rule.concerns(requester.facts());
-        let rule = self.rules().iter().find(|rule| rule.mismatch(device).is_none() && concerns(rule));
+        let rule = self.rules().iter().find(|rule| rule.matches(device) && concerns(rule));
         match rule.map(|rule| (rule, rule.action())) {
             None if self.denies_unmatched(device) => Decision::Refuse(Refusal::new(
                 Reason::NotAllowed,

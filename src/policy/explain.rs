@@ -1,10 +1,10 @@
-use super::config::{Config, KeyManagerConfig, OtherEmulators, Unmatched, WhenUnreachable};
+use super::config::{Config, KeyManagerConfig, OtherEmulators, Unmatched, WhenUnreachable, WhenUnwritable};
 use super::rule::{Action, Rule};
 
 impl Config {
     /// The configuration in plain words, a line for each setting, with the warnings at the end.
     pub fn explain(&self) -> String {
-        let mut lines = vec![self.keys(), self.deadlines(), self.users(), self.without_daemon()];
+        let mut lines = vec![self.keys(), self.deadlines(), self.users(), self.without_daemon(), self.without_audit()];
         lines.extend(self.without_wrapper());
         lines.push(self.guard());
         if !self.rules().iter().any(|rule| rule.protect().is_some()) {
@@ -74,6 +74,14 @@ impl Config {
             }
         };
         format!("While the daemon cannot be reached, {what}.")
+    }
+
+    fn without_audit(&self) -> String {
+        let what = match self.audit.when_unwritable {
+            WhenUnwritable::Refuse => "no key is used",
+            WhenUnwritable::Continue => "keys are used all the same, and only the journal tells",
+        };
+        format!("While the audit log cannot be written, {what}.")
     }
 
     fn without_wrapper(&self) -> Option<String> {

@@ -15,6 +15,7 @@ pub(super) struct File {
     pub(super) hook: HookTable,
     pub(super) policy: PolicyTable,
     pub(super) guard: GuardTable,
+    pub(super) audit: AuditTable,
     pub(super) profiles: BTreeMap<Spanned<String>, ProfileTable>,
     pub(super) rules: Vec<Spanned<RuleTable>>,
 }
@@ -56,6 +57,12 @@ pub(super) struct PolicyTable {
 pub(super) struct GuardTable {
     pub(super) enabled: Option<bool>,
     pub(super) cgroup: Option<Spanned<String>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct AuditTable {
+    pub(super) when_unwritable: Option<Spanned<String>>,
 }
 
 #[derive(Deserialize, Default)]

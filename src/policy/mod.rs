@@ -6,6 +6,7 @@ mod error;
 mod explain;
 mod file;
 mod guard;
+mod multipath;
 mod pattern;
 mod profile;
 mod rule;
@@ -13,11 +14,12 @@ mod template;
 mod trace;
 
 pub use config::{
-    Config, DEFAULT_DIRECTORY, DEFAULT_PATH, DaemonConfig, HookConfig, KeyManagerConfig, OtherEmulators, PolicyConfig,
-    Unmatched, WhenUnreachable,
+    AuditConfig, Config, DEFAULT_DIRECTORY, DEFAULT_PATH, DaemonConfig, HookConfig, KeyManagerConfig, OtherEmulators,
+    PolicyConfig, Unmatched, WhenUnreachable, WhenUnwritable,
 };
 pub use decision::{Decision, Protection};
 pub use error::ConfigError;
 pub use guard::GuardConfig;
 pub use profile::{KeySize, Profile, Provider, UnsupportedKeySize};
 pub use rule::{Action, Protect, Rule};
+pub use trace::{Outcome, RuleTrace, Trace};

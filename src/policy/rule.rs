@@ -51,6 +51,26 @@ pub struct Protect {
     pub create_keys: bool,
 }
 
+/// One thing that a rule may ask for of a device.
+pub(super) struct Condition<'a> {
+    /// The word for it in the file.
+    pub(super) key: &'static str,
+    /// The word for it in a sentence.
+    pub(super) what: &'static str,
+    /// What is asked for, if anything is.
+    pub(super) pattern: Option<&'a Pattern>,
+    /// What the device has.
+    pub(super) text: Option<&'a str>,
+}
+
+impl Condition<'_> {
+    /// Whether it holds; nothing if nothing is asked for.
+    pub(super) fn holds(&self) -> Option<bool> {
+        let pattern = self.pattern?;
+        Some(self.text.is_some_and(|text| pattern.is_match(text)))
+    }
+}
+
 impl Rule {
     /// The rule's name, as in the file.
     pub fn name(&self) -> &str {
@@ -118,19 +138,10 @@ impl Rule {
         Ok(())
     }
 
-    /// What in `device` itself, whatever lies beneath, does not fit the rule; nothing if it all fits.
-    pub(super) fn mismatch(&self, device: &Identity) -> Option<String> {
-        if let Some(lun) = self.lun
-            && device.lun != Some(lun)
-        {
-            return Some(format!("it is about LUN {lun}"));
-        }
-        self.texts(device).into_iter().find_map(|(what, pattern, text)| match (pattern, text) {
-            (None, _) => None,
-            (Some(pattern), Some(text)) if pattern.is_match(text) => None,
-            (Some(pattern), Some(_)) => Some(format!("its {what} does not match {}", pattern.source())),
-            (Some(_), None) => Some(format!("it has no {what}")),
-        })
+    /// Whether the rule is about `device` itself, whatever lies beneath.
+    pub(super) fn matches(&self, device: &Identity) -> bool {
+        (self.lun.is_none() || self.lun == device.lun)
+            && self.conditions(device).iter().all(|condition| condition.holds() != Some(false))
     }
 
     /// Whether the rule is about `domain`; `None` stands for one that is not known, which may be any.
@@ -154,9 +165,9 @@ impl Rule {
     /// The id of the volume on `device`, which matches and is protected. A match that makes no valid id
     /// is a refusal, never a pass.
     pub(super) fn volume(&self, protect: &Protect, device: &Identity) -> Result<VolumeId, Refusal> {
-        let texts = self.texts(device);
+        let conditions = self.conditions(device);
         let captures: Vec<_> =
-            texts.into_iter().filter_map(|(_, pattern, text)| matched(pattern.as_ref()?, text?)).collect();
+            conditions.into_iter().filter_map(|condition| matched(condition.pattern?, condition.text?)).collect();
         let value = |name: &str| {
             let captured = captures.iter().find_map(|captures| captures.name(name));
             let lun = device.lun.filter(|_| name == LUN).map(|lun| Cow::from(lun.to_string()));
@@ -228,13 +239,20 @@ impl Rule {
         }
     }
 
-    fn texts<'a>(&'a self, device: &'a Identity) -> [(&'static str, &'a Option<Pattern>, Option<&'a str>); 3] {
-        let target = device.iscsi.as_ref().map(|iscsi| iscsi.target.as_str());
+    /// The logical unit number that it asks for.
+    pub(super) fn lun(&self) -> Option<u64> {
+        self.lun
+    }
+
+    /// What else it asks for, and what `device` has.
+    pub(super) fn conditions<'a>(&'a self, device: &'a Identity) -> [Condition<'a>; 3] {
         let dm_uuid = device.mapping.as_ref().map(|mapping| mapping.uuid.as_str());
+        let condition =
+            |key, what, pattern: &'a Option<Pattern>, text| Condition { key, what, pattern: pattern.as_ref(), text };
         [
-            ("iSCSI target", &self.iscsi_target, target),
-            ("WWID", &self.wwid, device.wwid.as_deref()),
-            ("device-mapper UUID", &self.dm_uuid, dm_uuid),
+            condition("iscsi_target", "iSCSI target", &self.iscsi_target, device.iscsi_target()),
+            condition("wwid", "WWID", &self.wwid, device.wwid.as_deref()),
+            condition("dm_uuid", "device-mapper UUID", &self.dm_uuid, dm_uuid),
         ]
     }
 

@@ -10,8 +10,10 @@ use std::time::Duration;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde::{Deserialize, Serialize};
 
+use super::Identification;
+use crate::audit::Link;
 use crate::keys::KeyInfo;
-use crate::store::{Grant, VolumeRecord};
+use crate::store::{AuditPage, AuditQuery, Grant, Verified, VolumeRecord};
 use crate::volume::VolumeId;
 
 /// The longest message in bytes. A domain with a thousand disks needs about half a megabyte.
@@ -48,6 +50,8 @@ pub enum Request {
         /// Whom the volume belongs to; nobody in particular if nothing is said.
         owner: Option<String>,
     },
+    /// What is at the place whose descriptor comes with the request, and what the rules say of it.
+    Identify,
     /// Take a volume out of use. Its key stays.
     Retire {
         /// The volume's id.
@@ -83,6 +87,13 @@ pub enum Request {
     ExportKey {
         /// The volume's id.
         id: VolumeId,
+    },
+    /// Some of the audit records that are looked for, the newest first.
+    Audit(AuditQuery),
+    /// Check some of the audit records.
+    VerifyAudit {
+        /// Those after this one, which was checked before.
+        from: Link,
     },
 }
 
@@ -126,6 +137,12 @@ pub enum Reply {
     Grants(Vec<Grant>),
     /// The answer to [`Request::Keys`].
     Keys(Vec<KeyInfo>),
+    /// The answer to [`Request::Audit`].
+    Audit(AuditPage),
+    /// The answer to [`Request::VerifyAudit`].
+    AuditVerified(Verified),
+    /// The answer to [`Request::Identify`].
+    Identification(Identification),
 }
 
 /// What the daemon and the kernel know right now.
@@ -228,7 +245,7 @@ impl ControlClient {
         self.exchange(request, None)
     }
 
-    /// As [`Self::call`], with a file for the daemon to write to.
+    /// As [`Self::call`], with a descriptor that the request is about.
     ///
     /// # Errors
     /// [`CallError`].

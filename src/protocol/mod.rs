@@ -5,12 +5,14 @@
 //! seccomp listener and gets one byte back: see [`registration`].
 
 mod control;
+mod identification;
 pub mod registration;
 
 pub use control::{
     CallError, ControlClient, GuardStatus, GuestStatus, HookOperation, MAX_MESSAGE, MappingStatus, Reply, Request,
     Response, Status, VolumeStatus,
 };
+pub use identification::Identification;
 
 /// Where both sockets are.
 pub const RUNTIME_DIRECTORY: &str = "/run/volcrypt";

@@ -15,8 +15,8 @@ pub(super) fn refusal(path: &Path, error: &Error) -> Refusal {
             format!("{path} cannot grow, the disk is full: free some space there and repeat")
         }
         Some(ErrorCode::ReadOnly) => format!(
-            "{path} is read-only: enrolled volumes can be opened, but nothing can be enrolled or destroyed \
-             before its file system is mounted writable and volcryptd restarted"
+            "{path} is read-only: nothing can be enrolled, destroyed or recorded before its file system is \
+             mounted writable and volcryptd restarted"
         ),
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => {
             format!("{path} is held by another process: see which with `fuser {path}`, let it finish and repeat")

@@ -1,9 +1,10 @@
 //! Grants: domains that may have a volume although it belongs to somebody else.
 
-use rusqlite::params;
+use rusqlite::{TransactionBehavior, params};
 use serde::{Deserialize, Serialize};
 
 use super::{Store, fault};
+use crate::audit::{Event, Kind};
 use crate::domain::Facts;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
@@ -22,42 +23,52 @@ pub struct Grant {
 }
 
 impl Store {
-    /// Grants; a grant for the same volume and domain takes the place of an earlier one.
+    /// Grants, and records that; a grant for the same volume and domain takes the place of an earlier one.
     ///
     /// # Errors
     /// [`Reason::NoKey`] when the volume is not enrolled, [`Reason::StoreUnavailable`] when the database
     /// cannot be written.
     pub fn grant(&self, grant: &Grant) -> Result<(), Refusal> {
-        let connection = self.connection();
+        let fault = |error| self.fault(&error);
+        let mut connection = self.connection();
         self.check_in_place()?;
-        let inserted = connection
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(fault)?;
+        let inserted = transaction
             .execute(
                 "INSERT OR REPLACE INTO grants (volume_id, domain, expires_at, created_at)
                  SELECT id, ?2, ?3, ?4 FROM volumes WHERE id = ?1",
                 params![grant.volume.as_str(), grant.domain, grant.expires_at, grant.created_at],
             )
-            .map_err(|error| self.fault(&error))?;
+            .map_err(fault)?;
         if inserted == 0 {
             let sentence =
                 format!("volume {} is not enrolled: 'volcrypt volume list' shows those that are", grant.volume);
             return Err(Refusal::new(Reason::NoKey, sentence));
         }
+        let detail = format!("to domain {:?} until {} seconds after 1970", grant.domain, grant.expires_at);
+        self.commit_recorded(transaction, Event::new(Kind::GrantAdded, &grant.volume, detail))?;
         self.merge_log(&connection);
         Ok(())
     }
 
-    /// Takes a grant back. Returns whether there was one.
+    /// Takes a grant back, and records that. Returns whether there was one.
     ///
     /// # Errors
     /// [`Reason::StoreUnavailable`] when the database cannot be written.
     pub fn revoke(&self, volume: &VolumeId, domain: &str) -> Result<bool, Refusal> {
-        let connection = self.connection();
+        let fault = |error| self.fault(&error);
+        let mut connection = self.connection();
         self.check_in_place()?;
-        let deleted = connection
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(fault)?;
+        let deleted = transaction
             .execute("DELETE FROM grants WHERE volume_id = ?1 AND domain = ?2", params![volume.as_str(), domain])
-            .map_err(|error| self.fault(&error))?;
+            .map_err(fault)?;
+        if deleted == 0 {
+            return Ok(false);
+        }
+        self.commit_recorded(transaction, Event::new(Kind::GrantRevoked, volume, format!("from domain {domain:?}")))?;
         self.merge_log(&connection);
-        Ok(deleted > 0)
+        Ok(true)
     }
 
     /// All grants, those that have run out as well, by volume and domain.

@@ -3,6 +3,7 @@
 use rusqlite::{Connection, OptionalExtension, TransactionBehavior, params};
 
 use super::{Store, fault};
+use crate::audit::{Event, Kind};
 use crate::keys::{CheckValue, KeyInfo};
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
@@ -93,21 +94,30 @@ impl Store {
         Ok(true)
     }
 
-    /// Wipes the wrapped keys of `volume` from the database and its log; the records stay. Returns
-    /// whether there were any. To repeat it wipes what another process kept from being wiped.
+    /// Wipes the wrapped keys of `volume` from the database and its log, and records that; their rows
+    /// stay. Returns whether there were any. To repeat it wipes what another process kept from being
+    /// wiped.
     pub(crate) fn destroy_keys(&self, volume: &VolumeId, now: i64) -> Result<bool, Refusal> {
         let fault = |error| self.fault(&error);
-        let connection = self.connection();
+        let mut connection = self.connection();
         self.check_in_place()?;
-        connection
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(fault)?;
+        let destroyed = transaction
             .execute(
                 "UPDATE keys SET wrapped = NULL, destroyed_at = ?2 WHERE volume_id = ?1 AND destroyed_at IS NULL",
                 params![volume.as_str(), now],
             )
             .map_err(fault)?;
-        let known: bool = connection
+        let known: bool = transaction
             .query_row("SELECT EXISTS (SELECT 1 FROM keys WHERE volume_id = ?1)", [volume.as_str()], |row| row.get(0))
             .map_err(fault)?;
+        match destroyed {
+            0 => drop(transaction),
+            1 => self.commit_recorded(transaction, Event::new(Kind::Destroyed, volume, "its only key"))?,
+            more => {
+                self.commit_recorded(transaction, Event::new(Kind::Destroyed, volume, format!("its {more} keys")))?
+            }
+        }
         if known {
             self.empty_log(&connection, volume)?;
         }

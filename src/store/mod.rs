@@ -1,4 +1,4 @@
-//! The database of enrolled volumes and wrapped keys.
+//! The database of enrolled volumes, wrapped keys and audit records.
 //!
 //! One SQLite file, `volcrypt.db`, in a directory of its own. It is written ahead (WAL) with
 //! `synchronous=FULL`: what a call has confirmed survives a power cut. When its file system is
@@ -14,6 +14,7 @@ use rusqlite::{Connection, ErrorCode, MAIN_DB, OpenFlags};
 
 use crate::refusal::{Reason, Refusal};
 
+mod audit;
 mod fault;
 mod files;
 mod grants;
@@ -21,6 +22,7 @@ mod keys;
 mod schema;
 mod volumes;
 
+pub use audit::{AuditPage, AuditQuery, Verified};
 pub use grants::Grant;
 pub(crate) use keys::WrappedKey;
 pub use volumes::{EnrolledDevice, VolumeRecord, VolumeState};
@@ -30,7 +32,7 @@ use schema::Migration;
 /// How long a call waits for another process that holds the database.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The database of enrolled volumes and wrapped keys, open for as long as it lives.
+/// The database of enrolled volumes, wrapped keys and audit records, open for as long as it lives.
 ///
 /// Shared between threads: every call takes the one connection for itself. Several processes may
 /// have the same file open.

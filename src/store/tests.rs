@@ -7,6 +7,7 @@ use tempfile::TempDir;
 use super::*;
 use crate::policy::Provider;
 
+mod audit;
 mod opening;
 mod records;
 

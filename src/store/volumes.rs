@@ -1,11 +1,14 @@
 //! The records of enrolled volumes.
 
+use std::fmt;
+
 use rusqlite::{ErrorCode, OptionalExtension, Row, TransactionBehavior, params};
 use serde::de::value::Error as ValueError;
 use serde::de::{DeserializeOwned, IntoDeserializer};
 use serde::{Deserialize, Serialize};
 
 use super::{Store, fault};
+use crate::audit::{Event, Kind};
 use crate::keys::CheckValue;
 use crate::policy::{KeySize, Provider};
 use crate::refusal::{Reason, Refusal};
@@ -64,8 +67,8 @@ impl VolumeState {
     }
 }
 
-impl std::fmt::Display for VolumeState {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Display for VolumeState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.as_str())
     }
 }
@@ -81,6 +84,23 @@ pub struct EnrolledDevice {
     pub wwid: Option<String>,
     /// The device-mapper UUID of a logical volume.
     pub dm_uuid: Option<String>,
+}
+
+/// What the kernel said of the device, in words.
+impl fmt::Display for EnrolledDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let parts = [
+            self.iscsi_target.as_ref().map(|target| format!("target {target}")),
+            self.lun.map(|lun| format!("LUN {lun}")),
+            self.wwid.as_ref().map(|wwid| format!("WWID {wwid}")),
+            self.dm_uuid.as_ref().map(|uuid| format!("device-mapper UUID {uuid}")),
+        ];
+        let known: Vec<String> = parts.into_iter().flatten().collect();
+        match known.is_empty() {
+            true => f.write_str("not told by the kernel"),
+            false => f.write_str(&known.join(", ")),
+        }
+    }
 }
 
 impl VolumeRecord {
@@ -129,7 +149,8 @@ impl Store {
         rows.into_iter().map(|row| self.record(row)).collect()
     }
 
-    /// Enrols a volume. To repeat a record that is there, whatever its `enrolled_at`, changes nothing.
+    /// Enrols a volume, and records that. To repeat a record that is there, whatever its `enrolled_at`,
+    /// changes nothing.
     ///
     /// # Errors
     /// [`Reason::ForeignData`] when the id or the device is enrolled already as something else,
@@ -203,13 +224,14 @@ impl Store {
                 ],
             )
             .map_err(fault)?;
-        transaction.commit().map_err(fault)?;
+        let event = Event::new(Kind::Enrolled, &record.id, device.to_string());
+        self.commit_recorded(transaction, event)?;
         self.merge_log(&connection);
         Ok(())
     }
 
-    /// Puts `volume` from one of the states `from` into state `to`, and says which it was in; nothing
-    /// if it is in none of them. Its key is not touched.
+    /// Puts `volume` from one of the states `from` into state `to`, records `event`, and says which it was
+    /// in; nothing if it is in none of them. Its key is not touched.
     ///
     /// # Errors
     /// [`Reason::ForeignData`] when its device is enrolled as another volume by now,
@@ -219,6 +241,7 @@ impl Store {
         volume: &VolumeId,
         from: &[VolumeState],
         to: VolumeState,
+        event: Option<Event>,
     ) -> Result<Option<VolumeState>, Refusal> {
         let fault = |error| self.fault(&error);
         let mut connection = self.connection();
@@ -243,23 +266,32 @@ impl Store {
             ),
             _ => self.fault(&error),
         })?;
-        transaction.commit().map_err(fault)?;
+        match event {
+            Some(event) => self.commit_recorded(transaction, event)?,
+            None => transaction.commit().map_err(fault)?,
+        }
         self.merge_log(&connection);
         Ok(Some(present))
     }
 
-    /// Gives `volume` to `owner`, or to nobody. Returns whether there is such a volume.
+    /// Gives `volume` to `owner`, or to nobody, and records that. Returns whether there is such a volume.
     ///
     /// # Errors
     /// [`Reason::StoreUnavailable`] when the database cannot be written.
     pub fn set_owner(&self, volume: &VolumeId, owner: Option<&str>) -> Result<bool, Refusal> {
-        let connection = self.connection();
+        let fault = |error| self.fault(&error);
+        let mut connection = self.connection();
         self.check_in_place()?;
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(fault)?;
         let changed =
-            connection.execute("UPDATE volumes SET owner = ?2 WHERE id = ?1", params![volume.as_str(), owner]);
-        let changed = changed.map_err(|error| self.fault(&error))?;
+            transaction.execute("UPDATE volumes SET owner = ?2 WHERE id = ?1", params![volume.as_str(), owner]);
+        if changed.map_err(fault)? == 0 {
+            return Ok(false);
+        }
+        let to = owner.map_or("to everybody".to_owned(), |owner| format!("to {owner:?}"));
+        self.commit_recorded(transaction, Event::new(Kind::OwnerChanged, volume, to))?;
         self.merge_log(&connection);
-        Ok(changed > 0)
+        Ok(true)
     }
 
     fn record(&self, row: VolumeRow) -> Result<VolumeRecord, Refusal> {

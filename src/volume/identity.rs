@@ -1,6 +1,6 @@
 use std::fmt;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::DeviceNumber;
 
@@ -8,7 +8,7 @@ use super::DeviceNumber;
 ///
 /// Names come from outside (a storage server picks target names and WWIDs), so they may hold
 /// anything. Bytes that are not UTF-8 stand in them as `\xNN`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {
     /// The device's number.
     pub number: DeviceNumber,
@@ -23,20 +23,25 @@ pub struct Identity {
     pub sequence: Option<u64>,
     /// The number of the partition, if this is one; its disk is in `underlying`.
     pub partition: Option<u64>,
-    /// The iSCSI session that brings the device. A partition has none of its own.
+    /// The iSCSI session that brings the device. A partition has none of its own; a multipath map has
+    /// what its paths have in common.
     pub iscsi: Option<Iscsi>,
-    /// The logical unit number, for SCSI disks.
+    /// The logical unit number, for SCSI disks; for a multipath map, if its paths agree.
     pub lun: Option<u64>,
-    /// The world-wide id, as the storage server reports it: `naa.6001405…`, `t10.LIO-ORG …`.
+    /// The world-wide id, as the storage server reports it: `naa.6001405…`, `t10.LIO-ORG …`. All paths of a
+    /// multipath map have the same.
     pub wwid: Option<String>,
     /// What device-mapper says, if this is one of its devices.
     pub mapping: Option<Mapping>,
+    /// The multipath map that this disk is a path of.
+    pub path_of: Option<Mapping>,
     /// What the device is made of: a partition's disk, or every device below an md or dm device.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub underlying: Vec<Identity>,
 }
 
 /// An iSCSI session, seen from the initiator.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Iscsi {
     /// The target's name, which the initiator logged in to: `iqn.2010-10.org.openstack:volume-…`.
     pub target: String,
@@ -45,12 +50,26 @@ pub struct Iscsi {
 }
 
 /// A device-mapper device's two names.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mapping {
     /// The name under `/dev/mapper`.
     pub name: String,
     /// The UUID; its prefix tells whose device it is (`mpath-`, `LVM-`, `VOLCRYPT-`). May be empty.
     pub uuid: String,
+}
+
+impl Mapping {
+    /// Whether multipathd or multipath(8) made it: its dm UUID starts with `mpath-`.
+    pub fn is_multipath(&self) -> bool {
+        self.uuid.starts_with("mpath-")
+    }
+}
+
+/// The path of its node, as one printable line.
+impl fmt::Display for Mapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "/dev/mapper/{}", self.name.escape_debug())
+    }
 }
 
 impl Identity {
@@ -67,8 +86,27 @@ impl Identity {
             lun: Some(lun),
             wwid: None,
             mapping: None,
+            path_of: None,
             underlying: Vec::new(),
         }
+    }
+
+    /// Whether this is a multipath map: a volume by itself, and what is beneath are ways to it.
+    pub fn is_multipath(&self) -> bool {
+        self.mapping.as_ref().is_some_and(Mapping::is_multipath)
+    }
+
+    /// The device as it is known at one address of the storage network: the path of a multipath map
+    /// that leads there, if there is one, or else the device itself.
+    pub fn at_address(&self, target: Option<&str>, lun: Option<u64>) -> &Identity {
+        let leads_there = |path: &&Identity| path.iscsi_target() == target && path.lun == lun;
+        let paths = if self.is_multipath() { self.underlying.as_slice() } else { &[] };
+        paths.iter().find(leads_there).unwrap_or(self)
+    }
+
+    /// The name of the iSCSI target that brings the device.
+    pub fn iscsi_target(&self) -> Option<&str> {
+        self.iscsi.as_ref().map(|iscsi| iscsi.target.as_str())
     }
 
     /// Whether this is a mapping that volcrypt made: its dm UUID starts with `VOLCRYPT-`.
@@ -82,7 +120,7 @@ impl Identity {
 impl fmt::Display for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.mapping {
-            Some(mapping) => write!(f, "/dev/mapper/{}", mapping.name.escape_debug()),
+            Some(mapping) => mapping.fmt(f),
             // The kernel writes '!' in sysfs for a '/' in the device's name.
             None => write!(f, "/dev/{}", self.name.replace('!', "/").escape_debug()),
         }

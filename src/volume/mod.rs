@@ -2,12 +2,15 @@
 //! anything stands on it.
 
 mod blank;
+mod details;
 mod device;
 mod id;
 mod identity;
 mod sysfs;
+pub mod vpd;
 
 pub use blank::{Content, examine};
+pub use details::{Details, LogicalVolume, Portrait};
 pub use device::DeviceNumber;
 pub use id::{InvalidVolumeId, VolumeId};
 pub use identity::{Identity, Iscsi, Mapping};

@@ -10,6 +10,8 @@
 //! figures get these places to themselves in a mount namespace of their own: neither an installed
 //! volcrypt nor the host sees anything of them.
 
+#[path = "figures/audit.rs"]
+mod audit;
 #[path = "figures/daemon.rs"]
 mod daemon;
 #[path = "figures/hook.rs"]
@@ -88,7 +90,7 @@ fn isolate() -> Box<dyn Error> {
 /// The figures that need no device-mapper and no libvirt.
 fn host() -> Outcome<Vec<Figure>> {
     println!("load average of this host's {} CPUs before: {}", cpus(), fs::read_to_string("/proc/loadavg")?.trim());
-    let mut figures = Vec::new();
+    let mut figures = audit::figures()?;
     {
         let daemon = Daemon::start()?;
         let stand_in = wrapper::StandIn::compile(daemon.folder())?;

@@ -1,6 +1,7 @@
 //! What becomes of a volume after it was enrolled.
 
 use super::Broker;
+use crate::audit::{Event, Kind};
 use crate::refusal::{Reason, Refusal};
 use crate::store::{Grant, VolumeRecord, VolumeState};
 use crate::volume::{Identity, VolumeId};
@@ -22,7 +23,12 @@ impl Broker {
         self.enrolling.with(id, || {
             let record = self.volume(id)?;
             self.check_not_destroyed(&record)?;
-            let before = self.vault()?.store.change_state(id, &[VolumeState::Enrolled], VolumeState::Retired)?;
+            let before = self.vault()?.store.change_state(
+                id,
+                &[VolumeState::Enrolled],
+                VolumeState::Retired,
+                Some(Event::new(Kind::Retired, id, "its key stays")),
+            )?;
             if before.is_some() {
                 self.check_unused(id, VolumeState::Retired, VolumeState::Enrolled)?;
                 tracing::warn!(volume = %id, "retired volume {id}, whose key stays");
@@ -42,7 +48,7 @@ impl Broker {
             let vault = self.vault()?;
             let usable = [VolumeState::Enrolled, VolumeState::Retired];
             // From here on no open gets a mapping; one that was on its way is found now, or finds this.
-            let before = vault.store.change_state(id, &usable, VolumeState::Destroyed)?;
+            let before = vault.store.change_state(id, &usable, VolumeState::Destroyed, None)?;
             if let Some(before) = before {
                 self.check_unused(id, VolumeState::Destroyed, before)?;
             }
@@ -51,7 +57,7 @@ impl Broker {
                 if let Some(before) = before
                     && vault.keys.get(id).is_ok()
                 {
-                    vault.store.change_state(id, &[VolumeState::Destroyed], before)?;
+                    vault.store.change_state(id, &[VolumeState::Destroyed], before, None)?;
                 }
                 return Err(refusal);
             }
@@ -120,8 +126,9 @@ impl Broker {
             return Err(Refusal::new(Reason::NotAllowed, sentence));
         }
         self.key(&record)?;
+        let event = Event::new(Kind::Reinstated, id, identity.to_string());
         let store = &self.vault()?.store;
-        if store.change_state(id, &[VolumeState::Retired], VolumeState::Enrolled)?.is_some() {
+        if store.change_state(id, &[VolumeState::Retired], VolumeState::Enrolled, Some(event))?.is_some() {
             tracing::info!(volume = %id, "volume {id} can be used again");
         }
         self.volume(id)
@@ -166,8 +173,9 @@ impl Broker {
             ),
             Err(refusal) => refusal,
         };
-        self.vault()?.store.change_state(id, &[now], before)?;
-        Err(refusal)
+        let event = (now == VolumeState::Retired).then(|| Event::new(Kind::Reinstated, id, "because it is in use"));
+        self.vault()?.store.change_state(id, &[now], before, event)?;
+        Err(refusal.of(id))
     }
 
     fn is_mapped(&self, id: &VolumeId) -> Result<bool, Refusal> {

@@ -61,6 +61,67 @@ fn another_device_in_the_place_of_an_enrolled_one_is_refused() {
     assert!(world.opened().is_empty());
 }
 
+/// Makes `map` a multipath map over the disks of `paths`, as sysfs shows it.
+fn join(world: &World, map: DeviceNumber, paths: &[DeviceNumber]) {
+    let names = crate::volume::Mapping { name: "mpatha".to_owned(), uuid: "mpath-3".to_owned() };
+    for path in paths {
+        world.change(*path, |identity| {
+            identity.wwid = Some("naa.0".to_owned());
+            identity.path_of = Some(names.clone());
+        });
+    }
+    let underlying = paths.iter().map(|path| world.identify(*path).unwrap()).collect();
+    world.change(map, |identity| {
+        (identity.mapping, identity.underlying) = (Some(names), underlying);
+        identity.wwid = Some("naa.0".to_owned());
+    });
+}
+
+#[test]
+fn a_volume_is_the_same_through_one_path_and_through_the_multipath_map() {
+    for through_map in [false, true] {
+        let world = World::new();
+        let (disk, other, map) = (world.add_volume("one", 0), world.add_volume("one", 1), world.add_volume("one", 2));
+        let broker = world.broker(false);
+        if through_map {
+            join(&world, map, &[disk, other]);
+            broker.enrol(map, None).unwrap();
+            assert_eq!(refusal(broker.open(disk, true, OFlags::RDWR, &vm())).errno(), libc::EACCES);
+            world.change(disk, |identity| identity.path_of = None);
+            assert!(broker.open(disk, true, OFlags::RDWR, &vm()).is_ok());
+        } else {
+            broker.enrol(disk, None).unwrap();
+            join(&world, map, &[disk, other]);
+            assert!(broker.open(map, true, OFlags::RDWR, &vm()).is_ok());
+            world.change(map, |identity| identity.wwid = Some("naa.9".to_owned()));
+            world.change(map, |identity| {
+                identity.underlying.iter_mut().for_each(|path| path.wwid = Some("naa.9".to_owned()));
+            });
+            let refusal = refusal(broker.open(map, true, OFlags::RDWR, &vm()));
+            assert_eq!(refusal.errno(), libc::EMEDIUMTYPE);
+            assert!(refusal.to_string().contains("its WWID was \"naa.0\" and is \"naa.9\""), "{refusal}");
+        }
+    }
+}
+
+#[test]
+fn a_volume_that_was_enrolled_at_one_target_opens_through_a_map_over_two() {
+    let world = World::new();
+    let (disk, other, map) = (world.add_volume("one", 0), world.add_volume("two", 1), world.add_volume("map", 2));
+    let state = world.path().join("state");
+    let broker = world.broker_with(&format!(
+        "[key_manager]\ndirectory = {state:?}\n[[rules]]\nname = \"wwid\"\nwwid = 'naa\\.(?<id>.*)'\n"
+    ));
+    broker.enrol(disk, None).unwrap();
+    join(&world, map, &[disk, other]);
+    world.change(map, |identity| identity.iscsi = None);
+    assert!(broker.open(map, true, OFlags::RDWR, &vm()).is_ok());
+    // A map of which no path leads to that target is another device.
+    join(&world, map, &[other]);
+    let refusal = refusal(broker.open(map, true, OFlags::RDWR, &vm()));
+    assert!(refusal.to_string().contains("its iSCSI target was "), "{refusal}");
+}
+
 #[test]
 fn a_shrunk_volume_is_refused_and_a_grown_one_is_not() {
     let world = World::new();

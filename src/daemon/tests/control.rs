@@ -3,8 +3,10 @@ use std::os::unix::net::UnixStream;
 
 use super::super::control::Control;
 use super::super::guests::Guests;
+use super::super::identify::identify;
 use super::*;
-use crate::protocol::{GuardStatus, Reply, Request, Response};
+use crate::policy::Outcome;
+use crate::protocol::{GuardStatus, Identification, Reply, Request, Response};
 
 /// What the control socket of a daemon with `broker` says to `request`.
 fn answer(broker: Broker, request: &[u8]) -> Response {
@@ -40,4 +42,36 @@ fn a_request_of_another_version_gets_a_sentence() {
 fn the_status_says_what_is_wrong_with_the_configuration() {
     let Ok(Reply::Status(status)) = ask(World::new().broker_with("nonsense"), &Request::Status) else { panic!() };
     assert!(status.configuration_error.unwrap().starts_with("volcrypt.toml:1:"));
+}
+
+#[test]
+fn a_device_and_a_file_are_identified_through_a_handle_alone() {
+    let world = World::new();
+    let device = world.add_volume("one", 33);
+    let node = Node::new("/dev", device);
+    let identify = |broker: &Broker, path: &Path| {
+        let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
+        identify(broker, rustix::fs::open(path, flags, Mode::empty()).unwrap())
+    };
+    let Ok(Identification::Device { device, policy, configuration_error: None }) =
+        identify(&world.broker(false), &node.0)
+    else {
+        panic!("not identified");
+    };
+    assert_eq!(device.identity.name, "sd33");
+    let protected = Outcome::Protected { volume: "one".parse().unwrap(), rule: "lab".to_owned() };
+    assert_eq!(policy.unwrap().outcome, protected);
+
+    let found = identify(&world.broker_with("nonsense"), &node.0).unwrap();
+    assert!(
+        matches!(&found, Identification::Device { policy: None, configuration_error: Some(error), .. } if error.starts_with("volcrypt.toml:1:")),
+        "{found:?}"
+    );
+    let image = world.path().join("sd33");
+    let inode = std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(&image).unwrap());
+    let found = identify(&world.broker(false), &image).unwrap();
+    assert!(matches!(found, Identification::File { inode: found, size: SIZE, .. } if found == inode), "{found:?}");
+    assert!(identify(&world.broker(false), world.path()).is_err());
+    // Without a handle there is nothing to look at.
+    assert!(ask(world.broker(false), &Request::Identify).is_err());
 }

@@ -1,6 +1,7 @@
 //! The daemon against a simulated host: real seccomp, real database, devices and mappings that are
 //! files.
 
+mod audit;
 mod broker;
 mod control;
 mod lifecycle;
@@ -26,7 +27,7 @@ use crate::guest::Domains;
 use crate::keys::Key;
 use crate::policy::Config;
 use crate::refusal::{Reason, Refusal};
-use crate::volume::{DeviceNumber, Identity};
+use crate::volume::{Details, DeviceNumber, Identity, Portrait};
 
 /// What is written on every simulated mapping.
 const ON_THE_MAPPING: &str = "plaintext of the mapping";
@@ -132,6 +133,11 @@ impl Devices for World {
     fn identify(&self, device: DeviceNumber) -> Result<Identity, Refusal> {
         let gone = || Refusal::new(Reason::DeviceGone, format!("device {device} is gone"));
         self.devices.lock().unwrap().get(&device).cloned().ok_or_else(gone)
+    }
+
+    fn portray(&self, device: DeviceNumber) -> Result<Portrait, Refusal> {
+        let identity = self.identify(device)?;
+        Ok(Portrait { identity, details: Details::default(), beneath: Vec::new() })
     }
 
     fn open_exclusively(&self, identity: &Identity) -> io::Result<File> {

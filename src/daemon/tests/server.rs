@@ -15,7 +15,11 @@ use super::*;
 use crate::sys::seccomp;
 
 /// Runs `work` on a thread whose opens a server answers, as QEMU's are.
-fn as_guest<R: Send + 'static>(broker: Broker, deadline: Duration, work: impl FnOnce() -> R + Send + 'static) -> R {
+pub(super) fn as_guest<R: Send + 'static>(
+    broker: Broker,
+    deadline: Duration,
+    work: impl FnOnce() -> R + Send + 'static,
+) -> R {
     let guests = Arc::new(Guests::new().unwrap());
     let server = Server::new(Arc::new(broker), Arc::clone(&guests), Pool::new(16), deadline);
     std::thread::spawn(move || server.serve());
@@ -33,7 +37,7 @@ fn guest_of<R: Send + 'static>(guests: &Arc<Guests>, work: impl FnOnce() -> R + 
     receive.recv_timeout(Duration::from_secs(30)).expect("the guest has to get its answers")
 }
 
-fn open_errno(path: &Path) -> Option<i32> {
+pub(super) fn open_errno(path: &Path) -> Option<i32> {
     OpenOptions::new().read(true).write(true).open(path).err().and_then(|error| error.raw_os_error())
 }
 

@@ -28,6 +28,7 @@ fn device(name: &str) -> Identity {
         lun: None,
         wwid: None,
         mapping: None,
+        path_of: None,
         underlying: Vec::new(),
     }
 }
@@ -147,10 +148,10 @@ fn a_part_of_a_protected_volume_is_refused_with_both_names() {
         sentence(&partition(cinder_disk())),
         format!("/dev/sda1 is a partition of the protected volume {ID}; give the guest the whole volume")
     );
-    let multipath = mapping("mpatha", "mpath-36001405", cinder_disk());
+    let half = mapping("half", "", cinder_disk());
     assert_eq!(
-        sentence(&multipath),
-        format!("/dev/mapper/mpatha stands on the protected volume {ID}; give the guest the whole volume")
+        sentence(&half),
+        format!("/dev/mapper/half stands on the protected volume {ID}; give the guest the whole volume")
     );
     sentence(&mapping("vg-lv", "LVM-x", partition(cinder_disk())));
     // One protected disk among others is enough.
@@ -158,7 +159,7 @@ fn a_part_of_a_protected_volume_is_refused_with_both_names() {
     raid.underlying.push(cinder_disk());
     sentence(&raid);
     // A rule of its own does not make a stack on a protected volume a volume.
-    let mut claimed = multipath;
+    let mut claimed = half;
     claimed.iscsi = cinder_disk().iscsi;
     sentence(&claimed);
 }
@@ -304,28 +305,20 @@ fn a_logical_volume_can_be_a_volume_of_its_own() {
 }
 
 #[test]
-fn a_trace_names_every_rule_up_to_the_one_that_decides() {
+fn a_trace_says_for_whom_a_rule_is() {
     let config = config(BY_DOMAIN);
-    let trace = |device: &Identity, requester: &dyn Requester| config.trace(device, requester).join("\n");
+    let trace = config.trace(&cinder_disk(), &domain("web", None));
+    let whys: Vec<&str> = trace.rules.iter().map(|rule| rule.why.as_str()).collect();
+    let target = format!("iSCSI target \"iqn.2010-10.org.openstack:volume-{ID}\"");
     assert_eq!(
-        trace(&partition(cinder_disk()), &domain("web", None)),
-        format!(
-            "/dev/sda1: partition 1\n  \
-             rule backup does not match: it has no iSCSI target\n  \
-             rule foreign does not match: it has no iSCSI target\n  \
-             rule cinder does not match: it has no iSCSI target\n  \
-             no rule matches: passes\n  \
-             /dev/sda: iSCSI target \"iqn.2010-10.org.openstack:volume-{ID}\", LUN 1, WWID \"naa.6001405aaaa\"\n    \
-             rule backup matches the device, but is for domains called backup-.* and not for domain web\n    \
-             rule foreign matches the device, but is for domains owned by p9 and not for domain web\n    \
-             rule cinder matches: protected as volume {ID}\n\
-             Decision: refused with errno 13: /dev/sda1 is a partition of the protected volume {ID}; give the guest the whole \
-             volume."
-        )
+        whys,
+        [
+            "it would match, but is for domains called backup-.* and not for \"web\"".to_owned(),
+            "it would match, but is for domains owned by p9 and not for \"web\"".to_owned(),
+            format!("volume {ID}, because of {target}"),
+        ]
     );
-    let passes = trace(&disk("iqn.other"), &domain("backup-1", None));
-    assert!(
-        passes.ends_with("rule backup matches: it passes\nDecision: /dev/sda is let through as it is."),
-        "{passes}"
-    );
+    let trace = config.trace(&cinder_disk(), &domain("backup-1", None));
+    assert_eq!(trace.rules[0].why, format!("it passes, because of {target}"));
+    assert_eq!(trace.outcome, super::super::Outcome::NotProtected);
 }

@@ -124,12 +124,23 @@ fn a_damaged_database_is_refused_and_kept() {
     let path = directory.path().join("volcrypt.db");
     let sound = fs::read(&path).unwrap();
     // Every page after the first, wiped one at a time.
+    let mut pages_of_the_log = 0;
     for page in 1..sound.len() / 4096 {
         let mut damaged = sound.clone();
         damaged[page * 4096..(page + 1) * 4096].fill(0xa5);
         fs::write(&path, &damaged).unwrap();
-        refused_untouched(directory.path(), "is damaged");
+        match Store::open(directory.path()) {
+            Err(_) => refused_untouched(directory.path(), "is damaged"),
+            // The audit log is checked when it is asked for; volumes are found all the same.
+            Ok(store) => {
+                assert!(refused(store.verify_audit(Default::default())).contains("is damaged"));
+                assert_eq!(names(&store).len(), 100);
+                pages_of_the_log += 1;
+            }
+        }
     }
+    let pages = sound.len() / 4096;
+    assert!((10..pages / 2).contains(&pages_of_the_log), "{pages_of_the_log} of {pages}");
     fs::write(&path, &sound[..sound.len() / 2]).unwrap();
     refused_untouched(directory.path(), "is damaged");
     fs::write(&path, &sound).unwrap();
@@ -142,24 +153,6 @@ const BROKEN: Migration = "ALTER TABLE volumes ADD COLUMN note TEXT; CREATE TABL
 /// The steps there are, and one more.
 fn and_then(step: Migration) -> Vec<Migration> {
     [schema::MIGRATIONS, &[step]].concat()
-}
-
-#[test]
-fn volumes_of_the_first_version_are_enrolled_and_everybodys() {
-    let directory = private_directory();
-    drop(Store::open_with(directory.path(), &schema::MIGRATIONS[..1]).unwrap());
-    let connection = Connection::open(directory.path().join("volcrypt.db")).unwrap();
-    connection
-        .execute_batch(
-            "INSERT INTO volumes VALUES ('one', 'iqn.2026-11.org.lab:one', 1, 'naa.one', 1073741824, 'default', 'plain',
-                 'aes-xts-plain64', 512, 4096, '00112233445566778899aabbccddeeff', 1790000000);
-             INSERT INTO keys VALUES ('one', 1, 512, x'0102', 1, NULL);",
-        )
-        .unwrap();
-    drop(connection);
-    let store = Store::open(directory.path()).unwrap();
-    assert_eq!(store.volumes().unwrap(), [record("one")]);
-    assert_eq!(store.wrapped_key(&record("one").id).unwrap().unwrap().wrapped, Some(vec![1, 2]));
 }
 
 #[test]
@@ -211,4 +204,22 @@ fn threads_that_open_a_new_database_at_once_all_succeed() {
         });
         assert_eq!(names(&Store::open(directory.path()).unwrap()).len(), 8);
     }
+}
+
+#[test]
+fn a_database_of_the_first_version_keeps_its_volumes_and_keys() {
+    let directory = private_directory();
+    let store = Store::open_with(directory.path(), &schema::MIGRATIONS[..1]).unwrap();
+    let rows = "INSERT INTO volumes VALUES ('one', 'iqn.2026-11.org.lab:one', 1, 'naa.one', 1073741824, 'default',
+                    'plain', 'aes-xts-plain64', 512, 4096, '00112233445566778899aabbccddeeff', 1790000000);
+                INSERT INTO keys VALUES ('one', 1, 512, x'0102', 5, NULL);";
+    store.connection().execute_batch(rows).unwrap();
+    drop(store);
+    let store = Store::open(directory.path()).unwrap();
+    assert_eq!(store.volumes().unwrap(), [record("one")]);
+    let key = store.wrapped_key(&record("one").id).unwrap().unwrap();
+    assert_eq!((key.wrapped.unwrap(), key.info.created_at), (vec![1, 2], 5));
+    assert_eq!(store.verify_audit(Default::default()).unwrap().end.seq, 0);
+    assert_eq!(store.set_owner(&record("one").id, None), Ok(true));
+    assert_eq!(store.verify_audit(Default::default()).unwrap().end.seq, 1);
 }

@@ -82,16 +82,16 @@ fn a_retired_volume_makes_room_and_comes_back_only_to_room() {
     let store = Store::open(directory.path()).unwrap();
     store.enrol(&record("one")).unwrap();
     let one = record("one").id;
-    assert_eq!(store.change_state(&one, &[Enrolled], Retired), Ok(Some(Enrolled)));
-    assert_eq!(store.change_state(&one, &[Enrolled], Retired), Ok(None));
+    assert_eq!(store.change_state(&one, &[Enrolled], Retired, None), Ok(Some(Enrolled)));
+    assert_eq!(store.change_state(&one, &[Enrolled], Retired, None), Ok(None));
     assert_eq!(store.volume(&one).unwrap(), Some(VolumeRecord { state: Retired, ..record("one") }));
     store.enrol(&VolumeRecord { device: record("one").device, ..record("two") }).unwrap();
-    let refusal = store.change_state(&one, &[Retired], Enrolled).unwrap_err();
+    let refusal = store.change_state(&one, &[Retired], Enrolled, None).unwrap_err();
     assert_eq!(refusal.reason(), Reason::ForeignData);
     assert!(refusal.to_string().contains("enrolled as another volume"), "{refusal}");
-    assert_eq!(store.change_state(&record("two").id, &[Enrolled], Destroyed), Ok(Some(Enrolled)));
-    assert_eq!(store.change_state(&one, &[Retired], Enrolled), Ok(Some(Retired)));
-    assert_eq!(store.change_state(&record("none").id, &[Enrolled], Retired), Ok(None));
+    assert_eq!(store.change_state(&record("two").id, &[Enrolled], Destroyed, None), Ok(Some(Enrolled)));
+    assert_eq!(store.change_state(&one, &[Retired], Enrolled, None), Ok(Some(Retired)));
+    assert_eq!(store.change_state(&record("none").id, &[Enrolled], Retired, None), Ok(None));
 }
 
 #[test]

@@ -1,10 +1,16 @@
+mod multipath;
+
 use std::ffi::OsStr;
+use std::fs::File;
 use std::os::unix::fs::symlink;
+use std::path::Path;
 
 use proptest::prelude::*;
 use tempfile::TempDir;
 
+use super::attributes::ATTRIBUTE_LIMIT;
 use super::*;
+use crate::volume::Mapping;
 
 /// A small sysfs under a temporary directory, linked up as the kernel does it.
 struct Tree {

@@ -76,7 +76,7 @@ pub fn figures(machine: &str, domain: &str, devices: &[&Path; 3]) -> Outcome<Vec
         compared: (with.to_owned(), compared),
         aim,
     };
-    Ok(vec![
+    let mut figures = vec![
         figure("attach, protected LUN", attached[1], "attach, unprotected LUN", attached[0], Aim::None),
         figure("attach, protected LUN", attached[1], "cryptsetup open, then attach", attached[2], Aim::Below),
         figure("open of an unprotected LUN, let through", through[1], "bare open", through[0], Aim::None),
@@ -87,7 +87,9 @@ pub fn figures(machine: &str, domain: &str, devices: &[&Path; 3]) -> Outcome<Vec
             injected[0],
             open_aim,
         ),
-    ])
+    ];
+    figures.extend(crate::audit::figures()?);
+    Ok(figures)
 }
 
 /// A disk of a domain.

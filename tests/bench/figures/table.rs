@@ -41,6 +41,8 @@ pub enum Aim {
     Below,
     /// At most this much.
     AtMost(u64),
+    /// At most this long.
+    Within(Duration),
 }
 
 const HEADER: [&str; 9] =
@@ -75,6 +77,7 @@ impl Figure {
             Aim::Over(most) if spread > most || difference < 0.0 => return self.with_result(difference, "unclear"),
             Aim::Over(most) => Some(difference <= Quantity::Time(most).number()),
             Aim::Below => Some(difference < 0.0),
+            Aim::Within(most) => Some(value.number() <= Quantity::Time(most).number()),
             Aim::AtMost(most) => Some(value.number() <= Quantity::Bytes(most).number()),
         };
         self.with_result(difference, met.map_or("", |met| if met { "ok" } else { "missed" }))
@@ -143,6 +146,7 @@ impl fmt::Display for Aim {
             Aim::Over(most) => write!(f, "at most +{most:?}"),
             Aim::OverUnlessEmulated(most) => write!(f, "(at most +{most:?} if not emulated)"),
             Aim::Below => f.write_str("less"),
+            Aim::Within(most) => write!(f, "at most {most:?}"),
             Aim::AtMost(most) => write!(f, "at most {}", Quantity::Bytes(*most)),
         }
     }

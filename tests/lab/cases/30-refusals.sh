@@ -10,6 +10,7 @@ rf_hook=/etc/libvirt/hooks/qemu.d/50-volcrypt
 rf_database=/var/lib/volcrypt/volcrypt.db
 rf_kek=/var/lib/volcrypt/kek
 rf_small=/var/lib/volcrypt/small
+rf_unrecorded='the key of volume prot-rf-0 is not used because the audit log cannot be written'
 
 # ready: domain `rf` runs, LUN 0 is enrolled, the rule creates no keys.
 ready() {
@@ -255,17 +256,26 @@ case_another_disk_in_its_place() {
 }
 
 case_database_is_read_only() {
+    local since
     ready
+    # What is not merged yet could not be read then.
+    wait_until 10 test ! -s "$rf_database-wal"
     mount --bind /var/lib/volcrypt /var/lib/volcrypt
     mount -o remount,bind,ro /var/lib/volcrypt
     systemctl restart volcryptd
     expect_fails volcrypt volume enrol "$(lun_path prot-rf 4)"
-    expect_contains "$OUTPUT" 'is read-only: enrolled volumes can be opened'
+    expect_contains "$OUTPUT" 'is read-only: nothing can be enrolled, destroyed or recorded'
+    attach_refused 0 'Read-only file system' "$rf_unrecorded"
+    start_refused_lun 0 "disk sda: $rf_unrecorded"
+    protect '[audit]' 'when_unwritable = "continue"'
+    since=$(now)
     opens
+    wait_until 10 said "$since" 'a use of the key of volume prot-rf-0 is not in the audit log'
     systemctl stop volcryptd
     umount /var/lib/volcrypt
-    systemctl start volcryptd
+    protect
     opens
+    volcrypt audit verify
 }
 
 case_disk_is_full() {
@@ -278,10 +288,15 @@ case_disk_is_full() {
     dd if=/dev/zero of="$rf_small/ballast" bs=512 status=none 2>/dev/null || true
     expect_fails volcrypt volume enrol "$(lun_path prot-rf 5)"
     expect_contains "$OUTPUT" 'the disk is full: free some space there and repeat'
-    opens 4
+    attach_refused 4 'Read-only file system' "${rf_unrecorded/-0/-4}"
     systemctl restart volcryptd
+    start_refused_lun 4 'the disk is full: free some space there and repeat'
+    protect '[key_manager]' "directory = \"$rf_small\"" '[audit]' 'when_unwritable = "continue"'
     opens 4
     rm "$rf_small/ballast"
+    protect '[key_manager]' "directory = \"$rf_small\""
+    opens 4
+    volcrypt audit verify
     volcrypt volume enrol "$(lun_path prot-rf 5)" >/dev/null
     protect
     umount "$rf_small"

@@ -64,27 +64,45 @@ target_create() {
 
 # target_restore NAME: offers the target again, as after a restart of the machine.
 target_restore() {
-    local name=$1 file lun backstore tpg
+    local name=$1 file tpg
     tpg=$lab_configfs/iscsi/$lab_iqn:$name/tpgt_1
     [ ! -d "$tpg" ] || return 0
     modprobe --all target_core_file iscsi_target_mod
     mkdir -p "$lab_configfs/iscsi" "$tpg"
     for file in "$lab_store/$name"/*; do
-        lun=${file##*/}
-        backstore=$lab_configfs/core/fileio_0/$name.$lun
-        mkdir -p "$backstore" "$tpg/lun/lun_$lun"
-        printf 'fd_dev_name=%s,fd_dev_size=%s,fd_buffered_io=1' "$file" "$(stat -c %s "$file")" \
-            >"$backstore/control"
-        # The unit serial, and with it the links under /dev/disk/by-id, is the same after a restart.
-        echo "$name.$lun" | md5sum | cut -c 1-32 >"$backstore/wwn/vpd_unit_serial"
-        echo 1 >"$backstore/enable"
-        ln -s "$backstore" "$tpg/lun/lun_$lun/$name.$lun"
+        lun_offer "$name" "${file##*/}"
     done
     echo 0 >"$tpg/attrib/authentication"
     echo 0 >"$tpg/attrib/demo_mode_write_protect"
     echo 1 >"$tpg/attrib/generate_node_acls"
     mkdir "$tpg/np/$lab_portal"
     echo 1 >"$tpg/enable"
+}
+
+# lun_offer NAME LUN [SEED]: offers the LUN's file. From SEED comes the unit serial, and with it the WWID and the
+# links under /dev/disk/by-id; without one they are the same after a restart.
+lun_offer() {
+    local name=$1 lun=$2 seed=${3:-$1.$2} file backstore unit
+    file=$(lun_backing "$name" "$lun")
+    backstore=$lab_configfs/core/fileio_0/$name.$lun
+    unit=$lab_configfs/iscsi/$lab_iqn:$name/tpgt_1/lun/lun_$lun
+    mkdir -p "$backstore" "$unit"
+    printf 'fd_dev_name=%s,fd_dev_size=%s,fd_buffered_io=1' "$file" "$(stat -c %s "$file")" >"$backstore/control"
+    echo "$seed" | md5sum | cut -c 1-32 >"$backstore/wwn/vpd_unit_serial"
+    echo 1 >"$backstore/enable"
+    ln -s "$backstore" "$unit/$name.$lun"
+}
+
+# lun_renew NAME LUN SEED: deletes the LUN on the storage server and makes a blank one of its size in its place. The
+# initiator has to be logged out.
+lun_renew() {
+    local name=$1 lun=$2 size
+    rm "$lab_configfs/iscsi/$lab_iqn:$name/tpgt_1/lun/lun_$lun/$name.$lun"
+    rmdir "$lab_configfs/core/fileio_0/$name.$lun"
+    size=$(stat -c %s "$(lun_backing "$name" "$lun")")
+    rm "$(lun_backing "$name" "$lun")"
+    truncate --size "$size" "$(lun_backing "$name" "$lun")"
+    lun_offer "$@"
 }
 
 # targets_restore: all targets there ever were.
@@ -112,6 +130,19 @@ target_logout() {
     iscsi_node "$1" --logout >/dev/null
 }
 
+# portal_login NAME ADDRESS: offers the target at another address as well, and logs in there too.
+portal_login() {
+    local name=$1 lab_portal=$2:3260
+    mkdir -p "$lab_configfs/iscsi/$lab_iqn:$name/tpgt_1/np/$lab_portal"
+    target_login "$name"
+}
+
+# portal_logout NAME ADDRESS
+portal_logout() {
+    local lab_portal=$2:3260
+    target_logout "$1"
+}
+
 iscsi_node() {
     local name=$1
     shift
@@ -131,7 +162,8 @@ target_delete() {
         done
     fi
     rm -rf "${lab_store:?}/$name"
-    iscsi_node "$name" --op delete 2>/dev/null || true
+    # At every portal.
+    iscsiadm --mode node --targetname "$lab_iqn:$name" --op delete 2>/dev/null || true
 }
 
 # lun_path NAME [LUN]: the link that Nova and libvirt would be given.
@@ -147,6 +179,72 @@ lun_device() {
 # lun_backing NAME [LUN]: the file on the storage server: what leaves the hypervisor.
 lun_backing() {
     echo "$lab_store/$1/${2:-0}"
+}
+
+# --- What hosts stack on disks --------------------------------------------------------------------------
+
+lab_multipath_config=/etc/multipath.conf
+lab_multipath_rule=/etc/udev/rules.d/60-multipath.rules
+
+# multipath_on: has multipathd join what it sees over more than one path, from now on.
+multipath_on() {
+    cat >"$lab_multipath_config" <<'CONFIG'
+defaults {
+    user_friendly_names yes
+    find_multipaths yes
+    polling_interval 1
+}
+overrides {
+    no_path_retry fail
+}
+CONFIG
+    rm -f "$lab_multipath_rule"
+    udevadm control --reload
+    systemctl --quiet unmask multipathd.service
+    systemctl start multipathd.service
+}
+
+# multipath_off: as multipath_on found it. No map may be in use.
+multipath_off() {
+    [ -e "$lab_multipath_config" ] || return 0
+    # Without the daemon, which could make a map anew.
+    systemctl stop multipathd.service
+    wait_until 20 multipath_flush
+    systemctl --quiet mask multipathd.service
+    rm "$lab_multipath_config"
+    ln -sf /dev/null "$lab_multipath_rule"
+    udevadm control --reload
+}
+
+# multipath_flush: fails as long as a map is left; one may be open for a moment.
+multipath_flush() {
+    multipath -F >/dev/null
+    ! dmsetup ls --target multipath | grep -q '('
+}
+
+# multipath_map PATH: the map that the disk is a path of, /dev/mapper/mpathX; fails if there is none.
+multipath_map() {
+    local holder
+    for holder in "/sys/block/$(basename "$1")/holders"/dm-*; do
+        if grep -qs '^mpath-' "$holder/dm/uuid"; then
+            echo "/dev/mapper/$(cat "$holder/dm/name")"
+            return
+        fi
+    done
+    return 1
+}
+
+# volume_group NAME DEVICE: with one logical volume of 4 MiB, `lv`.
+volume_group() {
+    lvm_quiet vgcreate --quiet "$1" "$2"
+    lvm_quiet lvcreate --quiet --yes --wipesignatures n --zero n --name lv --size 4M "$1"
+    wait_until 20 test -b "/dev/$1/lv"
+    udevadm settle --timeout 30
+}
+
+# lvm_quiet COMMAND...: LVM complains of descriptors that others left open.
+lvm_quiet() {
+    LVM_SUPPRESS_FD_WARNINGS=1 "$@" >/dev/null
 }
 
 # --- Domains: no operating system, so everything is done from outside -----------------------------------
@@ -258,6 +356,10 @@ lab_reset() {
     for path in /etc/libvirt/qemu/*.xml; do
         [ ! -e "$path" ] || domain_undefine "$(basename "$path" .xml)" || true
     done
+    if grep -qs '^LVM-' /sys/block/dm-*/dm/uuid; then
+        lvm_quiet vgchange --quiet --activate n || true
+    fi
+    multipath_off
     if compgen -G '/sys/class/iscsi_session/*' >/dev/null; then
         iscsiadm --mode node --logoutall=all >/dev/null || true
     fi

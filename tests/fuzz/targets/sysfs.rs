@@ -8,6 +8,7 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
@@ -94,16 +95,20 @@ fn make(root: &Path, tree: &Tree<'_>) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Two rules that match nearly everything. To compile them takes longer than all the rest.
+static CONFIG: LazyLock<Config> = LazyLock::new(|| {
+    let rules =
+        "[[rules]]\nname = 'a'\niscsi_target = '(?s)(?<id>.*)'\n[[rules]]\nname = 'b'\nwwid = '(?s)(?<id>.+)'\n";
+    Config::parse(rules, "rules.toml").expect("rules")
+});
+
 fuzz_target!(|tree: Tree<'_>| {
     let folder = tempfile::tempdir_in("/dev/shm").expect("room in /dev/shm");
     make(folder.path(), &tree).expect("a tree");
-    let rules =
-        "[[rules]]\nname = 'a'\niscsi_target = '(?s)(?<id>.*)'\n[[rules]]\nname = 'b'\nwwid = '(?s)(?<id>.+)'\n";
-    let config = Config::parse(rules, "rules.toml").expect("rules");
     for (major, minor) in [(8, 0), (8, 1), (253, 0)] {
         match Sysfs::at(folder.path()).portray(DeviceNumber { major, minor }) {
             Ok(device) => {
-                let policy = Some(config.trace(&device.judged()));
+                let policy = Some(CONFIG.trace(&device.judged()));
                 let text =
                     describe(&Identification::Device { device: Box::new(device), policy, configuration_error: None });
                 assert!(!text.chars().any(|character| character.is_control() && character != '\n'), "{text:?}");

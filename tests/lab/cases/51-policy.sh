@@ -184,9 +184,9 @@ case_rules_for_some_domains() {
     } >"$volcrypt_config"
     volcrypt config check >/dev/null
     expect_contains "$(volcrypt policy test --device "$(lun_path prot-own 2)" --domain two)" \
-        'rule no-two matches: it is denied' 'policy test'
+        'matches: it is denied' 'policy test'
     expect_contains "$(volcrypt policy test --device "$(lun_path prot-own 2)" --domain one)" \
-        'is the protected volume prot-own-2' 'policy test'
+        'protected as volume prot-own-2 by rule lab' 'policy test'
     systemctl reload volcryptd
     wait_until 20 said_since "$since" 'is in force'
     refused two 2 'Permission denied' 'rule "no-two" denies'

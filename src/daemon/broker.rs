@@ -21,7 +21,7 @@ use crate::domain::{Facts, Nobody, Requester};
 use crate::encryptor::{MappingSpec, VolumeEncryptor, VolumeLocks};
 use crate::guest::Domains;
 use crate::keys::{EmbeddedKeyManager, Key, KeyFileManager, KeyManager, OneKeyForEveryVolume};
-use crate::policy::{Config, ConfigError, DEFAULT_DIRECTORY, Decision, KeyManagerConfig, Protection};
+use crate::policy::{Config, ConfigError, Decision, KeyManagerConfig, Protection};
 use crate::refusal::{Reason, Refusal};
 use crate::store::{EnrolledDevice, Store, VolumeRecord, VolumeState};
 use crate::volume::{Content, DeviceNumber, Identity, Portrait, VolumeId, examine};
@@ -100,7 +100,7 @@ impl Broker {
         let config = self.config()?;
         let identity = self.devices.identify(device)?;
         match config.decide(&identity, guest) {
-            Decision::Pass => Ok(Verdict::LetThrough),
+            Decision::Pass => self.check_not_enrolled(&config, &identity, guest).map(|()| Verdict::LetThrough),
             Decision::Refuse(refusal) => Err(refusal),
             Decision::Protect(protection) => {
                 let asker = Asker::current().known_as(guest.facts());
@@ -154,9 +154,9 @@ impl Broker {
     /// # Errors
     /// When `device` is protected.
     pub fn pass_commands(&self, device: DeviceNumber, guest: &dyn Requester) -> Result<Verdict, Refusal> {
-        let identity = self.devices.identify(device)?;
-        match self.config()?.decide(&identity, guest) {
-            Decision::Pass => Ok(Verdict::LetThrough),
+        let (config, identity) = (self.config()?, self.devices.identify(device)?);
+        match config.decide(&identity, guest) {
+            Decision::Pass => self.check_not_enrolled(&config, &identity, guest).map(|()| Verdict::LetThrough),
             Decision::Refuse(refusal) => Err(refusal),
             Decision::Protect(protection) => Err(Refusal::new(
                 Reason::NotAllowed,
@@ -176,8 +176,9 @@ impl Broker {
     /// # Errors
     /// When it is protected and an open would be refused.
     pub fn make_ready(&self, identity: &Identity, domain: &Facts) -> Result<Option<VolumeId>, Refusal> {
-        match self.config()?.decide(identity, domain) {
-            Decision::Pass => Ok(None),
+        let config = self.config()?;
+        match config.decide(identity, domain) {
+            Decision::Pass => self.check_not_enrolled(&config, identity, domain).map(|()| None),
             Decision::Refuse(refusal) => Err(refusal),
             Decision::Protect(protection) => {
                 let ready = self.record(identity, &protection, domain).and_then(|record| {
@@ -407,7 +408,7 @@ impl Vault {
                     "every volume is encrypted with the one key in {}: this protects nothing",
                     file.display()
                 );
-                let store = Arc::new(Store::open(DEFAULT_DIRECTORY.as_ref())?);
+                let store = Arc::new(Store::open(config.directory())?);
                 Ok(Vault { store, keys: Box::new(KeyFileManager::open(file, OneKeyForEveryVolume)?) })
             }
         }
@@ -420,7 +421,11 @@ fn enrolled_device(identity: &Identity) -> EnrolledDevice {
         lun: identity.lun,
         wwid: identity.wwid.clone(),
         // That of a multipath map is its WWID, and the volume is the same one without the map.
-        dm_uuid: identity.mapping.as_ref().map(|mapping| mapping.uuid.clone()).filter(|uuid| uuid.starts_with("LVM-")),
+        dm_uuid: identity
+            .mapping
+            .as_ref()
+            .filter(|mapping| !mapping.is_multipath() && !mapping.uuid.is_empty())
+            .map(|mapping| mapping.uuid.clone()),
     }
 }
 

@@ -81,7 +81,7 @@ fn run(options: &Options) -> io::Result<()> {
     let inherited = Inherited::take()?;
     let config = Config::load(&options.config);
     if let Err(error) = &config {
-        tracing::error!("{error}; until that is mended and volcryptd restarted, guests can open no block device");
+        tracing::error!("{error}; until that is mended and volcryptd reloaded, guests can open no block device");
     }
     let settings = config.as_ref().map_or_else(|_| DaemonConfig::default(), |config| config.daemon.clone());
     let users = user_ids(&settings.qemu_users);

@@ -63,6 +63,16 @@ pub enum KeyManagerConfig {
     },
 }
 
+impl KeyManagerConfig {
+    /// Where the database of enrolled volumes stands.
+    pub fn directory(&self) -> &Path {
+        match self {
+            KeyManagerConfig::Embedded { directory } => directory,
+            KeyManagerConfig::KeyFile { .. } => Path::new(DEFAULT_DIRECTORY),
+        }
+    }
+}
+
 /// The section `[daemon]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DaemonConfig {

@@ -56,15 +56,27 @@ impl Config {
     }
 
     fn guards_itself(&self, device: &Identity) -> bool {
-        for rule in self.rules().iter().filter(|rule| rule.matches(device)) {
-            match (rule.action(), rule.depends_on_domain()) {
-                (Action::Pass, _) => return false,
-                (Action::Protect(_) | Action::Deny, false) => return true,
-                // What other domains may do the next rules say.
-                (Action::Protect(_) | Action::Deny, true) => {}
+        // A rule for some domains is enough: what is protected for one is ciphertext to every other. Only
+        // one that lets some domain pass leaves the device open.
+        let mut matching = self.rules().iter().filter(|rule| rule.matches(device)).peekable();
+        match matching.peek() {
+            None => self.denies_unmatched(device),
+            Some(_) => {
+                let last = matching.clone().position(|rule| !rule.depends_on_domain());
+                let tried = last.map_or(usize::MAX, |last| last + 1);
+                !matching.take(tried).any(|rule| matches!(rule.action(), Action::Pass))
             }
         }
-        self.denies_unmatched(device)
+    }
+
+    /// Whether a rule says in so many words that `requester` may have `device` as it is.
+    pub fn lets_pass(&self, device: &Identity, requester: &dyn Requester) -> bool {
+        self.deciding(device, requester).is_some_and(|rule| matches!(rule.action(), Action::Pass))
+    }
+
+    fn deciding(&self, device: &Identity, requester: &dyn Requester) -> Option<&Rule> {
+        let concerns = |rule: &Rule| !rule.depends_on_domain() || rule.concerns(requester.facts());
+        self.rules().iter().find(|rule| rule.matches(device) && concerns(rule))
     }
 
     /// The first thing but a pass that any layer below `device` deserves.
@@ -88,8 +100,7 @@ impl Config {
         if device.is_own_mapping() {
             return Decision::Pass;
         }
-        let concerns = |rule: &Rule| !rule.depends_on_domain() || rule.concerns(requester.facts());
-        let rule = self.rules().iter().find(|rule| rule.matches(device) && concerns(rule));
+        let rule = self.deciding(device, requester);
         match rule.map(|rule| (rule, rule.action())) {
             None if self.denies_unmatched(device) => Decision::Refuse(Refusal::new(
                 Reason::NotAllowed,

@@ -10,7 +10,7 @@ use rustix::fs::{CWD, FileType, Mode};
 
 use crate::refusal::{Reason, Refusal};
 
-const FILE_NAME: &str = "volcrypt.db";
+pub(super) const FILE_NAME: &str = "volcrypt.db";
 
 /// Checks `directory` and the database in it, makes an empty file if there is none, and returns
 /// the file's path without symbolic links.

@@ -54,6 +54,11 @@ impl Store {
         Store::open_with(directory, schema::MIGRATIONS)
     }
 
+    /// Whether there is a database in `directory`.
+    pub fn is_in(directory: &Path) -> bool {
+        directory.join(files::FILE_NAME).exists()
+    }
+
     fn open_with(directory: &Path, migrations: &[Migration]) -> Result<Self, Refusal> {
         let path = files::prepare(directory)?;
         match connect_for_writing(&path, migrations)? {

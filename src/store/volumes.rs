@@ -136,6 +136,26 @@ impl Store {
         row.map_err(|error| self.fault(&error))?.map(|row| self.record(row)).transpose()
     }
 
+    /// The volume, enrolled or retired, that `device` holds.
+    ///
+    /// # Errors
+    /// [`Reason::StoreUnavailable`] when the database cannot be read.
+    pub fn held_by(&self, device: &EnrolledDevice) -> Result<Option<VolumeId>, Refusal> {
+        // A number that no database can hold is no volume's.
+        let lun = device.lun.and_then(|lun| i64::try_from(lun).ok());
+        let id: Option<String> = self
+            .connection()
+            .query_row(
+                "SELECT id FROM volumes
+                 WHERE state <> 'destroyed' AND ((iscsi_target = ?1 AND lun = ?2) OR wwid = ?3 OR dm_uuid = ?4)",
+                params![device.iscsi_target, lun, device.wwid, device.dm_uuid],
+                |row| row.get(0),
+            )
+            .optional()
+            .map_err(|error| self.fault(&error))?;
+        id.map(|id| id.parse().map_err(|error| fault::corrupt(&self.path, &format!("{error}")))).transpose()
+    }
+
     /// The records of all enrolled volumes, by id.
     ///
     /// # Errors

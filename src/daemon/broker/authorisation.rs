@@ -1,13 +1,15 @@
 //! Which domain may have which volume.
 
 use std::cell::OnceCell;
+use std::sync::Arc;
 
-use super::{Broker, seconds_now};
+use super::{Broker, Vault, enrolled_device, seconds_now};
 use crate::domain::{Facts, Requester};
 use crate::guest::{Domains, process_of};
+use crate::policy::Config;
 use crate::refusal::{Reason, Refusal};
-use crate::store::VolumeRecord;
-use crate::volume::VolumeId;
+use crate::store::{Store, VolumeRecord};
+use crate::volume::{Identity, VolumeId};
 
 /// The domain that a thread which waits for an open runs. It is looked up when it matters, which it does
 /// for few opens, and anew for each of them: libvirt may have given the domain to another owner.
@@ -52,6 +54,38 @@ impl Broker {
     /// Whoever waits in thread `tid`.
     pub fn guest(&self, tid: u32) -> Guest<'_> {
         Guest { domains: self.domains.as_ref(), tid, facts: OnceCell::new() }
+    }
+
+    /// Whether a device that no rule protects from `requester` holds an enrolled volume all the same: a rule
+    /// that was lost, or that is about other domains, must not give a guest the ciphertext to format. A rule
+    /// that lets it pass in so many words may.
+    pub(super) fn check_not_enrolled(
+        &self,
+        config: &Config,
+        device: &Identity,
+        requester: &dyn Requester,
+    ) -> Result<(), Refusal> {
+        if device.is_own_mapping() || config.lets_pass(device, requester) {
+            return Ok(());
+        }
+        let Some(vault) = self.present_vault(config)? else { return Ok(()) };
+        if let Some(volume) = vault.store.held_by(&enrolled_device(device))? {
+            let sentence = format!(
+                "{device} holds the volume {volume}, and no rule protects it for this domain: a guest would find \
+                 ciphertext; correct the rules ('volcrypt policy test --device {device}' tries them), or have one with \
+                 action = \"pass\" let it through"
+            );
+            return Err(Refusal::new(Reason::NotAllowed, sentence).of(&volume));
+        }
+        device.underlying.iter().try_for_each(|below| self.check_not_enrolled(config, below, requester))
+    }
+
+    /// The database and the key manager, if any volume was ever enrolled with them.
+    fn present_vault(&self, config: &Config) -> Result<Option<Arc<Vault>>, Refusal> {
+        match config.key_manager.directory() {
+            directory if Store::is_in(directory) => self.vault().map(Some),
+            _ => Ok(None),
+        }
     }
 
     /// Whether `domain` may have the volume: it has the same owner, or was granted it, or the volume

@@ -49,8 +49,11 @@ impl Broker {
             let usable = [VolumeState::Enrolled, VolumeState::Retired];
             // From here on no open gets a mapping; one that was on its way is found now, or finds this.
             let before = vault.store.change_state(id, &usable, VolumeState::Destroyed, None)?;
-            if let Some(before) = before {
-                self.check_unused(id, VolumeState::Destroyed, before)?;
+            match before {
+                Some(before) => self.check_unused(id, VolumeState::Destroyed, before)?,
+                // An earlier attempt may have ended before it got as far as the key.
+                None if vault.keys.get(id).is_ok() && self.is_mapped(id)? => return Err(in_use(id)),
+                None => {}
             }
             if let Err(refusal) = vault.keys.destroy(id) {
                 // A key manager that destroys no keys has done nothing.
@@ -165,12 +168,7 @@ impl Broker {
     fn check_unused(&self, id: &VolumeId, now: VolumeState, before: VolumeState) -> Result<(), Refusal> {
         let refusal = match self.is_mapped(id) {
             Ok(false) => return Ok(()),
-            Ok(true) => Refusal::new(
-                Reason::NotAllowed,
-                format!(
-                    "volume {id} is in use on this host: detach it first; 'volcrypt status' shows from which domain"
-                ),
-            ),
+            Ok(true) => in_use(id),
             Err(refusal) => refusal,
         };
         let event = (now == VolumeState::Retired).then(|| Event::new(Kind::Reinstated, id, "because it is in use"));
@@ -181,6 +179,13 @@ impl Broker {
     fn is_mapped(&self, id: &VolumeId) -> Result<bool, Refusal> {
         Ok(self.encryptor.mappings()?.iter().any(|mapping| mapping.volume == *id))
     }
+}
+
+fn in_use(id: &VolumeId) -> Refusal {
+    Refusal::new(
+        Reason::NotAllowed,
+        format!("volume {id} is in use on this host: detach it first; 'volcrypt status' shows from which domain"),
+    )
 }
 
 fn unknown(id: &VolumeId) -> Refusal {

@@ -77,6 +77,45 @@ fn a_volume_in_use_is_neither_retired_nor_destroyed() {
 }
 
 #[test]
+fn a_destruction_that_was_cut_off_does_not_go_on_under_a_guest() {
+    let mut world = World::new();
+    let device = world.add_volume("one", 0);
+    let record = world.broker(false).enrol(device, None).unwrap();
+    let store = Arc::clone(&world.broker(false).vault().unwrap().store);
+    store.change_state(&id("one"), &[VolumeState::Enrolled], VolumeState::Destroyed, None).unwrap();
+    world.mapped = true;
+    let broker = world.broker(false);
+    assert!(broker.destroy(&id("one")).unwrap_err().to_string().contains("in use on this host"));
+    assert!(broker.key(&record).is_ok());
+    world.mapped = false;
+    world.broker(false).destroy(&id("one")).unwrap();
+    assert!(world.broker(false).key(&record).is_err());
+}
+
+#[test]
+fn an_enrolled_volume_does_not_pass_because_its_rule_is_lost() {
+    let world = World::new();
+    let (device, other) = (world.add_volume("one", 0), world.add_volume("two", 1));
+    world.broker(false).enrol(device, None).unwrap();
+    let state = world.path().join("state");
+    let rules = |rules: &str| world.broker_with(&format!("[key_manager]\ndirectory = {state:?}\n{rules}"));
+    for broker in
+        [rules(""), rules("[[rules]]\nname = 'web'\niscsi_target = '.*:volume-(?<id>.*)'\nlun = 1\ndomain = 'web'\n")]
+    {
+        let refusal = broker.open(device, true, OFlags::RDWR, &vm()).unwrap_err();
+        assert_eq!(refusal.errno(), libc::EACCES);
+        assert!(refusal.to_string().contains("/dev/sd0 holds the volume one, and no rule protects it"), "{refusal}");
+        assert_eq!(broker.make_ready(&broker.identify(device).unwrap(), &vm()).unwrap_err(), refusal);
+        assert!(broker.pass_commands(device, &vm()).is_err());
+        assert!(matches!(broker.open(other, true, OFlags::RDWR, &vm()), Ok(Verdict::LetThrough)));
+    }
+    let passes = rules("[[rules]]\nname = 'all'\naction = 'pass'\niscsi_target = '.*'\n");
+    assert!(matches!(passes.open(device, true, OFlags::RDWR, &vm()), Ok(Verdict::LetThrough)));
+    world.broker(false).destroy(&id("one")).unwrap();
+    assert!(matches!(rules("").open(device, true, OFlags::RDWR, &vm()), Ok(Verdict::LetThrough)));
+}
+
+#[test]
 fn a_volume_of_an_owner_is_for_his_domains() {
     let world = World::new();
     let device = world.add_volume("one", 0);
@@ -161,7 +200,7 @@ fn a_faulty_configuration_does_not_take_the_place_of_a_sound_one() {
     assert!(broker.reload(parse("")).unwrap_err().contains("[key_manager]"));
     assert_eq!(opens(), libc::ENOKEY);
     broker.reload(parse(&format!("[key_manager]\ndirectory = {state:?}\n"))).unwrap();
-    assert_eq!((opens(), broker.configuration_error()), (0, None));
+    assert_eq!((opens(), broker.configuration_error()), (0, None), "nothing was enrolled");
     // A daemon that started with a faulty file takes any sound one.
     let broker = world.broker_with("nonsense");
     assert_eq!(errno(broker.open(device, true, OFlags::RDWR, &vm())), libc::ENOTSUP);

@@ -276,6 +276,8 @@ fn only_what_no_domain_may_open_is_guarded() {
     let by_domain = config(BY_DOMAIN);
     assert!(!by_domain.is_guarded(&cinder_disk()), "backup domains have to be able to open it");
     assert!(!by_domain.is_guarded(&device("sdb")));
+    let for_some = config(&format!("{CINDER}domain = 'web'\n"));
+    assert!(for_some.is_guarded(&cinder_disk()), "what is protected for one is ciphertext to every other");
     let always = config(CINDER);
     for device in [cinder_disk(), partition(cinder_disk()), mapping("lv", "LVM-x", cinder_disk())] {
         assert!(always.is_guarded(&device), "{device}");
@@ -284,6 +286,14 @@ fn only_what_no_domain_may_open_is_guarded() {
     assert!(!always.is_guarded(&disk("iqn.other")));
     let strict = config("[policy]\nunmatched_iscsi = 'deny'\n");
     assert!(strict.is_guarded(&disk("iqn.other")) && !strict.is_guarded(&device("sdb")));
+}
+
+#[test]
+fn only_a_rule_lets_pass_in_so_many_words() {
+    let config = config(BY_DOMAIN);
+    assert!(config.lets_pass(&cinder_disk(), &domain("backup-1", None)));
+    assert!(!config.lets_pass(&cinder_disk(), &domain("web", None)));
+    assert!(!config.lets_pass(&device("sdb"), &domain("backup-1", None)));
 }
 
 #[test]

@@ -202,6 +202,7 @@ case_rules_for_some_domains() {
 # being a domain of libvirt's gets nothing, whatever he calls himself.
 case_a_forged_name_gets_nothing() {
     local since node=/dev/lab-forged
+    protect
     since=$(date +%s)
     mknod "$node" b $((0x$(stat -L -c %t "$(lun_path prot-own 0)"))) $((0x$(stat -L -c %T "$(lun_path prot-own 0)")))
     chown libvirt-qemu "$node"

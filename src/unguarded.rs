@@ -8,7 +8,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::domain::Domain;
+use crate::domain::{Domain, is_uuid};
 use crate::protocol::RUNTIME_DIRECTORY;
 
 /// The place of one domain's marker: a file named after its UUID in `/run/volcrypt/unguarded`, a
@@ -21,8 +21,8 @@ pub struct Marker {
 impl Marker {
     /// The marker of the domain with this UUID; of none, if it is no UUID.
     pub fn of_uuid(uuid: &str) -> Self {
-        let is_uuid = uuid.len() == 36 && uuid.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-');
-        let path = is_uuid.then(|| Path::new(RUNTIME_DIRECTORY).join("unguarded").join(uuid.to_ascii_lowercase()));
+        let path =
+            is_uuid(uuid).then(|| Path::new(RUNTIME_DIRECTORY).join("unguarded").join(uuid.to_ascii_lowercase()));
         Marker { path }
     }
 

@@ -1,8 +1,9 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::table::Table;
-use super::time::utc;
+use super::time::{seconds_in, utc};
 use super::{CommandError, Daemon, Format, json};
+use crate::domain::is_uuid;
 use crate::protocol::{Reply, Request};
 use crate::store::Grant;
 use crate::volume::VolumeId;
@@ -54,7 +55,7 @@ fn done(daemon: &Daemon<'_>, request: &Request) -> Result<(), CommandError> {
 
 /// A UUID in small letters; a name as it is.
 fn as_libvirt_writes(domain: &str) -> String {
-    match domain.len() == 36 && domain.bytes().all(|byte| byte.is_ascii_hexdigit() || byte == b'-') {
+    match is_uuid(domain) {
         true => domain.to_ascii_lowercase(),
         false => domain.to_owned(),
     }
@@ -64,17 +65,11 @@ fn as_libvirt_writes(domain: &str) -> String {
 pub(super) fn parse_duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("{text:?} is no time: write a whole number and s, m, h or d, for example 12h");
     let unit = text.chars().last().ok_or_else(wrong)?;
-    let seconds = match unit {
-        's' => 1,
-        'm' => 60,
-        'h' => 3600,
-        'd' => 86_400,
-        _ => return Err(wrong()),
-    };
+    let seconds = seconds_in(unit).ok_or_else(wrong)?;
     let number: u32 = text[..text.len() - unit.len_utf8()].parse().map_err(|_| wrong())?;
     match number {
         0 => Err(wrong()),
-        _ => Ok(Duration::from_secs(u64::from(number) * seconds)),
+        _ => Ok(Duration::from_secs(u64::from(number) * u64::from(seconds))),
     }
 }
 

@@ -23,14 +23,19 @@ pub(super) fn parse(text: &str) -> Result<i64, String> {
 }
 
 fn ago(text: &str) -> Option<i64> {
-    let unit = match text.chars().last()? {
-        's' => 1,
-        'm' => 60,
-        'h' => 3600,
-        'd' => 86_400,
-        _ => return None,
-    };
-    number(&text[..text.len() - 1])?.checked_mul(unit)
+    let unit = seconds_in(text.chars().last()?)?;
+    number(&text[..text.len() - 1])?.checked_mul(i64::from(unit))
+}
+
+/// How many seconds the unit of a length of time has.
+pub(super) fn seconds_in(unit: char) -> Option<u32> {
+    match unit {
+        's' => Some(1),
+        'm' => Some(60),
+        'h' => Some(3600),
+        'd' => Some(86_400),
+        _ => None,
+    }
 }
 
 /// `2026-11-23` or `2026-11-23T16:02:14Z`.

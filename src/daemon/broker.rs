@@ -8,7 +8,6 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::OFlags;
 
@@ -23,7 +22,7 @@ use crate::guest::Domains;
 use crate::keys::{EmbeddedKeyManager, Key, KeyFileManager, KeyManager, OneKeyForEveryVolume};
 use crate::policy::{Config, ConfigError, Decision, KeyManagerConfig, Protection};
 use crate::refusal::{Reason, Refusal};
-use crate::store::{EnrolledDevice, Store, VolumeRecord, VolumeState};
+use crate::store::{EnrolledDevice, Store, VolumeRecord, VolumeState, seconds_now};
 use crate::volume::{Content, DeviceNumber, Identity, Portrait, VolumeId, examine};
 
 /// Holds the policy, the keys and the mappings together.
@@ -436,11 +435,6 @@ fn differing<T: std::fmt::Debug + PartialEq>(what: &str, enrolled: &Option<T>, f
         Some(found) => Some(format!("its {what} was {enrolled:?} and is {found:?}")),
         None => Some(format!("its {what} was {enrolled:?} and is not reported now")),
     }
-}
-
-fn seconds_now() -> i64 {
-    // A clock before 1970 is not worth refusing a volume for.
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
 }
 
 /// The refusal for a path that an operator or libvirt gave and that cannot be used.

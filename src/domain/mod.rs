@@ -16,6 +16,12 @@ pub fn quoted(name: &str) -> String {
     }
 }
 
+/// Whether a text is a UUID as libvirt writes it, in letters of either size.
+pub fn is_uuid(text: &str) -> bool {
+    let parts = text.split('-').map(|part| part.bytes().all(|byte| byte.is_ascii_hexdigit()).then_some(part.len()));
+    parts.eq([Some(8), Some(4), Some(4), Some(4), Some(12)])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

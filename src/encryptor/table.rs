@@ -57,8 +57,7 @@ pub fn shows_the_same(one: &[Target], other: &[Target]) -> bool {
 pub fn cipher_and_backing(parameters: &str) -> Option<(&str, DeviceNumber)> {
     let mut words = parameters.split(' ');
     let cipher = words.next()?;
-    let (major, minor) = words.nth(2)?.split_once(':')?;
-    Some((cipher, DeviceNumber { major: major.parse().ok()?, minor: minor.parse().ok()? }))
+    Some((cipher, DeviceNumber::parse(words.nth(2)?)?))
 }
 
 #[cfg(test)]

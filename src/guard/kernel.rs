@@ -14,7 +14,7 @@ use crate::sys::bpf::{self, Map, Program};
 /// Where map and program are pinned.
 const DIRECTORY: &str = "/sys/fs/bpf/volcrypt";
 /// Where cgroup v2 is mounted.
-const CGROUPS: &str = "/sys/fs/cgroup";
+pub(super) const CGROUPS: &str = "/sys/fs/cgroup";
 /// By this name an attached program is known as a guard, whatever its version.
 const NAME: &str = "volcrypt_guard";
 /// How many devices can be guarded. An entry takes memory only when it is there.

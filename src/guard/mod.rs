@@ -120,7 +120,7 @@ impl Guard {
 
     /// The cgroup's folder, whose parent is watched.
     fn cgroup(&self) -> PathBuf {
-        Path::new("/sys/fs/cgroup").join(self.state().settings().cgroup)
+        Path::new(kernel::CGROUPS).join(self.state().settings().cgroup)
     }
 
     fn look_at(&self, state: &mut State, number: DeviceNumber) {

@@ -54,9 +54,7 @@ fn numbers_below(directory: &Path) -> Vec<DeviceNumber> {
 }
 
 fn number_of(device: &Path) -> Option<DeviceNumber> {
-    let text = fs::read_to_string(device.join("dev")).ok()?;
-    let (major, minor) = text.trim_end().split_once(':')?;
-    Some(DeviceNumber { major: major.parse().ok()?, minor: minor.parse().ok()? })
+    DeviceNumber::parse(fs::read_to_string(device.join("dev")).ok()?.trim_end())
 }
 
 #[cfg(test)]

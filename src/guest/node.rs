@@ -185,9 +185,7 @@ fn has_mount(tid: u32, mount: u64) -> io::Result<bool> {
 fn block_device_behind(number: DeviceNumber) -> Option<DeviceNumber> {
     let disks = fs::read_dir(format!("/sys/dev/char/{number}/device/block")).ok()?;
     let disk = disks.flatten().next()?;
-    let text = fs::read_to_string(disk.path().join("dev")).ok()?;
-    let (major, minor) = text.trim_end().split_once(':')?;
-    Some(DeviceNumber { major: major.parse().ok()?, minor: minor.parse().ok()? })
+    DeviceNumber::parse(fs::read_to_string(disk.path().join("dev")).ok()?.trim_end())
 }
 
 /// The target of a path in the daemon's own view; used for paths that operators and libvirt give.

@@ -2,12 +2,11 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::{Key, KeyEncryptionKey, KeyInfo, KeyManager};
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
-use crate::store::{Store, WrappedKey};
+use crate::store::{Store, WrappedKey, seconds_now};
 use crate::volume::VolumeId;
 
 /// The version of the one record that every key has.
@@ -107,8 +106,13 @@ impl KeyManager for EmbeddedKeyManager {
         let wrapped = self.kek.wrap(volume, VERSION, &key)?;
         // Nothing is stored that does not open.
         self.compare(volume, &key, self.kek.unwrap(volume, VERSION, size, &wrapped)?)?;
-        let info =
-            KeyInfo { volume: volume.clone(), key_size: size, version: VERSION, created_at: now(), destroyed: false };
+        let info = KeyInfo {
+            volume: volume.clone(),
+            key_size: size,
+            version: VERSION,
+            created_at: seconds_now(),
+            destroyed: false,
+        };
         let stored = self.store.insert_key(&info, &wrapped)?;
         let record = self.store.wrapped_key_from_disk(volume)?.ok_or_else(|| no_key(volume))?;
         let read = self.unwrap_sized(&record, size)?;
@@ -125,7 +129,7 @@ impl KeyManager for EmbeddedKeyManager {
     /// [`Reason::NoKey`] when there never was a key, [`Reason::StoreUnavailable`] when the database cannot
     /// be written, or when another process kept the wrapped key from being wiped.
     fn destroy(&self, volume: &VolumeId) -> Result<(), Refusal> {
-        match self.store.destroy_keys(volume, now())? {
+        match self.store.destroy_keys(volume, seconds_now())? {
             true => Ok(()),
             false => Err(no_key(volume)),
         }
@@ -157,11 +161,6 @@ fn no_key(volume: &VolumeId) -> Refusal {
         Reason::NoKey,
         format!("volume {volume} has no key here: if it was enrolled, restore the key store from backup"),
     )
-}
-
-/// Seconds since 1970-01-01 UTC; 0 if the clock stands before that.
-fn now() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |passed| passed.as_secs() as i64)
 }
 
 #[cfg(test)]

@@ -58,15 +58,15 @@ impl Config {
     fn guards_itself(&self, device: &Identity) -> bool {
         // A rule for some domains is enough: what is protected for one is ciphertext to every other. Only
         // one that lets some domain pass leaves the device open.
-        let mut matching = self.rules().iter().filter(|rule| rule.matches(device)).peekable();
-        match matching.peek() {
-            None => self.denies_unmatched(device),
-            Some(_) => {
-                let last = matching.clone().position(|rule| !rule.depends_on_domain());
-                let tried = last.map_or(usize::MAX, |last| last + 1);
-                !matching.take(tried).any(|rule| matches!(rule.action(), Action::Pass))
+        let mut for_some = false;
+        for rule in self.rules().iter().filter(|rule| rule.matches(device)) {
+            match (rule.action(), rule.depends_on_domain()) {
+                (Action::Pass, _) => return false,
+                (Action::Protect(_) | Action::Deny, false) => return true,
+                (Action::Protect(_) | Action::Deny, true) => for_some = true,
             }
         }
+        for_some || self.denies_unmatched(device)
     }
 
     /// Whether a rule says in so many words that `requester` may have `device` as it is.
@@ -75,8 +75,7 @@ impl Config {
     }
 
     fn deciding(&self, device: &Identity, requester: &dyn Requester) -> Option<&Rule> {
-        let concerns = |rule: &Rule| !rule.depends_on_domain() || rule.concerns(requester.facts());
-        self.rules().iter().find(|rule| rule.matches(device) && concerns(rule))
+        self.rules().iter().find(|rule| rule.matches(device) && rule.concerns(requester))
     }
 
     /// The first thing but a pass that any layer below `device` deserves.

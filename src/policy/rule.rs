@@ -8,7 +8,7 @@ use super::file::RuleTable;
 use super::pattern::{Pattern, matched};
 use super::profile::{NAME_RULE, Profile, is_name};
 use super::template::Template;
-use crate::domain::Facts;
+use crate::domain::Requester;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::{Identity, VolumeId};
 
@@ -144,11 +144,15 @@ impl Rule {
             && self.conditions(device).iter().all(|condition| condition.holds() != Some(false))
     }
 
-    /// Whether the rule is about `domain`; `None` stands for one that is not known, which may be any.
-    /// Whoever is not known is not let through for that, and gets no disk that is denied to some.
-    pub(super) fn concerns(&self, domain: Option<&Facts>) -> bool {
-        let Some(domain) = domain else {
-            return !self.depends_on_domain() || !matches!(self.action, Action::Pass);
+    /// Whether the rule is about the domain that asks; one that is not known may be any. Whoever is not
+    /// known is not let through for that, and gets no disk that is denied to some. Who it is is looked up
+    /// only for rules that ask.
+    pub(super) fn concerns(&self, requester: &dyn Requester) -> bool {
+        if !self.depends_on_domain() {
+            return true;
+        }
+        let Some(domain) = requester.facts() else {
+            return !matches!(self.action, Action::Pass);
         };
         let fits = |pattern: &Option<Pattern>, text: Option<&str>| match pattern {
             None => true,

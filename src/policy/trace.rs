@@ -83,7 +83,7 @@ impl Rule {
         if device.is_own_mapping() {
             return (false, "it would match, but this is volcrypt's own mapping".to_owned());
         }
-        if self.depends_on_domain() && !self.concerns(requester.facts()) {
+        if !self.concerns(requester) {
             let domains = self.domains().unwrap_or_default();
             let asker =
                 requester.facts().map_or("nobody in particular".to_owned(), |domain| format!("{:?}", domain.name));

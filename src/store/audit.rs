@@ -6,13 +6,11 @@
 //! more, for which the guest's open would wait. Until then a copy of the file alone lacks the newest of
 //! these records, and never a key or a volume, for every change of those merges the log at once.
 
-use std::time::{SystemTime, UNIX_EPOCH};
-
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params};
 use serde::{Deserialize, Serialize};
 
-use super::{Store, fault};
+use super::{Store, fault, seconds_now};
 use crate::audit::{Entry, Event, Kind, Link, StoredRecord};
 use crate::refusal::Refusal;
 use crate::volume::VolumeId;
@@ -190,9 +188,4 @@ fn read_row(row: &Row<'_>) -> rusqlite::Result<StoredRecord> {
         _ => Ok::<_, rusqlite::Error>(Vec::new()),
     };
     Ok(StoredRecord { seq: row.get(0)?, record: bytes(1)?, hash: bytes(2)? })
-}
-
-/// In seconds since 1970-01-01 UTC; 0 if the clock stands before that.
-fn seconds_now() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |passed| passed.as_secs() as i64)
 }

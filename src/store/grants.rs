@@ -3,10 +3,10 @@
 use rusqlite::{TransactionBehavior, params};
 use serde::{Deserialize, Serialize};
 
-use super::{Store, fault};
+use super::{Store, fault, not_enrolled};
 use crate::audit::{Event, Kind};
-use crate::domain::Facts;
-use crate::refusal::{Reason, Refusal};
+use crate::domain::{Facts, is_uuid};
+use crate::refusal::Refusal;
 use crate::volume::VolumeId;
 
 /// A domain may have a volume of another owner for some time.
@@ -26,7 +26,7 @@ impl Store {
     /// Grants, and records that; a grant for the same volume and domain takes the place of an earlier one.
     ///
     /// # Errors
-    /// [`Reason::NoKey`] when the volume is not enrolled, [`Reason::StoreUnavailable`] when the database
+    /// [`Reason::NoKey`](crate::refusal::Reason::NoKey) when the volume is not enrolled, [`Reason::StoreUnavailable`](crate::refusal::Reason::StoreUnavailable) when the database
     /// cannot be written.
     pub fn grant(&self, grant: &Grant) -> Result<(), Refusal> {
         let fault = |error| self.fault(&error);
@@ -41,9 +41,7 @@ impl Store {
             )
             .map_err(fault)?;
         if inserted == 0 {
-            let sentence =
-                format!("volume {} is not enrolled: 'volcrypt volume list' shows those that are", grant.volume);
-            return Err(Refusal::new(Reason::NoKey, sentence));
+            return Err(not_enrolled(&grant.volume));
         }
         let detail = format!("to domain {:?} until {} seconds after 1970", grant.domain, grant.expires_at);
         self.commit_recorded(transaction, Event::new(Kind::GrantAdded, &grant.volume, detail))?;
@@ -54,7 +52,7 @@ impl Store {
     /// Takes a grant back, and records that. Returns whether there was one.
     ///
     /// # Errors
-    /// [`Reason::StoreUnavailable`] when the database cannot be written.
+    /// [`Reason::StoreUnavailable`](crate::refusal::Reason::StoreUnavailable) when the database cannot be written.
     pub fn revoke(&self, volume: &VolumeId, domain: &str) -> Result<bool, Refusal> {
         let fault = |error| self.fault(&error);
         let mut connection = self.connection();
@@ -74,7 +72,7 @@ impl Store {
     /// All grants, those that have run out as well, by volume and domain.
     ///
     /// # Errors
-    /// [`Reason::StoreUnavailable`] when the database cannot be read.
+    /// [`Reason::StoreUnavailable`](crate::refusal::Reason::StoreUnavailable) when the database cannot be read.
     pub fn grants(&self) -> Result<Vec<Grant>, Refusal> {
         let connection = self.connection();
         let rows = connection
@@ -97,7 +95,7 @@ impl Store {
     /// a domain that has it as its name.
     ///
     /// # Errors
-    /// [`Reason::StoreUnavailable`] when the database cannot be read.
+    /// [`Reason::StoreUnavailable`](crate::refusal::Reason::StoreUnavailable) when the database cannot be read.
     pub fn is_granted(&self, volume: &VolumeId, domain: &Facts, now: i64) -> Result<bool, Refusal> {
         let name = (!is_uuid(&domain.name)).then_some(&domain.name);
         self.connection()
@@ -108,9 +106,4 @@ impl Store {
             )
             .map_err(|error| self.fault(&error))
     }
-}
-
-fn is_uuid(text: &str) -> bool {
-    let parts = text.split('-').map(|part| part.bytes().all(|byte| byte.is_ascii_hexdigit()).then_some(part.len()));
-    parts.eq([Some(8), Some(4), Some(4), Some(4), Some(12)])
 }

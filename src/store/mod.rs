@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, MAIN_DB, OpenFlags};
@@ -25,6 +25,7 @@ mod volumes;
 pub use audit::{AuditPage, AuditQuery, Verified};
 pub use grants::Grant;
 pub(crate) use keys::WrappedKey;
+pub(crate) use volumes::not_enrolled;
 pub use volumes::{EnrolledDevice, VolumeRecord, VolumeState};
 
 use schema::Migration;
@@ -127,6 +128,11 @@ impl Store {
     fn fault(&self, error: &rusqlite::Error) -> Refusal {
         fault::refusal(&self.path, error)
     }
+}
+
+/// The time that records carry: seconds since 1970-01-01 UTC, 0 if the clock stands before that.
+pub(crate) fn seconds_now() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |passed| passed.as_secs() as i64)
 }
 
 /// A connection that can write, or `None` when the file system is read-only.

@@ -122,6 +122,14 @@ impl VolumeRecord {
     }
 }
 
+/// The refusal for a volume without a record.
+pub(crate) fn not_enrolled(volume: &VolumeId) -> Refusal {
+    Refusal::new(Reason::NoKey, format!("volume {volume} is not enrolled: 'volcrypt volume list' shows those that are"))
+}
+
+/// What makes a volume's device the one with these parameters: target, LUN, WWID and device-mapper UUID.
+const IS_DEVICE: &str = "((iscsi_target = ?1 AND lun = ?2) OR wwid = ?3 OR dm_uuid = ?4)";
+
 const COLUMNS: &str = "id, iscsi_target, lun, wwid, size_bytes, profile, provider, cipher, key_size, sector_size, \
                        check_value, enrolled_at, state, owner, dm_uuid";
 
@@ -146,8 +154,7 @@ impl Store {
         let id: Option<String> = self
             .connection()
             .query_row(
-                "SELECT id FROM volumes
-                 WHERE state <> 'destroyed' AND ((iscsi_target = ?1 AND lun = ?2) OR wwid = ?3 OR dm_uuid = ?4)",
+                &format!("SELECT id FROM volumes WHERE state <> 'destroyed' AND {IS_DEVICE}"),
                 params![device.iscsi_target, lun, device.wwid, device.dm_uuid],
                 |row| row.get(0),
             )
@@ -204,8 +211,7 @@ impl Store {
         let lun = device.lun.map(|lun| signed(record, "lun", lun)).transpose()?;
         let holder: Option<String> = transaction
             .query_row(
-                "SELECT id FROM volumes
-                 WHERE state = 'enrolled' AND ((iscsi_target = ?1 AND lun = ?2) OR wwid = ?3 OR dm_uuid = ?4)",
+                &format!("SELECT id FROM volumes WHERE state = 'enrolled' AND {IS_DEVICE}"),
                 params![device.iscsi_target, lun, device.wwid, device.dm_uuid],
                 |row| row.get(0),
             )

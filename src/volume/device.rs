@@ -16,6 +16,12 @@ impl DeviceNumber {
     pub fn from_raw(raw: u64) -> Self {
         DeviceNumber { major: rustix::fs::major(raw), minor: rustix::fs::minor(raw) }
     }
+
+    /// Reads the form that it is written in.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (major, minor) = text.split_once(':')?;
+        Some(DeviceNumber { major: major.parse().ok()?, minor: minor.parse().ok()? })
+    }
 }
 
 /// The form that sysfs and device-mapper tables use: `8:0`.

@@ -3,12 +3,12 @@
 use std::cell::OnceCell;
 use std::sync::Arc;
 
-use super::{Broker, Vault, enrolled_device, seconds_now};
+use super::{Broker, Vault, enrolled_device};
 use crate::domain::{Facts, Requester};
 use crate::guest::{Domains, process_of};
 use crate::policy::Config;
 use crate::refusal::{Reason, Refusal};
-use crate::store::{Store, VolumeRecord};
+use crate::store::{Store, VolumeRecord, seconds_now};
 use crate::volume::{Identity, VolumeId};
 
 /// The domain that a thread which waits for an open runs. It is looked up when it matters, which it does

@@ -3,7 +3,7 @@
 use super::Broker;
 use crate::audit::{Event, Kind};
 use crate::refusal::{Reason, Refusal};
-use crate::store::{Grant, VolumeRecord, VolumeState};
+use crate::store::{Grant, VolumeRecord, VolumeState, not_enrolled, seconds_now};
 use crate::volume::{Identity, VolumeId};
 
 impl Broker {
@@ -12,7 +12,7 @@ impl Broker {
     /// # Errors
     /// [`Reason::NoKey`] when there is none.
     pub fn volume(&self, id: &VolumeId) -> Result<VolumeRecord, Refusal> {
-        self.vault()?.store.volume(id)?.ok_or_else(|| unknown(id))
+        self.vault()?.store.volume(id)?.ok_or_else(|| not_enrolled(id))
     }
 
     /// Takes a volume out of use; its key stays. To repeat it changes nothing.
@@ -77,7 +77,7 @@ impl Broker {
         let owner = owner.map(valid_name).transpose()?;
         match self.vault()?.store.set_owner(id, owner)? {
             true => self.volume(id),
-            false => Err(unknown(id)),
+            false => Err(not_enrolled(id)),
         }
     }
 
@@ -87,7 +87,7 @@ impl Broker {
     /// When the volume is unknown, the time is over already, or the name is none that a domain could have.
     pub fn grant(&self, grant: &Grant) -> Result<(), Refusal> {
         valid_name(&grant.domain)?;
-        if grant.expires_at <= super::seconds_now() {
+        if grant.expires_at <= seconds_now() {
             let sentence = format!("the grant of volume {} would be over already: give a time to come", grant.volume);
             return Err(Refusal::new(Reason::Configuration, sentence));
         }
@@ -186,10 +186,6 @@ fn in_use(id: &VolumeId) -> Refusal {
         Reason::NotAllowed,
         format!("volume {id} is in use on this host: detach it first; 'volcrypt status' shows from which domain"),
     )
-}
-
-fn unknown(id: &VolumeId) -> Refusal {
-    Refusal::new(Reason::NoKey, format!("volume {id} is not enrolled: 'volcrypt volume list' shows those that are"))
 }
 
 /// The name of an owner or a domain: what Nova and libvirt may use, in one printable line.

@@ -298,8 +298,13 @@ fn a_key_that_reached_the_disk_wrong_is_not_handed_out() {
     let manager = place.open();
     let key = Key::random(size(512)).unwrap();
     let wrapped = manager.kek.wrap(&id("one"), VERSION, &key).unwrap();
-    let info =
-        KeyInfo { volume: id("one"), key_size: size(512), version: VERSION, created_at: now(), destroyed: false };
+    let info = KeyInfo {
+        volume: id("one"),
+        key_size: size(512),
+        version: VERSION,
+        created_at: seconds_now(),
+        destroyed: false,
+    };
     assert_eq!(manager.store.insert_key(&info, &wrapped), Ok(true));
     // The disk changes a bit behind everybody's back.
     let log = place.path().join("volcrypt.db");

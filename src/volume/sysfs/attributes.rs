@@ -67,10 +67,8 @@ impl Node<'_> {
     fn number_of(&self, directory: &Path) -> Result<DeviceNumber, Refusal> {
         let node = Node { directory, device: self.device };
         let text = node.text("dev")?.ok_or_else(|| gone(self.device))?;
-        let number = text
-            .split_once(':')
-            .and_then(|(major, minor)| Some(DeviceNumber { major: major.parse().ok()?, minor: minor.parse().ok()? }));
-        number.ok_or_else(|| nonsense(self.device, &directory.join("dev"), "holds no device number"))
+        DeviceNumber::parse(&text)
+            .ok_or_else(|| nonsense(self.device, &directory.join("dev"), "holds no device number"))
     }
 }
 

@@ -1,4 +1,4 @@
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fs::OpenOptions;
 use std::io::{self, Read};
 use std::ops::RangeInclusive;
@@ -11,8 +11,10 @@ use toml::Spanned;
 use super::error::{ConfigError, Fault};
 use super::file::{AuditTable, DaemonTable, File, HookTable, KeyManagerTable, PolicyTable, ProfileTable, RuleTable};
 use super::guard::GuardConfig;
+use super::index::Index;
 use super::profile::{NAME_RULE, Profile, is_name};
 use super::rule::Rule;
+use crate::volume::Identity;
 
 /// Where the configuration is, unless a program is told otherwise.
 pub const DEFAULT_PATH: &str = "/etc/volcrypt/volcrypt.toml";
@@ -46,6 +48,7 @@ pub struct Config {
     pub audit: AuditConfig,
     profiles: BTreeMap<String, Profile>,
     rules: Vec<Rule>,
+    index: Index,
 }
 
 /// Which key manager is used.
@@ -225,8 +228,14 @@ impl Config {
         &self.rules
     }
 
+    /// The rules that match `device` itself, in that order.
+    pub(super) fn rules_for<'a>(&'a self, device: &Identity) -> impl Iterator<Item = &'a Rule> {
+        self.index.candidates(device).into_iter().map(|number| &self.rules[number]).filter(|rule| rule.matches(device))
+    }
+
     fn from_file(file: File) -> Result<Self, Fault> {
         let profiles = profiles(file.profiles)?;
+        let rules = rules(file.rules, &profiles)?;
         Ok(Config {
             key_manager: key_manager(file.key_manager)?,
             daemon: daemon(file.daemon)?,
@@ -234,7 +243,8 @@ impl Config {
             policy: policy(file.policy)?,
             guard: GuardConfig::new(file.guard)?,
             audit: audit(file.audit)?,
-            rules: rules(file.rules, &profiles)?,
+            index: Index::new(&rules),
+            rules,
             profiles,
         })
     }
@@ -385,11 +395,12 @@ fn profiles(tables: BTreeMap<Spanned<String>, ProfileTable>) -> Result<BTreeMap<
 }
 
 fn rules(tables: Vec<Spanned<RuleTable>>, profiles: &BTreeMap<String, Profile>) -> Result<Vec<Rule>, Fault> {
-    let mut rules: Vec<Rule> = Vec::with_capacity(tables.len());
+    let mut rules = Vec::with_capacity(tables.len());
+    let mut names = HashSet::with_capacity(tables.len());
     for table in tables {
         let span = table.span();
         let table = table.into_inner();
-        if rules.iter().any(|rule| rule.name() == table.name.get_ref()) {
+        if !names.insert(table.name.get_ref().clone()) {
             let sentence =
                 format!("there is a rule {:?} already; give every rule a name of its own", table.name.get_ref());
             return Err(Fault::new(table.name.span(), sentence));

@@ -59,7 +59,7 @@ impl Config {
         // A rule for some domains is enough: what is protected for one is ciphertext to every other. Only
         // one that lets some domain pass leaves the device open.
         let mut for_some = false;
-        for rule in self.rules().iter().filter(|rule| rule.matches(device)) {
+        for rule in self.rules_for(device) {
             match (rule.action(), rule.depends_on_domain()) {
                 (Action::Pass, _) => return false,
                 (Action::Protect(_) | Action::Deny, false) => return true,
@@ -75,7 +75,7 @@ impl Config {
     }
 
     fn deciding(&self, device: &Identity, requester: &dyn Requester) -> Option<&Rule> {
-        self.rules().iter().find(|rule| rule.matches(device) && rule.concerns(requester))
+        self.rules_for(device).find(|rule| rule.concerns(requester))
     }
 
     /// The first thing but a pass that any layer below `device` deserves.

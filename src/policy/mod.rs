@@ -6,6 +6,7 @@ mod error;
 mod explain;
 mod file;
 mod guard;
+mod index;
 mod multipath;
 mod pattern;
 mod profile;

@@ -120,7 +120,7 @@ impl Rule {
     fn check_names(&self, span: Range<usize>) -> Result<(), Fault> {
         let Some(protect) = self.protect() else { return Ok(()) };
         for gap in protect.volume_id.gaps() {
-            let captures = self.patterns().filter(|pattern| pattern.captures_name(gap)).count();
+            let captures = self.patterns().filter(|(_, pattern)| pattern.captures_name(gap)).count();
             let sources = captures + usize::from(gap == LUN);
             if sources == 0 {
                 let sentence = format!(
@@ -250,20 +250,31 @@ impl Rule {
 
     /// What else it asks for, and what `device` has.
     pub(super) fn conditions<'a>(&'a self, device: &'a Identity) -> [Condition<'a>; 3] {
-        let dm_uuid = device.mapping.as_ref().map(|mapping| mapping.uuid.as_str());
+        let [target, wwid, dm_uuid] = names_of(device);
         let condition =
-            |key, what, pattern: &'a Option<Pattern>, text| Condition { key, what, pattern: pattern.as_ref(), text };
+            |(key, text), what, pattern: &'a Option<Pattern>| Condition { key, what, pattern: pattern.as_ref(), text };
         [
-            condition("iscsi_target", "iSCSI target", &self.iscsi_target, device.iscsi_target()),
-            condition("wwid", "WWID", &self.wwid, device.wwid.as_deref()),
-            condition("dm_uuid", "device-mapper UUID", &self.dm_uuid, dm_uuid),
+            condition(target, "iSCSI target", &self.iscsi_target),
+            condition(wwid, "WWID", &self.wwid),
+            condition(dm_uuid, "device-mapper UUID", &self.dm_uuid),
         ]
     }
 
-    /// Those that may name the volume.
-    fn patterns(&self) -> impl Iterator<Item = &Pattern> {
-        [&self.iscsi_target, &self.wwid, &self.dm_uuid].into_iter().flatten()
+    /// Those that may name the volume, each with the word for it in the file.
+    pub(super) fn patterns(&self) -> impl Iterator<Item = (&'static str, &Pattern)> {
+        let patterns = [&self.iscsi_target, &self.wwid, &self.dm_uuid];
+        KEYS.into_iter().zip(patterns).filter_map(|(key, pattern)| Some((key, pattern.as_ref()?)))
     }
+}
+
+/// The words for what a pattern may ask for of a device.
+const KEYS: [&str; 3] = ["iscsi_target", "wwid", "dm_uuid"];
+
+/// What `device` has for each of [`KEYS`].
+pub(super) fn names_of(device: &Identity) -> [(&'static str, Option<&str>); 3] {
+    let dm_uuid = device.mapping.as_ref().map(|mapping| mapping.uuid.as_str());
+    let [target, wwid, uuid] = KEYS;
+    [(target, device.iscsi_target()), (wwid, device.wwid.as_deref()), (uuid, dm_uuid)]
 }
 
 fn action(table: &RuleTable, (profile_name, profile): (String, Profile)) -> Result<Action, Fault> {

@@ -99,7 +99,7 @@ fn outcome(captured: &Captured) -> String {
         Ok(identity) => match rules().trace(&identity, &Nobody).outcome {
             Outcome::Protected { volume, .. } => volume.to_string(),
             Outcome::Refused { sentence } => sentence,
-            Outcome::NotProtected => "not protected".to_owned(),
+            outcome => format!("{outcome:?}"),
         },
         Err(refusal) => refusal.to_string(),
     }

@@ -11,7 +11,7 @@ use crate::domain::Requester;
 use crate::policy::{Config, Outcome, Trace};
 use crate::protocol::{Identification, Reply, Request};
 use crate::volume::vpd::{Association, Designator, DesignatorKind};
-use crate::volume::{Mapping, Portrait};
+use crate::volume::{Mapping, Portrait, VolumeId};
 
 /// The handle is opened here, because the daemon does not see every folder, and without any right to what is
 /// there: looking at a device neither waits for it nor disturbs it.
@@ -117,6 +117,10 @@ fn judge(trace: &Trace, lines: &mut Vec<String>) {
         match &trace.outcome {
             Outcome::NotProtected => "not protected".to_owned(),
             Outcome::Protected { volume, rule } => format!("protected as volume {volume} by rule {rule}"),
+            Outcome::Mapped { volumes } => {
+                let volumes: Vec<&str> = volumes.iter().map(VolumeId::as_str).collect();
+                format!("for domains that may have the volume {}, whose mapping it is or stands on", volumes.join(", "))
+            }
             Outcome::Refused { sentence } => format!("refused: {sentence}"),
         },
     ));

@@ -2,6 +2,7 @@
 
 mod authorisation;
 mod lifecycle;
+mod mapped;
 mod policy;
 
 use std::io;
@@ -43,6 +44,15 @@ pub struct Vault {
     pub store: Arc<Store>,
     /// Their keys.
     pub keys: Box<dyn KeyManager>,
+}
+
+/// A disk that can be opened, as the hook has to know it.
+#[derive(Debug, Default)]
+pub struct Ready {
+    /// The protected volume that it is.
+    pub volume: Option<VolumeId>,
+    /// The volumes whose mappings it is or stands on.
+    pub mapped: Vec<VolumeId>,
 }
 
 /// What becomes of a block device that a guest opens.
@@ -99,9 +109,14 @@ impl Broker {
         let config = self.config()?;
         let identity = self.devices.identify(device)?;
         match config.decide(&identity, guest) {
-            Decision::Pass => self.check_not_enrolled(&config, &identity, guest).map(|()| Verdict::LetThrough),
+            Decision::Pass => {
+                self.check_not_enrolled(&config, &identity, guest)?;
+                self.use_mappings(&identity, permitted, guest)?;
+                Ok(Verdict::LetThrough)
+            }
             Decision::Refuse(refusal) => Err(refusal),
             Decision::Protect(protection) => {
+                self.use_mappings(&identity, permitted, guest)?;
                 let asker = Asker::current().known_as(guest.facts());
                 let opened = asker.ask(|| self.open_protected(&identity, &protection, permitted, flags, guest));
                 opened.map_err(|refusal| refusal.of(&protection.volume))
@@ -174,19 +189,20 @@ impl Broker {
     ///
     /// # Errors
     /// When it is protected and an open would be refused.
-    pub fn make_ready(&self, identity: &Identity, domain: &Facts) -> Result<Option<VolumeId>, Refusal> {
+    pub fn make_ready(&self, identity: &Identity, domain: &Facts) -> Result<Ready, Refusal> {
         let config = self.config()?;
-        match config.decide(identity, domain) {
-            Decision::Pass => self.check_not_enrolled(&config, identity, domain).map(|()| None),
-            Decision::Refuse(refusal) => Err(refusal),
+        let volume = match config.decide(identity, domain) {
+            Decision::Pass => self.check_not_enrolled(&config, identity, domain).map(|()| None)?,
+            Decision::Refuse(refusal) => return Err(refusal),
             Decision::Protect(protection) => {
                 let ready = self.record(identity, &protection, domain).and_then(|record| {
                     self.authorise(&record, domain)?;
                     self.key(&record)
                 });
-                ready.map(|_| Some(protection.volume.clone())).map_err(|refusal| refusal.of(&protection.volume))
+                ready.map(|_| Some(protection.volume.clone())).map_err(|refusal| refusal.of(&protection.volume))?
             }
-        }
+        };
+        Ok(Ready { volume, mapped: self.check_mappings(identity, domain)? })
     }
 
     /// What the kernel says of `device`.

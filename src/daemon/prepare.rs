@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::broker::{Broker, no_such_device};
+use super::broker::{Broker, Ready, no_such_device};
 use crate::audit::{Asker, Kind};
 use crate::domain::{Disk, Domain, Facts, Source, quoted};
 use crate::guest::{block_device_at, is_no_device};
@@ -37,7 +37,13 @@ fn prepare_domain(broker: &Broker, name: &str, domain: &Domain) -> Result<(), Re
         let refused = |refusal: Refusal| in_disk(disk, &refusal);
         match &disk.source {
             Source::Path(path) => {
-                if let Some(volume) = prepare_path(broker, path, &facts).map_err(refused)? {
+                let ready = prepare_path(broker, path, &facts).map_err(refused)?;
+                for volume in &ready.mapped {
+                    let detail = format!("made ready for disk {} as {}", disk.target, path.display());
+                    broker.record_use(Kind::KeyUsed, volume, &detail).map_err(refused)?;
+                    broker.merge_audit_soon();
+                }
+                if let Some(volume) = ready.volume {
                     check_disk(disk, &volume).map_err(|refusal| refused(refusal.of(&volume)))?;
                     check_emulator(name, domain, &format!("the protected volume {volume}"))
                         .map_err(|refusal| refusal.of(&volume))?;
@@ -55,11 +61,11 @@ fn prepare_domain(broker: &Broker, name: &str, domain: &Domain) -> Result<(), Re
     Ok(())
 }
 
-fn prepare_path(broker: &Broker, path: &Path, domain: &Facts) -> Result<Option<VolumeId>, Refusal> {
+fn prepare_path(broker: &Broker, path: &Path, domain: &Facts) -> Result<Ready, Refusal> {
     match block_device_at(path) {
         Ok(device) => broker.make_ready(&broker.identify(device)?, domain),
         // An image file, which no rule protects; or nothing yet, about which libvirt says its own.
-        Err(error) if is_no_device(&error) => Ok(None),
+        Err(error) if is_no_device(&error) => Ok(Ready::default()),
         Err(error) => Err(no_such_device(path, &error)),
     }
 }
@@ -67,7 +73,7 @@ fn prepare_path(broker: &Broker, path: &Path, domain: &Facts) -> Result<Option<V
 /// QEMU's own iSCSI client never opens a device, so nothing would encrypt what it sends.
 fn check_unit(broker: &Broker, target: &str, lun: u64, domain: &Facts) -> Result<(), Refusal> {
     match broker.make_ready(&Identity::of_iscsi_unit(target, lun), domain) {
-        Ok(None) => Ok(()),
+        Ok(Ready { volume: None, .. }) => Ok(()),
         _ => Err(Refusal::new(
             Reason::NotAllowed,
             format!(

@@ -11,10 +11,9 @@ use super::{Mapping, MappingSpec, VolumeEncryptor};
 use crate::keys::Key;
 use crate::refusal::{Reason, Refusal};
 use crate::sys::keyring::ThreadKey;
-use crate::volume::VolumeId;
+use crate::volume::{OWN_UUID_PREFIX, parse_own_uuid};
 
 const NAME_PREFIX: &str = "volcrypt-";
-const UUID_PREFIX: &str = "VOLCRYPT-";
 const FORMAT: &str = "PLAIN";
 
 /// How long a mapping that is being removed may keep its name.
@@ -86,7 +85,7 @@ struct Opening<'a> {
 impl<'a> Opening<'a> {
     fn new(wanted: &'a MappingSpec<'a>) -> Result<Self, Refusal> {
         let id = &wanted.record.id;
-        let uuid = format!("{UUID_PREFIX}{FORMAT}-{id}");
+        let uuid = format!("{OWN_UUID_PREFIX}{FORMAT}-{id}");
         Ok(Opening { wanted, mapper: connect()?, name: format!("{NAME_PREFIX}{id}"), uuid })
     }
 
@@ -256,7 +255,7 @@ fn ours(mapper: &DeviceMapper) -> Result<Vec<String>, Refusal> {
 
 fn describe(mapper: &DeviceMapper, name: &str) -> io::Result<Option<Mapping>> {
     let Some(device) = mapper.find(name)? else { return Ok(None) };
-    let Some((format, volume)) = parse_uuid(&device.uuid) else { return Ok(None) };
+    let Some((format, volume)) = parse_own_uuid(&device.uuid) else { return Ok(None) };
     let table = mapper.table(name)?.unwrap_or_default();
     let crypt = table.first().and_then(|(_, _, _, parameters)| cipher_and_backing(parameters));
     Ok(Some(Mapping {
@@ -271,29 +270,15 @@ fn describe(mapper: &DeviceMapper, name: &str) -> io::Result<Option<Mapping>> {
     }))
 }
 
-/// Format and volume id of one of our UUIDs.
-fn parse_uuid(uuid: &str) -> Option<(&str, VolumeId)> {
-    let (format, id) = uuid.strip_prefix(UUID_PREFIX)?.split_once('-')?;
-    Some((format, id.parse().ok()?))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_uuid_names_format_and_volume() {
-        let (format, id) = parse_uuid("VOLCRYPT-PLAIN-0b1f7c1e-1111").unwrap();
-        assert_eq!((format, id.as_str()), ("PLAIN", "0b1f7c1e-1111"));
-        for foreign in ["", "LVM-x", "VOLCRYPT-", "VOLCRYPT-PLAIN", "VOLCRYPT-PLAIN-", "VOLCRYPT-PLAIN-../x"] {
-            assert!(parse_uuid(foreign).is_none(), "{foreign}");
-        }
-    }
+    use crate::volume::VolumeId;
 
     #[test]
     fn the_longest_id_fits_device_mapper() {
         let id = "x".repeat(VolumeId::MAX_LENGTH);
         assert!(NAME_PREFIX.len() + id.len() <= 127);
-        assert!(UUID_PREFIX.len() + FORMAT.len() + 1 + id.len() <= 128);
+        assert!(OWN_UUID_PREFIX.len() + FORMAT.len() + 1 + id.len() <= 128);
     }
 }

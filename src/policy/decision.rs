@@ -36,9 +36,13 @@ impl Config {
     /// device that none matches passes, unless it comes over iSCSI and the configuration denies those.
     ///
     /// A partition of a protected volume, or a stack that stands on one, is refused: neither the
-    /// raw volume nor a part of the ciphertext may reach a guest that way. What stands on a mapping
-    /// of volcrypt's own is encrypted by it and passes.
+    /// raw volume nor a part of the ciphertext may reach a guest that way. A mapping of volcrypt's own,
+    /// and what stands on one, is encrypted by it and passes, as far as rules go: whether the requester may have
+    /// the volumes of [`Identity::own_mappings`] is not the configuration's to say.
     pub fn decide(&self, device: &Identity, requester: &dyn Requester) -> Decision<'_> {
+        if let Some(volume) = device.own_volume() {
+            return self.of_mapping(device, &volume, requester);
+        }
         match self.beneath(device, requester) {
             Decision::Pass => self.of_volume(device, requester),
             Decision::Protect(protection) => Decision::Refuse(not_the_volume(device, &protection)),
@@ -49,7 +53,7 @@ impl Config {
     /// Whether no process of a guest may open `device` itself, wrapped or not: everything that no domain at
     /// all may have as it is.
     pub fn is_guarded(&self, device: &Identity) -> bool {
-        if device.is_own_mapping() {
+        if device.own_volume().is_some() {
             return false;
         }
         self.guards_itself(device) || device.underlying.iter().any(|below| self.is_guarded(below))
@@ -80,13 +84,14 @@ impl Config {
 
     /// The first thing but a pass that any layer below `device` deserves.
     fn beneath(&self, device: &Identity, requester: &dyn Requester) -> Decision<'_> {
-        if device.is_own_mapping() {
-            return Decision::Pass;
-        }
         for below in &device.underlying {
-            // The paths of a multipath map are the volume that it is; `of_volume` looks at them.
-            let itself = if device.is_multipath() { Decision::Pass } else { self.of_itself(below, requester) };
-            for decision in [itself, self.beneath(below, requester)] {
+            let decisions = match below.own_volume() {
+                Some(volume) => [self.of_mapping(below, &volume, requester), Decision::Pass],
+                // The paths of a multipath map are the volume that it is; `of_volume` looks at them.
+                None if device.is_multipath() => [Decision::Pass, self.beneath(below, requester)],
+                None => [self.of_itself(below, requester), self.beneath(below, requester)],
+            };
+            for decision in decisions {
                 if !matches!(decision, Decision::Pass) {
                     return decision;
                 }
@@ -95,10 +100,43 @@ impl Config {
         Decision::Pass
     }
 
-    pub(super) fn of_itself(&self, device: &Identity, requester: &dyn Requester) -> Decision<'_> {
-        if device.is_own_mapping() {
-            return Decision::Pass;
+    /// What becomes of volcrypt's own mapping of `volume`. It is the volume in clear, so it passes only where
+    /// the device with the ciphertext would be protected as that volume: a rule that denies it, lets it pass as
+    /// it is, or is about other domains holds whatever name the volume is asked for by.
+    fn of_mapping(&self, mapping: &Identity, volume: &VolumeId, requester: &dyn Requester) -> Decision<'_> {
+        let refuse = |reason, what: String| {
+            let sentence = format!("{mapping} is volcrypt's own mapping of volume {volume}, and {what}");
+            Decision::Refuse(Refusal::new(reason, sentence).of(volume))
+        };
+        for below in &mapping.underlying {
+            match self.decide(below, requester) {
+                Decision::Protect(protection) if protection.volume == *volume => {}
+                Decision::Protect(protection) => {
+                    let what = format!(
+                        "rule {:?} calls {below} beneath it volume {}: correct the rule, or detach the volume and attach \
+                         it anew",
+                        protection.rule.name(),
+                        protection.volume
+                    );
+                    return refuse(Reason::Configuration, what);
+                }
+                Decision::Refuse(refusal) => return refuse(refusal.reason(), refusal.to_string()),
+                Decision::Pass => {
+                    let what = format!(
+                        "no rule protects {below} beneath it for this domain: correct the rules ('volcrypt policy test \
+                         --device {below}' tries them)"
+                    );
+                    return refuse(Reason::NotAllowed, what);
+                }
+            }
         }
+        match mapping.underlying.is_empty() {
+            true => refuse(Reason::DeviceGone, "there is no device beneath it: attach the volume anew".to_owned()),
+            false => Decision::Pass,
+        }
+    }
+
+    pub(super) fn of_itself(&self, device: &Identity, requester: &dyn Requester) -> Decision<'_> {
         let rule = self.deciding(device, requester);
         match rule.map(|rule| (rule, rule.action())) {
             None if self.denies_unmatched(device) => Decision::Refuse(Refusal::new(

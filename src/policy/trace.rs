@@ -39,6 +39,11 @@ pub enum Outcome {
         /// The rule that says so.
         rule: String,
     },
+    /// It is volcrypt's own mapping of volumes, or stands on such mappings: for domains that may have them all.
+    Mapped {
+        /// The volumes.
+        volumes: Vec<VolumeId>,
+    },
     /// No guest may have it.
     Refused {
         /// What is wrong and what to do.
@@ -59,7 +64,10 @@ impl Config {
         });
         let rules = rules.collect();
         let outcome = match self.decide(device, requester) {
-            Decision::Pass => Outcome::NotProtected,
+            Decision::Pass => match device.own_mappings() {
+                mappings if mappings.is_empty() => Outcome::NotProtected,
+                mappings => Outcome::Mapped { volumes: mappings.into_iter().map(|(volume, _)| volume).collect() },
+            },
             Decision::Protect(protection) => {
                 Outcome::Protected { volume: protection.volume, rule: protection.rule.name().to_owned() }
             }
@@ -80,7 +88,7 @@ impl Rule {
         if let Some(why) = self.mismatch(device) {
             return (false, why);
         }
-        if device.is_own_mapping() {
+        if device.own_volume().is_some() {
             return (false, "it would match, but this is volcrypt's own mapping".to_owned());
         }
         if !self.concerns(requester) {

@@ -2,7 +2,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use super::DeviceNumber;
+use super::{DeviceNumber, VolumeId};
 
 /// What the kernel says of a block device, read from sysfs at one moment.
 ///
@@ -65,6 +65,15 @@ impl Mapping {
     }
 }
 
+/// What the dm UUID of every mapping that volcrypt makes starts with.
+pub const OWN_UUID_PREFIX: &str = "VOLCRYPT-";
+
+/// Format and volume of a mapping that volcrypt made, from its dm UUID: `VOLCRYPT-<format>-<volume id>`.
+pub fn parse_own_uuid(uuid: &str) -> Option<(&str, VolumeId)> {
+    let (format, id) = uuid.strip_prefix(OWN_UUID_PREFIX)?.split_once('-')?;
+    Some((format, id.parse().ok()?))
+}
+
 /// The path of its node, as one printable line.
 impl fmt::Display for Mapping {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -109,9 +118,15 @@ impl Identity {
         self.iscsi.as_ref().map(|iscsi| iscsi.target.as_str())
     }
 
-    /// Whether this is a mapping that volcrypt made: its dm UUID starts with `VOLCRYPT-`.
-    pub fn is_own_mapping(&self) -> bool {
-        self.mapping.as_ref().is_some_and(|mapping| mapping.uuid.starts_with("VOLCRYPT-"))
+    /// The volume that this device is, if it is a mapping that volcrypt made.
+    pub fn own_volume(&self) -> Option<VolumeId> {
+        parse_own_uuid(&self.mapping.as_ref()?.uuid).map(|(_, volume)| volume)
+    }
+
+    /// Every mapping that volcrypt made, of this device and those that it stands on, with its volume.
+    pub fn own_mappings(&self) -> Vec<(VolumeId, &Identity)> {
+        let itself = self.own_volume().map(|volume| (volume, self));
+        itself.into_iter().chain(self.underlying.iter().flat_map(Identity::own_mappings)).collect()
     }
 }
 
@@ -123,6 +138,20 @@ impl fmt::Display for Identity {
             Some(mapping) => mapping.fmt(f),
             // The kernel writes '!' in sysfs for a '/' in the device's name.
             None => write!(f, "/dev/{}", self.name.replace('!', "/").escape_debug()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_uuid_names_format_and_volume() {
+        let (format, id) = parse_own_uuid("VOLCRYPT-PLAIN-0b1f7c1e-1111").unwrap();
+        assert_eq!((format, id.as_str()), ("PLAIN", "0b1f7c1e-1111"));
+        for foreign in ["", "LVM-x", "VOLCRYPT-", "VOLCRYPT-PLAIN", "VOLCRYPT-PLAIN-", "VOLCRYPT-PLAIN-../x"] {
+            assert!(parse_own_uuid(foreign).is_none(), "{foreign}");
         }
     }
 }

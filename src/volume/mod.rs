@@ -13,5 +13,5 @@ pub use blank::{Content, examine};
 pub use details::{Details, LogicalVolume, Portrait};
 pub use device::DeviceNumber;
 pub use id::{InvalidVolumeId, VolumeId};
-pub use identity::{Identity, Iscsi, Mapping};
+pub use identity::{Identity, Iscsi, Mapping, OWN_UUID_PREFIX, parse_own_uuid};
 pub use sysfs::Sysfs;

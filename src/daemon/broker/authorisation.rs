@@ -65,7 +65,7 @@ impl Broker {
         device: &Identity,
         requester: &dyn Requester,
     ) -> Result<(), Refusal> {
-        if device.is_own_mapping() || config.lets_pass(device, requester) {
+        if device.own_volume().is_some() || config.lets_pass(device, requester) {
             return Ok(());
         }
         let Some(vault) = self.present_vault(config)? else { return Ok(()) };

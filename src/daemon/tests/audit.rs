@@ -185,6 +185,52 @@ fn the_hook_is_recorded_with_the_domain() {
     assert_eq!(records[1].event.detail, "made ready for disk sda");
 }
 
+#[test]
+fn a_use_of_a_volume_by_the_name_of_its_mapping_is_recorded() {
+    let world = World::new();
+    let (disk, mapping) = (world.add_volume("named", 49), world.add_volume("mapping", 50));
+    let node = Node::new("/dev", mapping);
+    let below = world.identify(disk).unwrap();
+    world.change(mapping, |identity| {
+        let (name, uuid) = ("volcrypt-named".to_owned(), "VOLCRYPT-PLAIN-named".to_owned());
+        identity.mapping = Some(crate::volume::Mapping { name, uuid });
+        (identity.iscsi, identity.lun, identity.wwid, identity.underlying) = (None, None, None, vec![below]);
+    });
+    let broker = world.broker_saying(false, "[hook]\nother_emulators = \"start\"\n");
+    broker.enrol(disk, Some("p1")).unwrap();
+    let xml = |owner: &str| {
+        format!(
+            "<domain><name>vm</name><metadata><o:owner xmlns:o='https://volcrypt.org/xmlns/libvirt/owner/1'>{owner}\
+             </o:owner></metadata><devices><emulator>/usr/bin/qemu</emulator><disk type='block' device='disk'>\
+             <source dev='{}'/><target dev='sda'/></disk></devices></domain>",
+            node.0.display()
+        )
+    };
+    prepare(&broker, "vm", &xml("p1")).unwrap();
+    prepare(&broker, "vm", &xml("p2")).unwrap_err();
+    let path = node.0.clone();
+    assert_eq!(as_guest(broker, DEADLINE, move || open_errno(&path)), Some(libc::EACCES));
+    let mut world = world;
+    world.domain = Some(vm_of("p1"));
+    let broker = world.broker(false);
+    let path = node.0.clone();
+    // There is no such device, which the kernel says once it is let through.
+    assert_eq!(as_guest(broker, DEADLINE, move || open_errno(&path)), Some(libc::ENXIO));
+    let records = log(&world, 5);
+    let guest = format!("volume named, domain \"vm\", pid {}, by guest", std::process::id());
+    assert_eq!(
+        texts(&records)[1..],
+        [
+            "key-used, volume named, domain \"vm\", by hook: done".to_owned(),
+            "refused, volume named, domain \"vm\", by hook: EACCES".to_owned(),
+            format!("refused, {guest}: EACCES"),
+            format!("key-used, {guest}: done"),
+        ]
+    );
+    assert_eq!(records[1].event.detail, format!("made ready for disk sda as {}", node.0.display()));
+    assert_eq!(records[4].event.detail, "opened as /dev/mapper/volcrypt-named");
+}
+
 /// What the control socket says to `request`, which may come with a file.
 fn ask(control: &Control, request: &Request, file: Option<&File>) -> Response {
     let (client, server) = UnixStream::pair().unwrap();

@@ -225,3 +225,115 @@ fn scsi_commands_reach_no_protected_volume() {
     assert_eq!(refusal(broker.pass_commands(device, &vm())).errno(), libc::EACCES);
     assert!(matches!(broker.pass_commands(other, &vm()).unwrap(), Verdict::LetThrough));
 }
+
+/// Adds volcrypt's own mapping of volume `id` on `backing`.
+fn add_mapping(world: &World, id: &str, backing: DeviceNumber, minor: u32) -> DeviceNumber {
+    let number = world.add_volume("none", minor);
+    let below = world.identify(backing).unwrap();
+    world.change(number, |identity| {
+        let (name, uuid) = (format!("volcrypt-{id}"), format!("VOLCRYPT-PLAIN-{id}"));
+        identity.mapping = Some(crate::volume::Mapping { name, uuid });
+        (identity.iscsi, identity.lun, identity.wwid) = (None, None, None);
+        identity.underlying = vec![below];
+    });
+    number
+}
+
+/// Adds what stands on `below`.
+fn add_stack(world: &World, below: &[DeviceNumber], minor: u32) -> DeviceNumber {
+    let number = add_mapping(world, "x", below[0], minor);
+    let underlying = below.iter().map(|number| world.identify(*number).unwrap()).collect();
+    world.change(number, |identity| {
+        identity.mapping = Some(crate::volume::Mapping { name: "vg-lv".to_owned(), uuid: "LVM-x".to_owned() });
+        identity.underlying = underlying;
+    });
+    number
+}
+
+#[test]
+fn a_mapping_that_is_named_is_its_volume_and_goes_to_the_same_domains() {
+    let world = World::new();
+    let disk = world.add_volume("one", 0);
+    let broker = world.broker(false);
+    let mapping = add_mapping(&world, "one", disk, 100);
+    for device in [mapping, add_stack(&world, &[mapping], 101)] {
+        let open = |guest: &Facts| broker.open(device, true, OFlags::RDWR, guest);
+        let ready = |guest: &Facts| broker.make_ready(&world.identify(device).unwrap(), guest);
+        if broker.volume(&"one".parse().unwrap()).is_err() {
+            assert_eq!(refusal(open(&vm_of("p1"))).errno(), libc::ENOKEY);
+            broker.enrol(disk, Some("p1")).unwrap();
+        }
+        assert!(matches!(open(&vm_of("p1")).unwrap(), Verdict::LetThrough));
+        let ready_one = ready(&vm_of("p1")).unwrap();
+        assert_eq!((ready_one.volume, ready_one.mapped), (None, vec!["one".parse().unwrap()]));
+
+        for other in [vm_of("p2"), vm()] {
+            let refusal = refusal(open(&other));
+            assert_eq!((refusal.errno(), refusal.volume().unwrap().as_str()), (libc::EACCES, "one"));
+            assert!(refusal.to_string().contains("volcrypt grant add one vm"), "{refusal}");
+            assert_eq!(ready(&other).unwrap_err(), refusal);
+        }
+        let until = crate::store::seconds_now() + 60;
+        let grant = crate::store::Grant {
+            volume: "one".parse().unwrap(),
+            domain: "vm".into(),
+            expires_at: until,
+            created_at: 0,
+        };
+        broker.grant(&grant).unwrap();
+        assert!(open(&vm_of("p2")).is_ok());
+        broker.revoke(&"one".parse().unwrap(), "vm").unwrap();
+        assert_eq!(refusal(broker.open(device, true, OFlags::RDWR, &crate::domain::Nobody)).errno(), libc::EACCES);
+        let not_given = refusal(broker.open(device, false, OFlags::RDWR, &vm_of("p1")));
+        assert!(not_given.to_string().contains("libvirt has not given it to this QEMU"), "{not_given}");
+
+        broker.retire(&"one".parse().unwrap()).unwrap();
+        assert_eq!(refusal(open(&vm_of("p1"))).errno(), libc::ENOKEY);
+        broker.enrol(disk, None).unwrap();
+    }
+    assert!(world.opened().is_empty());
+}
+
+#[test]
+fn a_mapping_on_another_device_than_was_enrolled_is_refused() {
+    let world = World::new();
+    let disk = world.add_volume("one", 0);
+    let broker = world.broker(false);
+    broker.enrol(disk, None).unwrap();
+    world.change(disk, |identity| identity.wwid = Some("naa.other".to_owned()));
+    let mapping = add_mapping(&world, "one", disk, 100);
+    assert_eq!(refusal(broker.open(mapping, true, OFlags::RDWR, &vm())).errno(), libc::EMEDIUMTYPE);
+}
+
+#[test]
+fn what_stands_on_two_mappings_is_for_who_may_have_both() {
+    let world = World::new();
+    let disks = [world.add_volume("one", 0), world.add_volume("two", 1)];
+    let broker = world.broker(false);
+    broker.enrol(disks[0], Some("p1")).unwrap();
+    broker.enrol(disks[1], Some("p2")).unwrap();
+    let mappings = [add_mapping(&world, "one", disks[0], 100), add_mapping(&world, "two", disks[1], 101)];
+    let stack = add_stack(&world, &mappings, 102);
+    for owner in ["p1", "p2"] {
+        assert_eq!(refusal(broker.open(stack, true, OFlags::RDWR, &vm_of(owner))).errno(), libc::EACCES);
+    }
+    broker.set_owner(&"two".parse().unwrap(), Some("p1")).unwrap();
+    assert!(broker.open(stack, true, OFlags::RDWR, &vm_of("p1")).is_ok());
+}
+
+#[test]
+fn a_rule_that_denies_a_volume_denies_its_mapping() {
+    let world = World::new();
+    let disk = world.add_volume("one", 0);
+    let denying = "[[rules]]\nname = \"no\"\naction = \"deny\"\niscsi_target = '.*'\ndomain = 'vm'\n";
+    let broker = world.broker_saying(false, "");
+    broker.enrol(disk, None).unwrap();
+    let mapping = add_mapping(&world, "one", disk, 100);
+    assert!(broker.open(mapping, true, OFlags::RDWR, &vm()).is_ok());
+    let state = world.path().join("state");
+    let rules = |rules: &str| world.broker_with(&format!("[key_manager]\ndirectory = {state:?}\n{rules}"));
+    for broker in [rules(denying), rules("")] {
+        let refusal = refusal(broker.open(mapping, true, OFlags::RDWR, &vm()));
+        assert_eq!((refusal.errno(), refusal.volume().unwrap().as_str()), (libc::EACCES, "one"));
+    }
+}

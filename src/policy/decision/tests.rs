@@ -167,16 +167,52 @@ fn a_part_of_a_protected_volume_is_refused_with_both_names() {
 #[test]
 fn own_mappings_pass_and_so_does_what_stands_on_them() {
     let config = config(CINDER);
-    let own = mapping("volcrypt-x", "VOLCRYPT-plain-x", cinder_disk());
+    let own_uuid = format!("VOLCRYPT-PLAIN-{ID}");
+    let own = mapping("volcrypt-x", &own_uuid, cinder_disk());
     assert_eq!(outcome(&config, &own), "pass");
     assert_eq!(outcome(&config, &mapping("vg-lv", "LVM-x", own.clone())), "pass");
-    for forged in ["volcrypt-plain-x", "xVOLCRYPT-", "VOLCRYPT", ""] {
+    for forged in
+        ["VOLCRYPT-PLAIN", &own_uuid.to_lowercase(), &format!("x{own_uuid}"), "VOLCRYPT-PLAIN-..", "VOLCRYPT", ""]
+    {
         assert_eq!(outcome(&config, &mapping("volcrypt-x", forged, cinder_disk())), "NotAllowed", "{forged}");
     }
     // A mapping of ours next to a raw protected disk hides nothing.
     let mut mixed = mapping("raid", "", own);
     mixed.underlying.push(cinder_disk());
     assert_eq!(outcome(&config, &mixed), "NotAllowed");
+}
+
+#[test]
+fn an_own_mapping_passes_only_as_the_volume_that_the_rules_protect() {
+    let own = mapping("volcrypt-x", &format!("VOLCRYPT-PLAIN-{ID}"), cinder_disk());
+    let on_it = mapping("vg-lv", "LVM-x", own.clone());
+    let by_domain = config(BY_DOMAIN);
+    for device in [&own, &on_it] {
+        let said = |domain: &Facts| outcome_for(&by_domain, device, domain);
+        assert_eq!(said(&domain("web", Some("p1"))), "pass");
+        assert_eq!(
+            said(&domain("web", Some("p9"))),
+            format!(
+                "/dev/mapper/volcrypt-x is volcrypt's own mapping of volume {ID}, and rule \"foreign\" denies /dev/sda to \
+                 domain web"
+            )
+        );
+        // Whom a rule gives the ciphertext does not get what it holds.
+        assert!(said(&domain("backup-1", None)).contains("no rule protects /dev/sda beneath it for this domain"));
+        assert_eq!(outcome(&config(""), device), "NotAllowed");
+        let other = config("[[rules]]\nname = 'a'\niscsi_target = '.*'\nvolume_id = 'other'\n");
+        assert_eq!(outcome(&other, device), "Configuration");
+    }
+    let half_made = Identity { underlying: Vec::new(), ..own };
+    assert_eq!(outcome(&config(CINDER), &half_made), "DeviceGone");
+}
+
+#[test]
+fn a_trace_says_whose_mapping_it_is() {
+    let own = mapping("volcrypt-x", &format!("VOLCRYPT-PLAIN-{ID}"), cinder_disk());
+    let expected = super::super::Outcome::Mapped { volumes: vec![ID.parse().unwrap()] };
+    assert_eq!(config(CINDER).trace(&own, &Nobody).outcome, expected);
+    assert_eq!(config(CINDER).trace(&mapping("vg-lv", "LVM-x", own), &Nobody).outcome, expected);
 }
 
 #[test]
@@ -207,7 +243,7 @@ proptest! {
         let disk = Identity { wwid: Some(wwid.clone()), ..disk(&target) };
         let expected = format!("{target}{wwid}").parse::<VolumeId>().ok();
         match config.decide(&disk, &Nobody) {
-            Decision::Protect(protection) => prop_assert_eq!(Some(protection.volume), expected),
+            Decision::Protect(protection) => prop_assert_eq!(Some(&protection.volume), expected.as_ref()),
             Decision::Refuse(refusal) => {
                 prop_assert!(expected.is_none());
                 prop_assert!(!refusal.to_string().contains(['\n', '\0']));
@@ -216,7 +252,8 @@ proptest! {
         }
         for above in [partition(disk.clone()), mapping(&target, &wwid, disk)] {
             let passes = matches!(config.decide(&above, &Nobody), Decision::Pass);
-            prop_assert_eq!(passes, above.is_own_mapping());
+            // A map may be called so by chance, and may then be the mapping of the very volume.
+            prop_assert!(!passes || (expected.is_some() && above.own_volume() == expected));
         }
     }
 }
@@ -282,7 +319,7 @@ fn only_what_no_domain_may_open_is_guarded() {
     for device in [cinder_disk(), partition(cinder_disk()), mapping("lv", "LVM-x", cinder_disk())] {
         assert!(always.is_guarded(&device), "{device}");
     }
-    assert!(!always.is_guarded(&mapping("volcrypt-x", "VOLCRYPT-plain-x", cinder_disk())));
+    assert!(!always.is_guarded(&mapping("volcrypt-x", "VOLCRYPT-PLAIN-x", cinder_disk())));
     assert!(!always.is_guarded(&disk("iqn.other")));
     let strict = config("[policy]\nunmatched_iscsi = 'deny'\n");
     assert!(strict.is_guarded(&disk("iqn.other")) && !strict.is_guarded(&device("sdb")));

@@ -146,7 +146,7 @@ fn a_stack_is_followed_to_its_disks() {
     let top = tree.identify(253, 1).unwrap();
     assert_eq!(top.mapping, Some(Mapping { name: "vg-lv".to_owned(), uuid: "LVM-abc".to_owned() }));
     assert_eq!(top.to_string(), "/dev/mapper/vg-lv");
-    assert!(!top.is_own_mapping());
+    assert!(top.own_mappings().is_empty());
     assert_eq!(top.underlying[0].underlying[0].name, "sda");
 }
 

@@ -1,0 +1,65 @@
+//! Volumes that a domain names by their mapping, `/dev/mapper/volcrypt-<volume id>`, or by what stands on it.
+
+use super::Broker;
+use super::authorisation::known;
+use crate::audit::{Asker, Kind};
+use crate::domain::Requester;
+use crate::refusal::{Reason, Refusal};
+use crate::volume::{Identity, VolumeId};
+
+impl Broker {
+    /// The volumes whose mappings `device` is or stands on, if `requester` may have each of them. A mapping
+    /// holds its volume in clear, so all that holds for the volume holds for it: it is enrolled, on the device
+    /// beneath, and for this domain.
+    pub(super) fn check_mappings(
+        &self,
+        device: &Identity,
+        requester: &dyn Requester,
+    ) -> Result<Vec<VolumeId>, Refusal> {
+        let mappings = device.own_mappings().into_iter();
+        mappings.map(|(volume, mapping)| self.check_mapping(volume, mapping, requester)).collect()
+    }
+
+    /// As [`Broker::check_mappings`] for a guest that opens `device`, and records each use. `permitted` says
+    /// whether the guest may open the device's node at all.
+    pub(super) fn use_mappings(
+        &self,
+        device: &Identity,
+        permitted: bool,
+        guest: &dyn Requester,
+    ) -> Result<(), Refusal> {
+        let Some((volume, _)) = device.own_mappings().into_iter().next() else { return Ok(()) };
+        if !permitted {
+            let sentence =
+                format!("{device} gives access to volume {volume}, and libvirt has not given it to this QEMU");
+            return Err(Refusal::new(Reason::NotAllowed, sentence).of(&volume));
+        }
+        let volumes = self.check_mappings(device, guest)?;
+        Asker::current().known_as(guest.facts()).ask(|| {
+            volumes.iter().try_for_each(|volume| self.record_use(Kind::KeyUsed, volume, &format!("opened as {device}")))
+        })?;
+        self.merge_audit_soon();
+        Ok(())
+    }
+
+    fn check_mapping(
+        &self,
+        volume: VolumeId,
+        mapping: &Identity,
+        requester: &dyn Requester,
+    ) -> Result<VolumeId, Refusal> {
+        let check = || {
+            let domain = known(requester, &volume)?;
+            let record = self.volume(&volume)?;
+            for below in &mapping.underlying {
+                self.check_state(below, &record)?;
+                self.check_device(below, &record)?;
+            }
+            self.authorise(&record, domain)
+        };
+        match check() {
+            Ok(()) => Ok(volume),
+            Err(refusal) => Err(refusal.of(&volume)),
+        }
+    }
+}

@@ -77,7 +77,7 @@ fn check_unit(broker: &Broker, target: &str, lun: u64, domain: &Facts) -> Result
         _ => Err(Refusal::new(
             Reason::NotAllowed,
             format!(
-                "LUN {lun} of {target} is protected, and QEMU's own iSCSI client would write to it unencrypted: log in to \
+                "LUN {lun} of {target} is or may be a protected volume, and QEMU's own iSCSI client would write to it unencrypted: log in to \
                  the target on the host and give the guest the block device"
             ),
         )),

@@ -13,7 +13,7 @@ use super::file::{AuditTable, DaemonTable, File, HookTable, KeyManagerTable, Pol
 use super::guard::GuardConfig;
 use super::index::Index;
 use super::profile::{NAME_RULE, Profile, is_name};
-use super::rule::Rule;
+use super::rule::{Fit, Rule};
 use crate::volume::Identity;
 
 /// Where the configuration is, unless a program is told otherwise.
@@ -228,9 +228,10 @@ impl Config {
         &self.rules
     }
 
-    /// The rules that match `device` itself, in that order.
-    pub(super) fn rules_for<'a>(&'a self, device: &Identity) -> impl Iterator<Item = &'a Rule> {
-        self.index.candidates(device).into_iter().map(|number| &self.rules[number]).filter(|rule| rule.matches(device))
+    /// The rules that are about `device` itself or may be, in the order in which they are tried.
+    pub(super) fn rules_for<'a>(&'a self, device: &Identity) -> impl Iterator<Item = (&'a Rule, Fit)> {
+        let candidates = self.index.candidates(device).into_iter().map(|number| &self.rules[number]);
+        candidates.map(|rule| (rule, rule.fit(device))).filter(|(_, fit)| *fit != Fit::No)
     }
 
     fn from_file(file: File) -> Result<Self, Fault> {

@@ -1,6 +1,6 @@
 use super::config::{Config, Unmatched};
 use super::profile::Profile;
-use super::rule::{Action, Protect, Rule};
+use super::rule::{Action, Fit, Protect, Rule};
 use crate::domain::Requester;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::{Identity, VolumeId};
@@ -63,7 +63,7 @@ impl Config {
         // A rule for some domains is enough: what is protected for one is ciphertext to every other. Only
         // one that lets some domain pass leaves the device open.
         let mut for_some = false;
-        for rule in self.rules_for(device) {
+        for (rule, _) in self.rules_for(device) {
             match (rule.action(), rule.depends_on_domain()) {
                 (Action::Pass, _) => return false,
                 (Action::Protect(_) | Action::Deny, false) => return true,
@@ -75,11 +75,12 @@ impl Config {
 
     /// Whether a rule says in so many words that `requester` may have `device` as it is.
     pub fn lets_pass(&self, device: &Identity, requester: &dyn Requester) -> bool {
-        self.deciding(device, requester).is_some_and(|rule| matches!(rule.action(), Action::Pass))
+        self.deciding(device, requester).is_some_and(|(rule, _)| matches!(rule.action(), Action::Pass))
     }
 
-    fn deciding(&self, device: &Identity, requester: &dyn Requester) -> Option<&Rule> {
-        self.rules_for(device).find(|rule| rule.concerns(requester))
+    /// The first rule that is about the device or may be.
+    fn deciding(&self, device: &Identity, requester: &dyn Requester) -> Option<(&Rule, Fit)> {
+        self.rules_for(device).find(|(rule, _)| rule.concerns(requester))
     }
 
     /// The first thing but a pass that any layer below `device` deserves.
@@ -137,7 +138,10 @@ impl Config {
     }
 
     pub(super) fn of_itself(&self, device: &Identity, requester: &dyn Requester) -> Decision<'_> {
-        let rule = self.deciding(device, requester);
+        let rule = match self.deciding(device, requester) {
+            Some((rule, Fit::Untold)) => return Decision::Refuse(untold(device, rule)),
+            decided => decided.map(|(rule, _)| rule),
+        };
         match rule.map(|rule| (rule, rule.action())) {
             None if self.denies_unmatched(device) => Decision::Refuse(Refusal::new(
                 Reason::NotAllowed,
@@ -179,6 +183,24 @@ fn whom(rule: &Rule, requester: &dyn Requester) -> String {
         (true, Some(domain)) => format!("domain {}", domain.name),
         (true, None) => "a process that is no known domain".to_owned(),
     }
+}
+
+/// The refusal for a device of which only the WWID could say whether `rule` is about it.
+fn untold(device: &Identity, rule: &Rule) -> Refusal {
+    let disks = if device.is_multipath() { device.underlying.as_slice() } else { std::slice::from_ref(device) };
+    let rescan = |disk: &Identity| format!("'echo 1 >/sys/block/{}/device/rescan'", disk.name.escape_debug());
+    let remedy = match device.is_on_this_host() {
+        true => {
+            format!("run {} or log in to its target again", disks.iter().map(rescan).collect::<Vec<_>>().join(", "))
+        }
+        false => "log in to its target on the host".to_owned(),
+    };
+    let sentence = format!(
+        "{device} reports no WWID, so it cannot be told whether rule {:?} is about it: {remedy}; or put a rule with action \
+         = \"pass\" that knows it by its target before that one",
+        rule.name()
+    );
+    Refusal::new(Reason::NotAllowed, sentence)
 }
 
 fn not_the_volume(device: &Identity, protection: &Protection<'_>) -> Refusal {

@@ -46,9 +46,11 @@ impl Index {
     /// The numbers of all rules that could match `device`, and of few others, in ascending order.
     pub(super) fn candidates(&self, device: &Identity) -> Vec<usize> {
         let mut found = self.others.clone();
-        for (key, name) in names_of(device) {
-            if let (Some(name), Some(prefixes)) = (name, self.by_condition.get(key)) {
-                prefixes.find(name.as_bytes(), &mut found);
+        for name in names_of(device) {
+            match (self.by_condition.get(name.key), name.text) {
+                (Some(prefixes), Some(text)) => prefixes.find(text.as_bytes(), &mut found),
+                (Some(prefixes), None) if name.untold => found.extend(prefixes.rules.values().flatten()),
+                _ => {}
             }
         }
         found.sort_unstable();
@@ -87,6 +89,7 @@ mod tests {
 
     use super::*;
     use crate::policy::Config;
+    use crate::policy::rule::Fit;
 
     fn config(targets: &[&str]) -> Config {
         let mut text = String::new();
@@ -117,9 +120,11 @@ mod tests {
         let text = "[[rules]]\nname = 'r'\niscsi_target = 'i.*'\nwwid = 'naa\\.60014(?<id>05)'\n";
         let index = Index::new(Config::parse(text, "test").unwrap().rules());
         let mut device = Identity::of_iscsi_unit("iqn:a", 0);
-        assert!(index.candidates(&device).is_empty());
+        assert_eq!(index.candidates(&device), [0], "its WWID cannot be told");
         device.wwid = Some("naa.6001405".to_owned());
         assert_eq!(index.candidates(&device), [0]);
+        device.wwid = Some("naa.5".to_owned());
+        assert!(index.candidates(&device).is_empty());
     }
 
     #[test]
@@ -140,7 +145,7 @@ mod tests {
             let device = Identity::of_iscsi_unit(&name, 0);
             let found = Index::new(config.rules()).candidates(&device);
             for (number, rule) in config.rules().iter().enumerate() {
-                prop_assert!(!rule.matches(&device) || found.contains(&number), "{} {name}", patterns[number]);
+                prop_assert!(rule.fit(&device) == Fit::No || found.contains(&number), "{} {name}", patterns[number]);
             }
         }
     }

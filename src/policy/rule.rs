@@ -53,21 +53,28 @@ pub struct Protect {
 
 /// One thing that a rule may ask for of a device.
 pub(super) struct Condition<'a> {
-    /// The word for it in the file.
-    pub(super) key: &'static str,
-    /// The word for it in a sentence.
-    pub(super) what: &'static str,
+    /// What the device has.
+    pub(super) name: Name<'a>,
     /// What is asked for, if anything is.
     pub(super) pattern: Option<&'a Pattern>,
-    /// What the device has.
-    pub(super) text: Option<&'a str>,
+}
+
+/// How a rule fits a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fit {
+    /// It is about the device.
+    Yes,
+    /// It may be about the device: all that can be told of it fits.
+    Untold,
+    /// It is about others.
+    No,
 }
 
 impl Condition<'_> {
     /// Whether it holds; nothing if nothing is asked for.
     pub(super) fn holds(&self) -> Option<bool> {
         let pattern = self.pattern?;
-        Some(self.text.is_some_and(|text| pattern.is_match(text)))
+        Some(self.name.text.is_some_and(|text| pattern.is_match(text)))
     }
 }
 
@@ -138,10 +145,21 @@ impl Rule {
         Ok(())
     }
 
-    /// Whether the rule is about `device` itself, whatever lies beneath.
-    pub(super) fn matches(&self, device: &Identity) -> bool {
-        (self.lun.is_none() || self.lun == device.lun)
-            && self.conditions(device).iter().all(|condition| condition.holds() != Some(false))
+    /// Whether the rule is about `device` itself, whatever lies beneath. What lets a device pass has to know it
+    /// for sure.
+    pub(super) fn fit(&self, device: &Identity) -> Fit {
+        if self.lun.is_some() && self.lun != device.lun {
+            return Fit::No;
+        }
+        let mut fit = Fit::Yes;
+        for condition in self.conditions(device) {
+            match condition.holds() {
+                None | Some(true) => {}
+                Some(false) if condition.name.untold && !matches!(self.action, Action::Pass) => fit = Fit::Untold,
+                Some(false) => return Fit::No,
+            }
+        }
+        fit
     }
 
     /// Whether the rule is about the domain that asks; one that is not known may be any. Whoever is not
@@ -171,7 +189,7 @@ impl Rule {
     pub(super) fn volume(&self, protect: &Protect, device: &Identity) -> Result<VolumeId, Refusal> {
         let conditions = self.conditions(device);
         let captures: Vec<_> =
-            conditions.into_iter().filter_map(|condition| matched(condition.pattern?, condition.text?)).collect();
+            conditions.into_iter().filter_map(|condition| matched(condition.pattern?, condition.name.text?)).collect();
         let value = |name: &str| {
             let captured = captures.iter().find_map(|captures| captures.name(name));
             let lun = device.lun.filter(|_| name == LUN).map(|lun| Cow::from(lun.to_string()));
@@ -251,13 +269,8 @@ impl Rule {
     /// What else it asks for, and what `device` has.
     pub(super) fn conditions<'a>(&'a self, device: &'a Identity) -> [Condition<'a>; 3] {
         let [target, wwid, dm_uuid] = names_of(device);
-        let condition =
-            |(key, text), what, pattern: &'a Option<Pattern>| Condition { key, what, pattern: pattern.as_ref(), text };
-        [
-            condition(target, "iSCSI target", &self.iscsi_target),
-            condition(wwid, "WWID", &self.wwid),
-            condition(dm_uuid, "device-mapper UUID", &self.dm_uuid),
-        ]
+        [(target, &self.iscsi_target), (wwid, &self.wwid), (dm_uuid, &self.dm_uuid)]
+            .map(|(name, pattern)| Condition { name, pattern: pattern.as_ref() })
     }
 
     /// Those that may name the volume, each with the word for it in the file.
@@ -270,11 +283,28 @@ impl Rule {
 /// The words for what a pattern may ask for of a device.
 const KEYS: [&str; 3] = ["iscsi_target", "wwid", "dm_uuid"];
 
+/// What a device has that a pattern may ask for.
+#[derive(Clone, Copy)]
+pub(super) struct Name<'a> {
+    /// The word for it in the file.
+    pub(super) key: &'static str,
+    /// The word for it in a sentence.
+    pub(super) what: &'static str,
+    /// What it is, if the device has it.
+    pub(super) text: Option<&'a str>,
+    /// Whether the device has it, and it cannot be told what it is.
+    pub(super) untold: bool,
+}
+
 /// What `device` has for each of [`KEYS`].
-pub(super) fn names_of(device: &Identity) -> [(&'static str, Option<&str>); 3] {
+pub(super) fn names_of(device: &Identity) -> [Name<'_>; 3] {
     let dm_uuid = device.mapping.as_ref().map(|mapping| mapping.uuid.as_str());
     let [target, wwid, uuid] = KEYS;
-    [(target, device.iscsi_target()), (wwid, device.wwid.as_deref()), (uuid, dm_uuid)]
+    [
+        Name { key: target, what: "iSCSI target", text: device.iscsi_target(), untold: false },
+        Name { key: wwid, what: "WWID", text: device.wwid.as_deref(), untold: device.hides_wwid() },
+        Name { key: uuid, what: "device-mapper UUID", text: dm_uuid, untold: false },
+    ]
 }
 
 fn action(table: &RuleTable, (profile_name, profile): (String, Profile)) -> Result<Action, Fault> {

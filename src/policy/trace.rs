@@ -2,7 +2,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::Config;
 use super::decision::Decision;
-use super::rule::{Action, Condition, Rule};
+use super::rule::{Action, Condition, Fit, Name, Rule};
 use crate::domain::Requester;
 use crate::volume::{Identity, VolumeId};
 
@@ -85,7 +85,8 @@ impl Rule {
     }
 
     fn verdict(&self, device: &Identity, requester: &dyn Requester, decided: Option<&str>) -> (bool, String) {
-        if let Some(why) = self.mismatch(device) {
+        let fit = self.fit(device);
+        if let Some(why) = self.mismatch(device).filter(|_| fit == Fit::No || decided.is_some()) {
             return (false, why);
         }
         if device.own_volume().is_some() {
@@ -96,6 +97,12 @@ impl Rule {
             let asker =
                 requester.facts().map_or("nobody in particular".to_owned(), |domain| format!("{:?}", domain.name));
             return (false, format!("it would match, but is for {domains} and not for {asker}"));
+        }
+        if fit == Fit::Untold {
+            return (
+                true,
+                "it may be, for the device does not report its WWID, and all else is as the rule asks".to_owned(),
+            );
         }
         let what = match self.action() {
             Action::Pass => "it passes".to_owned(),
@@ -128,7 +135,7 @@ impl Rule {
     fn match_in_words(&self, device: &Identity) -> String {
         let [target, others @ ..] = self.conditions(device);
         let in_words = |condition: &Condition<'_>| {
-            condition.pattern.and(condition.text).map(|text| format!("{} {text:?}", condition.what))
+            condition.pattern.and(condition.name.text).map(|text| format!("{} {text:?}", condition.name.what))
         };
         let lun = self.lun().map(|lun| format!("LUN {lun}"));
         let held = in_words(&target).into_iter().chain(lun).chain(others.iter().filter_map(in_words));
@@ -139,7 +146,7 @@ impl Rule {
 impl Condition<'_> {
     /// Why it does not hold.
     fn fault(&self) -> Option<String> {
-        let Condition { key, what, pattern, text } = self;
+        let Condition { name: Name { key, what, text, .. }, pattern } = self;
         match (self.holds()?, text, pattern) {
             (true, ..) => None,
             (false, Some(text), Some(pattern)) => Some(format!("{what} {text:?} does not match {}", pattern.source())),
@@ -184,6 +191,12 @@ mod tests {
             ]
         );
         assert_eq!(outcome, Outcome::Protected { volume: "v".parse().unwrap(), rule: "one-lun".to_owned() });
+        let (rules, outcome) = traced(&Identity { lun: Some(2), ..disk.clone() });
+        let may_be = "it may be, for the device does not report its WWID, and all else is as the rule asks";
+        assert_eq!(rules, [said(false, "LUN 2 is not 1"), said(true, may_be)]);
+        assert!(
+            matches!(outcome, Outcome::Refused { sentence } if sentence.contains("whether rule \"by-wwid\" is about it"))
+        );
         disk.wwid = Some("naa.6".to_owned());
         assert_eq!(traced(&disk).0[1], said(true, "volume 6, but rule \"one-lun\" before it decides"));
         disk.lun = Some(2);

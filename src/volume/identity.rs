@@ -100,6 +100,11 @@ impl Identity {
         }
     }
 
+    /// Whether this is a device, and no logical unit that is known by its address only.
+    pub fn is_on_this_host(&self) -> bool {
+        self.number.major != 0
+    }
+
     /// Whether this is a multipath map: a volume by itself, and what is beneath are ways to it.
     pub fn is_multipath(&self) -> bool {
         self.mapping.as_ref().is_some_and(Mapping::is_multipath)
@@ -116,6 +121,12 @@ impl Identity {
     /// The name of the iSCSI target that brings the device.
     pub fn iscsi_target(&self) -> Option<&str> {
         self.iscsi.as_ref().map(|iscsi| iscsi.target.as_str())
+    }
+
+    /// Whether the device has a WWID and does not tell it: every logical unit of iSCSI has one, and the kernel
+    /// knows none where VPD page 0x83 could not be read when the disk appeared.
+    pub fn hides_wwid(&self) -> bool {
+        self.iscsi.is_some() && self.wwid.is_none()
     }
 
     /// The volume that this device is, if it is a mapping that volcrypt made.

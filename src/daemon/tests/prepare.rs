@@ -68,6 +68,11 @@ fn ways_around_the_mapping_are_refused() {
     assert!(sentence.contains("QEMU's own iSCSI client"), "{sentence}");
     prepare(&broker, "vm", &domain(WRAPPER, &unit.replace("/1'", "/2'"))).unwrap();
 
+    let state = world.path().join("state");
+    let by_wwid = format!("[key_manager]\ndirectory = {state:?}\n[[rules]]\nname = 'w'\nwwid = '(?<id>.*)'\n");
+    let sentence = refused(&world.broker_with(&by_wwid), &domain(WRAPPER, unit));
+    assert!(sentence.contains("may be a protected volume"), "{sentence}");
+
     let host_device = "<hostdev mode='subsystem' type='scsi'>\
                        <source protocol='iscsi' name='iqn.2026-11.org.lab:volume-x/1'/></hostdev>";
     let sentence = refused(&broker, &domain(WRAPPER, host_device));

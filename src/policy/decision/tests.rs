@@ -120,7 +120,7 @@ fn every_condition_of_a_rule_has_to_hold() {
         "[[rules]]\nname = 'a'\niscsi_target = '(?<id>.*)'\nwwid = 'naa\\.(?<w>.*)'\nvolume_id = '${id}.${w}.${lun}'\n",
     );
     assert_eq!(outcome(&config, &disk("v")), "v.6001405aaaa.1");
-    assert_eq!(outcome(&config, &Identity { wwid: None, ..disk("v") }), "pass");
+    assert_eq!(outcome(&config, &Identity { wwid: Some("t10.x".to_owned()), ..disk("v") }), "pass");
     assert_eq!(outcome(&config, &Identity { iscsi: None, ..disk("v") }), "pass");
     assert_eq!(outcome(&config, &Identity { lun: None, ..disk("v") }), "Configuration");
 }
@@ -256,6 +256,58 @@ proptest! {
             prop_assert!(!passes || (expected.is_some() && above.own_volume() == expected));
         }
     }
+}
+
+#[test]
+fn an_iscsi_volume_that_hides_its_wwid_is_refused_where_a_rule_asks_for_it() {
+    let hidden = Identity { wwid: None, ..disk("v") };
+    let map = Identity { iscsi: hidden.iscsi.clone(), lun: Some(1), ..mapping("mpatha", "mpath-3600", hidden.clone()) };
+    let elsewhere = Identity { iscsi: None, ..hidden.clone() };
+    let lv = mapping("vg-lv", "LVM-x", map.clone());
+    let by_wwid = "[[rules]]\nname = 'wwid'\nwwid = 'naa\\.(?<id>.*)'\n";
+    let denied = "[[rules]]\nname = 'no'\naction = 'deny'\nwwid = 'naa\\..*'\nlun = 1\niscsi_target = 'v'\n";
+    for text in [by_wwid, denied] {
+        let config = config(text);
+        for device in [&hidden, &partition(hidden.clone()), &map, &lv] {
+            assert_eq!(outcome(&config, device), "NotAllowed", "{device}: {text}");
+            assert!(config.is_guarded(device), "{device}: {text}");
+        }
+        for other in [&elsewhere, &partition(elsewhere.clone()), &device("sdb")] {
+            assert_eq!(outcome(&config, other), "pass", "{other}: {text}");
+            assert!(!config.is_guarded(other), "{other}: {text}");
+        }
+    }
+    assert_eq!(
+        outcome_for(&config(by_wwid), &map, &Nobody),
+        "/dev/mapper/mpatha reports no WWID, so it cannot be told whether rule \"wwid\" is about it: run 'echo 1 \
+         >/sys/block/sda/device/rescan' or log in to its target again; or put a rule with action = \"pass\" that knows it \
+         by its target before that one"
+    );
+    let unit = outcome_for(&config(by_wwid), &Identity::of_iscsi_unit("v", 1), &Nobody);
+    assert!(unit.contains(": log in to its target on the host; or"), "{unit}");
+}
+
+#[test]
+fn a_hidden_wwid_matters_only_where_nothing_else_decides() {
+    let hidden = Identity { wwid: None, ..disk("v") };
+    let by_wwid = "[[rules]]\nname = 'wwid'\nwwid = 'naa\\.(?<id>.*)'\n";
+    let first = |rule: &str| config(&format!("[[rules]]\nname = 'first'\niscsi_target = 'v'\n{rule}\n{by_wwid}"));
+    assert_eq!(outcome(&first("volume_id = 'x'"), &hidden), "x");
+    assert_eq!(outcome(&first("action = 'pass'"), &hidden), "pass");
+    assert!(!first("action = 'pass'").is_guarded(&hidden));
+    // What else is asked for does not hold.
+    for more in ["lun = 2", "iscsi_target = 'w'", "dm_uuid = 'LVM-.*'"] {
+        assert_eq!(outcome(&config(&format!("{by_wwid}{more}\n")), &hidden), "pass", "{more}");
+        assert!(!config(&format!("{by_wwid}{more}\n")).is_guarded(&hidden), "{more}");
+    }
+    let for_web = config(&format!("{by_wwid}domain = 'web'\n"));
+    assert_ne!(outcome_for(&for_web, &hidden, &domain("web", None)), "pass");
+    assert_eq!(outcome_for(&for_web, &hidden, &domain("db", None)), "pass");
+    // A rule that lets pass has to know the device for sure.
+    let passing = "[[rules]]\nname = 'p'\naction = 'pass'\nwwid = 'naa\\..*'\n";
+    assert_eq!(outcome(&config(passing), &hidden), "pass");
+    assert_eq!(outcome(&config(&format!("{passing}{CINDER}")), &Identity { wwid: None, ..cinder_disk() }), ID);
+    assert!(!config(passing).lets_pass(&hidden, &Nobody));
 }
 
 /// Rules for some domains only, after the words that stand for domains.

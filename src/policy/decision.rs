@@ -88,6 +88,8 @@ impl Config {
         for below in &device.underlying {
             let decisions = match below.own_volume() {
                 Some(volume) => [self.of_mapping(below, &volume, requester), Decision::Pass],
+                // A map is what its paths are, wherever it stands.
+                None if below.is_multipath() => [self.of_volume(below, requester), self.beneath(below, requester)],
                 // The paths of a multipath map are the volume that it is; `of_volume` looks at them.
                 None if device.is_multipath() => [Decision::Pass, self.beneath(below, requester)],
                 None => [self.of_itself(below, requester), self.beneath(below, requester)],

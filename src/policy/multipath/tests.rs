@@ -81,6 +81,39 @@ fn what_stands_on_a_map_or_a_path_is_refused() {
     }
 }
 
+/// A logical volume on `below`.
+fn logical_volume(below: Identity) -> Identity {
+    let mut volume = map_of(vec![below]);
+    volume.mapping = Some(Mapping { name: "vg-lv".to_owned(), uuid: "LVM-x".to_owned() });
+    (volume.iscsi, volume.wwid, volume.lun) = (None, None, None);
+    volume
+}
+
+#[test]
+fn a_map_beneath_something_is_what_its_paths_are() {
+    let differing = map_of(vec![path("iqn.b:v"), path("iqn.a:v")]);
+    let part = Identity { partition: Some(1), mapping: None, ..logical_volume(differing.clone()) };
+    for volume in [logical_volume(differing.clone()), part, logical_volume(logical_volume(differing.clone()))] {
+        assert!(outcome(&[BY_TARGET], &volume).starts_with("Configuration: the multipath map /dev/mapper/mpatha is "));
+        assert!(outcome(&[BY_WWID], &volume).contains("the protected volume 6; give the guest the whole volume"));
+        assert_eq!(outcome(&[], &volume), "pass");
+        for rules in [&[BY_TARGET], &[BY_WWID]] {
+            assert!(Config::parse(&rules.concat(), "test.toml").unwrap().is_guarded(&volume), "{volume}");
+        }
+    }
+    let strict = ["[policy]\nunmatched_iscsi = 'deny'\n"];
+    assert!(outcome(&strict, &logical_volume(differing.clone())).starts_with("NotAllowed: no rule matches"));
+    // A map that one rule lets pass and of which another protects a path is no way around.
+    let passes = "[[rules]]\nname = 'p'\naction = 'pass'\niscsi_target = 'iqn.b:.*'\n";
+    for device in [differing.clone(), logical_volume(differing)] {
+        let config = Config::parse(&[passes, BY_TARGET].concat(), "test.toml").unwrap();
+        assert!(!matches!(config.decide(&device, &Nobody), Decision::Pass) && config.is_guarded(&device));
+    }
+    // A map of a map is no volume by itself.
+    let twice = map_of(vec![map_of(vec![path("iqn.b:v"), path("iqn.a:v")])]);
+    assert!(outcome(&[BY_TARGET], &twice).starts_with("Configuration: "));
+}
+
 #[test]
 fn a_path_that_stands_on_a_protected_volume_does_not_hide_it() {
     let mut partition = Identity::of_iscsi_unit("", 0);

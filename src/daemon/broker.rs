@@ -364,9 +364,12 @@ impl Broker {
     fn check_device(&self, identity: &Identity, record: &VolumeRecord) -> Result<(), Refusal> {
         let VolumeRecord { id, device: enrolled, size_bytes, .. } = record;
         let found = enrolled_device(identity.at_address(enrolled.iscsi_target.as_deref(), enrolled.lun));
+        let address = || {
+            let target = differing("iSCSI target", &enrolled.iscsi_target, &found.iscsi_target);
+            target.or_else(|| differing("LUN", &enrolled.lun, &found.lun))
+        };
         let differs = [
-            differing("iSCSI target", &enrolled.iscsi_target, &found.iscsi_target),
-            differing("LUN", &enrolled.lun, &found.lun),
+            if is_another_way(identity, enrolled) { None } else { address() },
             differing("WWID", &enrolled.wwid, &found.wwid),
             differing("device-mapper UUID", &enrolled.dm_uuid, &found.dm_uuid),
         ];
@@ -442,6 +445,14 @@ fn enrolled_device(identity: &Identity) -> EnrolledDevice {
             .filter(|mapping| !mapping.is_multipath() && !mapping.uuid.is_empty())
             .map(|mapping| mapping.uuid.clone()),
     }
+}
+
+/// Whether target and LUN say only by which way an array shows the volume. The WWID is the volume's own; what is
+/// a map over several targets, or was enrolled as one (no target in common), has more than one way. A target
+/// and LUN that lead to another WWID are none of them: the numbers are given to new volumes.
+fn is_another_way(identity: &Identity, enrolled: &EnrolledDevice) -> bool {
+    let enrolled_as_map = enrolled.iscsi_target.is_none() && identity.iscsi.is_some();
+    enrolled.wwid.is_some() && identity.wwid == enrolled.wwid && (identity.is_multipath() || enrolled_as_map)
 }
 
 fn differing<T: std::fmt::Debug + PartialEq>(what: &str, enrolled: &Option<T>, found: &Option<T>) -> Option<String> {

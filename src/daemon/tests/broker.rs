@@ -104,22 +104,83 @@ fn a_volume_is_the_same_through_one_path_and_through_the_multipath_map() {
     }
 }
 
+/// A broker with a rule that knows volumes by their WWID.
+fn by_wwid(world: &World) -> Broker {
+    let state = world.path().join("state");
+    let rule = "[[rules]]\nname = \"wwid\"\nwwid = 'naa\\..*'\nvolume_id = \"array\"\n";
+    world.broker_with(&format!("[key_manager]\ndirectory = {state:?}\n{rule}"))
+}
+
 #[test]
-fn a_volume_that_was_enrolled_at_one_target_opens_through_a_map_over_two() {
+fn a_volume_is_the_same_at_every_target_of_its_array() {
     let world = World::new();
     let (disk, other, map) = (world.add_volume("one", 0), world.add_volume("two", 1), world.add_volume("map", 2));
-    let state = world.path().join("state");
-    let broker = world.broker_with(&format!(
-        "[key_manager]\ndirectory = {state:?}\n[[rules]]\nname = \"wwid\"\nwwid = 'naa\\.(?<id>.*)'\n"
-    ));
+    let broker = by_wwid(&world);
     broker.enrol(disk, None).unwrap();
+    let open = |device| broker.open(device, true, OFlags::RDWR, &vm());
     join(&world, map, &[disk, other]);
     world.change(map, |identity| identity.iscsi = None);
-    assert!(broker.open(map, true, OFlags::RDWR, &vm()).is_ok());
-    // A map of which no path leads to that target is another device.
+    assert!(open(map).is_ok());
+    // Only the path to the other target is up, where the volume has another number.
+    world.change(other, |identity| identity.lun = Some(7));
     join(&world, map, &[other]);
-    let refusal = refusal(broker.open(map, true, OFlags::RDWR, &vm()));
-    assert!(refusal.to_string().contains("its iSCSI target was "), "{refusal}");
+    world.change(map, |identity| identity.lun = Some(7));
+    assert!(open(map).is_ok());
+    // Without a map nothing says that this target is the array's.
+    world.change(other, |identity| identity.path_of = None);
+    let refused = refusal(open(other));
+    assert_eq!(refused.errno(), libc::EMEDIUMTYPE);
+    assert!(refused.to_string().contains("its iSCSI target was "), "{refused}");
+}
+
+#[test]
+fn a_volume_that_was_enrolled_as_a_map_opens_by_one_path() {
+    let world = World::new();
+    let (disk, other, map) = (world.add_volume("one", 0), world.add_volume("two", 1), world.add_volume("map", 2));
+    let broker = by_wwid(&world);
+    world.change(other, |identity| identity.lun = Some(7));
+    join(&world, map, &[disk, other]);
+    world.change(map, |identity| identity.iscsi = None);
+    let record = broker.enrol(map, None).unwrap();
+    assert_eq!((record.device.iscsi_target, record.device.lun), (None, Some(1)));
+    for path in [disk, other] {
+        world.change(path, |identity| identity.path_of = None);
+        assert!(broker.open(path, true, OFlags::RDWR, &vm()).is_ok());
+    }
+    // A disk of the host has no target either, and its number counts.
+    world.change(other, |identity| identity.iscsi = None);
+    assert!(refusal(broker.open(other, true, OFlags::RDWR, &vm())).to_string().contains("its LUN was 1 and is 7"));
+}
+
+#[test]
+fn a_target_and_lun_that_lead_to_another_volume_now_are_refused() {
+    let world = World::new();
+    let (disk, other, map) = (world.add_volume("one", 0), world.add_volume("two", 1), world.add_volume("map", 2));
+    let broker = by_wwid(&world);
+    broker.enrol(disk, None).unwrap();
+    for paths in [&[disk][..], &[disk, other], &[other]] {
+        join(&world, map, paths);
+        for wwid in [Some("naa.new"), None] {
+            for device in paths.iter().chain([&map]) {
+                world.change(*device, |identity| {
+                    identity.wwid = wwid.map(str::to_owned);
+                    identity.path_of = None;
+                    identity.underlying.iter_mut().for_each(|path| path.wwid = wwid.map(str::to_owned));
+                });
+            }
+            let refused = refusal(broker.open(map, true, OFlags::RDWR, &vm()));
+            let expected = if wwid.is_some() { libc::EMEDIUMTYPE } else { libc::EACCES };
+            assert_eq!(refused.errno(), expected, "{refused}");
+        }
+    }
+    // Nor is it enrolled as another volume while the first one is.
+    let state = world.path().join("state");
+    let anew = world.broker_with(&format!(
+        "[key_manager]\ndirectory = {state:?}\n[[rules]]\nname = \"w\"\nwwid = 'naa\\.(?<id>.*)'\n"
+    ));
+    world.change(disk, |identity| identity.wwid = Some("naa.new".to_owned()));
+    let refused = anew.enrol(disk, None).unwrap_err();
+    assert!(refused.errno() == libc::EMEDIUMTYPE && refused.to_string().contains("as volume array"), "{refused}");
 }
 
 #[test]

@@ -7,7 +7,6 @@ use super::table::{Table, printable};
 use super::time::utc;
 use super::{CommandError, Daemon, Format, json};
 use crate::protocol::{Reply, Request, VolumeStatus};
-use crate::store::VolumeRecord;
 use crate::volume::VolumeId;
 
 pub(super) fn list(daemon: &Daemon<'_>, format: Format) -> Result<String, CommandError> {
@@ -107,7 +106,8 @@ fn one_volume(daemon: &Daemon<'_>, request: &Request) -> Result<VolumeStatus, Co
 
 fn table(volumes: &[VolumeStatus]) -> String {
     let mut table = Table::new(["VOLUME", "PROFILE", "FORMAT", "CIPHER", "BITS", "SIZE", "ENROLLED", "STATE"]);
-    for VolumeStatus { record, mapped } in volumes {
+    for volume in volumes {
+        let record = &volume.record;
         table.push([
             record.id.to_string(),
             record.profile.clone(),
@@ -116,13 +116,14 @@ fn table(volumes: &[VolumeStatus]) -> String {
             record.key_size.bits().to_string(),
             size(record.size_bytes),
             utc(record.enrolled_at),
-            state(record, *mapped),
+            state(volume),
         ]);
     }
     table.render()
 }
 
-fn describe(VolumeStatus { record, mapped }: &VolumeStatus) -> String {
+fn describe(volume: &VolumeStatus) -> String {
+    let record = &volume.record;
     let lines = [
         ("volume", record.id.to_string()),
         ("device", record.device.to_string()),
@@ -135,7 +136,7 @@ fn describe(VolumeStatus { record, mapped }: &VolumeStatus) -> String {
         ("key check value", record.check_value.to_string()),
         ("enrolled", utc(record.enrolled_at)),
         ("owner", record.owner.clone().unwrap_or("everybody".to_owned())),
-        ("state", state(record, *mapped)),
+        ("state", state(volume)),
     ];
     lines.iter().map(|(name, value)| format!("{:<16} {}\n", format!("{name}:"), printable(value))).collect()
 }
@@ -147,21 +148,29 @@ pub(super) fn size(bytes: u64) -> String {
     whole.map_or_else(|| format!("{bytes} B"), |(shift, unit)| format!("{} {unit}", bytes >> shift))
 }
 
-fn state(record: &VolumeRecord, mapped: bool) -> String {
-    if mapped { "in use".to_owned() } else { record.state.to_string() }
+/// The state, and who uses the volume: `enrolled, in use by domain web`.
+fn state(VolumeStatus { record, mapped, domains }: &VolumeStatus) -> String {
+    let state = record.state;
+    match (mapped, domains.as_slice()) {
+        (false, _) => state.to_string(),
+        (true, []) => format!("{state}, in use"),
+        (true, [domain]) => format!("{state}, in use by domain {domain}"),
+        (true, domains) => format!("{state}, in use by domains {}", domains.join(", ")),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::VolumeState;
     use serde_json::json;
 
-    fn volume(device: serde_json::Value, mapped: bool) -> VolumeStatus {
+    fn volume(device: serde_json::Value, users: Option<&[&str]>) -> VolumeStatus {
         serde_json::from_value(json!({
             "id": "vol-1", "device": device, "size_bytes": 10u64 << 30, "profile": "default", "provider": "plain",
             "cipher": "aes-xts-plain64", "key_size": 512, "sector_size": 4096,
             "check_value": "000102030405060708090a0b0c0d0e0f", "enrolled_at": 0, "state": "enrolled", "owner": null,
-            "mapped": mapped
+            "mapped": users.is_some(), "domains": users.unwrap_or_default()
         }))
         .unwrap()
     }
@@ -169,15 +178,15 @@ mod tests {
     #[test]
     fn a_volume_is_one_line_of_the_list() {
         assert_eq!(
-            table(&[volume(json!({}), true)]),
+            table(&[volume(json!({}), Some(&["web"]))]),
             "VOLUME  PROFILE  FORMAT  CIPHER           BITS  SIZE    ENROLLED              STATE\n\
-             vol-1   default  plain   aes-xts-plain64  512   10 GiB  1970-01-01T00:00:00Z  in use\n"
+             vol-1   default  plain   aes-xts-plain64  512   10 GiB  1970-01-01T00:00:00Z  enrolled, in use by domain web\n"
         );
     }
 
     #[test]
     fn a_record_is_shown_whole() {
-        let text = describe(&volume(json!({ "iscsi_target": "iqn.x:y", "lun": 1, "wwid": "naa.6" }), false));
+        let text = describe(&volume(json!({ "iscsi_target": "iqn.x:y", "lun": 1, "wwid": "naa.6" }), None));
         assert_eq!(
             text,
             "volume:          vol-1\n\
@@ -193,7 +202,20 @@ mod tests {
              owner:           everybody\n\
              state:           enrolled\n"
         );
-        assert!(describe(&volume(json!({}), false)).contains("device:          not told by the kernel\n"));
+        assert!(describe(&volume(json!({}), None)).contains("device:          not told by the kernel\n"));
+    }
+
+    #[test]
+    fn the_state_is_shown_together_with_the_use() {
+        let said = |state: VolumeState, users| {
+            let mut volume = volume(json!({}), users);
+            volume.record.state = state;
+            super::state(&volume)
+        };
+        assert_eq!(said(VolumeState::Retired, None), "retired");
+        assert_eq!(said(VolumeState::Retired, Some(&[])), "retired, in use");
+        assert_eq!(said(VolumeState::Enrolled, Some(&["web"])), "enrolled, in use by domain web");
+        assert_eq!(said(VolumeState::Destroyed, Some(&["web", "db"])), "destroyed, in use by domains web, db");
     }
 
     #[test]

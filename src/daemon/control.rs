@@ -1,5 +1,6 @@
 //! Serves the control socket: the hook and the operator's command.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
@@ -14,6 +15,7 @@ use super::identify::identify;
 use super::pool::Pool;
 use super::{prepare, status};
 use crate::audit::{Asker, Kind};
+use crate::encryptor::Mapping;
 use crate::guest::block_device_at;
 use crate::protocol::registration::receive_with_descriptors;
 use crate::protocol::{GuardStatus, HookOperation, MAX_MESSAGE, Reply, Request, Response, VolumeStatus};
@@ -144,8 +146,15 @@ impl Control {
 
     fn volumes(&self, records: Vec<VolumeRecord>) -> Result<Vec<VolumeStatus>, Refusal> {
         let mappings = self.broker.encryptor().mappings()?;
-        let mapped = |record: &VolumeRecord| mappings.iter().any(|mapping| mapping.volume == record.id);
-        Ok(records.into_iter().map(|record| VolumeStatus { mapped: mapped(&record), record }).collect())
+        let mappings: HashMap<&VolumeId, &Mapping> =
+            mappings.iter().map(|mapping| (&mapping.volume, mapping)).collect();
+        let guests = status::registered(&self.guests);
+        let with_users = |record: VolumeRecord| {
+            let mapping = mappings.get(&record.id);
+            let domains = mapping.map(|mapping| status::domains_with_open(&guests, mapping.device)).unwrap_or_default();
+            VolumeStatus { mapped: mapping.is_some(), domains, record }
+        };
+        Ok(records.into_iter().map(with_users).collect())
     }
 
     /// Writes a key into the client's file. It passes through no message and no buffer.

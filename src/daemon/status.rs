@@ -10,17 +10,14 @@ use crate::encryptor::{Mapping, device_path};
 use crate::guest::processes_with_open;
 use crate::protocol::{GuardStatus, GuestStatus, MappingStatus, Status};
 use crate::refusal::Refusal;
+use crate::volume::DeviceNumber;
 
 /// The daemon's whole state.
 ///
 /// # Errors
 /// When device-mapper does not answer.
 pub fn status(broker: &Broker, guests: &Guests, guard: GuardStatus) -> Result<Status, Refusal> {
-    let guests: Vec<GuestStatus> = guests
-        .list()
-        .iter()
-        .map(|guest| GuestStatus { pid: guest.pid(), domain: guest.domain().map(str::to_owned) })
-        .collect();
+    let guests = registered(guests);
     let mappings = broker.encryptor().mappings()?;
     Ok(Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -32,14 +29,22 @@ pub fn status(broker: &Broker, guests: &Guests, guard: GuardStatus) -> Result<St
     })
 }
 
-fn describe(broker: &Broker, mapping: Mapping, guests: &[GuestStatus]) -> MappingStatus {
+/// Every guest, as it is shown.
+pub fn registered(guests: &Guests) -> Vec<GuestStatus> {
+    let guests = guests.list().into_iter();
+    guests.map(|guest| GuestStatus { pid: guest.pid(), domain: guest.domain().map(str::to_owned) }).collect()
+}
+
+/// The domains of those `guests` that have `device` open.
+pub fn domains_with_open(guests: &[GuestStatus], device: DeviceNumber) -> Vec<String> {
     let pids: Vec<u32> = guests.iter().map(|guest| guest.pid).collect();
-    let users = processes_with_open(&pids, mapping.device);
-    let domains = guests
-        .iter()
-        .filter(|guest| users.contains(&guest.pid))
-        .map(|guest| guest.domain.clone().unwrap_or_else(|| format!("pid {}", guest.pid)))
-        .collect();
+    let users = processes_with_open(&pids, device);
+    let users = guests.iter().filter(|guest| users.contains(&guest.pid));
+    users.map(|guest| guest.domain.clone().unwrap_or_else(|| format!("pid {}", guest.pid))).collect()
+}
+
+fn describe(broker: &Broker, mapping: Mapping, guests: &[GuestStatus]) -> MappingStatus {
+    let domains = domains_with_open(guests, mapping.device);
     let device = device_path(mapping.device);
     let backing = mapping.backing.map(|number| match broker.identify(number) {
         Ok(identity) => identity.to_string(),

@@ -209,7 +209,7 @@ pub struct GuestStatus {
     pub domain: Option<String>,
 }
 
-/// An enrolled volume and whether it is mapped.
+/// An enrolled volume and who uses it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct VolumeStatus {
     /// What was written down when it was enrolled.
@@ -217,6 +217,8 @@ pub struct VolumeStatus {
     pub record: VolumeRecord,
     /// Whether there is a mapping of it on this host now.
     pub mapped: bool,
+    /// The domains whose QEMU has that open, as in [`MappingStatus::domains`].
+    pub domains: Vec<String>,
 }
 
 /// A connection to the control socket.

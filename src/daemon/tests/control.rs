@@ -45,6 +45,21 @@ fn the_status_says_what_is_wrong_with_the_configuration() {
 }
 
 #[test]
+fn a_volume_is_told_with_its_state_and_its_use() {
+    let mut world = World::new();
+    let device = world.add_volume("one", 0);
+    world.broker(false).enrol(device, None).unwrap();
+    for mapped in [false, true] {
+        world.mapped = mapped;
+        let request = Request::Volume { id: "one".parse().unwrap() };
+        let Ok(Reply::Volumes(volumes)) = ask(world.broker(false), &request) else { panic!() };
+        let volume = serde_json::to_value(&volumes[0]).unwrap();
+        assert_eq!((&volume["state"], &volume["mapped"]), (&"enrolled".into(), &mapped.into()));
+        assert_eq!(volume["domains"], serde_json::json!([]));
+    }
+}
+
+#[test]
 fn a_device_and_a_file_are_identified_through_a_handle_alone() {
     let world = World::new();
     let device = world.add_volume("one", 33);

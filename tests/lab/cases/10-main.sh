@@ -141,6 +141,8 @@ case_the_command_shows_what_is_mapped() {
     volume=$(volcrypt volume show prot-main-0 --json)
     expect_json "$volume" .size_bytes "$odd_size"
     expect_json "$volume" .mapped true
+    expect_json "$volume" '.domains | join(",")' vm
+    expect_contains "$(volcrypt volume show prot-main-0)" 'enrolled, in use by domain vm'
     expect_json "$volume" .device.lun 0
     expect_json "$volume" .device.iscsi_target "$lab_iqn:prot-main"
     expect_contains "$(volcrypt volume show prot-main-0)" "($odd_size bytes)"
@@ -289,7 +291,7 @@ case_something_is_left_for_the_restart() {
     qemu_io kept sda 'write -P 0x5a 0 64k'
     qemu_io kept sda 'flush'
     expect_ciphertext kept 0 5a
-    volcrypt volume show prot-kept-0 --json | jq 'del(.mapped)' >/root/kept-volume.json
+    volcrypt volume show prot-kept-0 --json | jq 'del(.mapped, .domains)' >/root/kept-volume.json
     volcrypt key list --json >/root/kept-keys.json
 }
 

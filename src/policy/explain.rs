@@ -1,8 +1,9 @@
+use super::compare::Comparison;
 use super::config::{Config, KeyManagerConfig, OtherEmulators, Unmatched, WhenUnreachable, WhenUnwritable};
 use super::rule::{Action, Rule};
 
 impl Config {
-    /// The configuration in plain words, a line for each setting, with the warnings at the end.
+    /// The configuration in plain words, a line for each setting, with overlaps and warnings at the end.
     pub fn explain(&self) -> String {
         let mut lines = vec![self.keys(), self.deadlines(), self.users(), self.without_daemon(), self.without_audit()];
         lines.extend(self.without_wrapper());
@@ -13,12 +14,25 @@ impl Config {
         lines.extend(self.rules().iter().map(in_words));
         lines.extend(self.without_rule());
         lines.extend(self.unused_profiles());
-        lines.extend(self.warnings().into_iter().map(|warning| format!("Warning: {warning}.")));
+        let comparison = self.compare_rules();
+        lines.extend(comparison.overlaps.iter().map(|overlap| format!("Overlap: {overlap}.")));
+        if comparison.more_overlaps {
+            lines.push("There are more overlaps than these.".to_owned());
+        }
+        if comparison.incomplete {
+            let why = "there are too many, or their patterns are too complicated";
+            lines.push(format!("Not all pairs of rules were compared: {why}."));
+        }
+        lines.extend(self.warnings_after(&comparison).into_iter().map(|warning| format!("Warning: {warning}.")));
         lines.join("\n") + "\n"
     }
 
     /// What is allowed but probably not meant. Each is a sentence without its full stop.
     pub fn warnings(&self) -> Vec<String> {
+        self.warnings_after(&self.compare_rules())
+    }
+
+    fn warnings_after(&self, comparison: &Comparison) -> Vec<String> {
         let mut warnings = Vec::new();
         if let KeyManagerConfig::KeyFile { file } = &self.key_manager {
             warnings.push(format!(
@@ -28,8 +42,8 @@ impl Config {
         }
         for (index, rule) in self.rules().iter().enumerate() {
             let name = rule.name();
-            if let Some(earlier) = self.rules()[..index].iter().find(|earlier| earlier.shadows(rule)) {
-                let earlier = earlier.name();
+            if let Some(earlier) = comparison.taken_by[index] {
+                let earlier = self.rules()[earlier].name();
                 warnings.push(format!("rule {name} never matches: rule {earlier} before it takes every such device"));
             }
             if rule.has_one_id() {
@@ -129,7 +143,9 @@ impl Config {
 
 fn in_words(rule: &Rule) -> String {
     let (name, subject) = (rule.name(), rule.subject());
-    let domains = rule.domains().map(|domains| format!(", for {domains},")).unwrap_or_default();
+    let domains = rule.domains().map(|domains| format!(", for {domains}")).unwrap_or_default();
+    // What was put in between ends with a comma.
+    let domains = if rule.lun().is_some() || !domains.is_empty() { domains + "," } else { domains };
     match rule.action() {
         Action::Protect(protect) => {
             let keys = match protect.create_keys {

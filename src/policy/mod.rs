@@ -1,5 +1,6 @@
 //! The configuration file: which volumes are protected, and how.
 
+mod compare;
 mod config;
 mod decision;
 mod error;
@@ -7,6 +8,7 @@ mod explain;
 mod file;
 mod guard;
 mod index;
+mod language;
 mod multipath;
 mod pattern;
 mod profile;

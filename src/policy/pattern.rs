@@ -43,6 +43,26 @@ impl Pattern {
         self.regex.is_match(text)
     }
 
+    /// What every text that matches begins with, as far as that can be read off the pattern.
+    pub(super) fn literal_prefix(&self) -> String {
+        let mut prefix = String::new();
+        // An alternative may begin otherwise.
+        let mut rest = if self.source.contains('|') { "".chars() } else { self.source.chars() };
+        while let Some(letter) = rest.next() {
+            let literal = match letter {
+                '\\' => rest.next().filter(char::is_ascii_punctuation),
+                '.' | '+' | '*' | '?' | '(' | ')' | '[' | ']' | '{' | '}' | '^' | '$' => None,
+                letter => Some(letter),
+            };
+            let repeated = rest.as_str().starts_with(['?', '*', '+', '{']);
+            match literal {
+                Some(literal) if !repeated => prefix.push(literal),
+                _ => break,
+            }
+        }
+        prefix
+    }
+
     pub(super) fn captures_name(&self, name: &str) -> bool {
         self.regex.capture_names().flatten().any(|capture| capture == name)
     }

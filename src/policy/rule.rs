@@ -187,6 +187,19 @@ impl Rule {
     /// The id of the volume on `device`, which matches and is protected. A match that makes no valid id
     /// is a refusal, never a pass.
     pub(super) fn volume(&self, protect: &Protect, device: &Identity) -> Result<VolumeId, Refusal> {
+        let refuse = |what: String| {
+            let sentence = format!("rule {:?} makes no volume id of {device}: {what}; correct the rule", self.name);
+            Refusal::new(Reason::Configuration, sentence)
+        };
+        match self.volume_name(protect, device) {
+            Ok(text) => text.parse().map_err(|error: crate::volume::InvalidVolumeId| refuse(error.to_string())),
+            Err(gap) => Err(refuse(format!("the device has nothing for ${{{gap}}}"))),
+        }
+    }
+
+    /// What stands in the gaps of the volume's id, whether or not that makes a valid one; the error is the first gap
+    /// that nothing stands in.
+    pub(super) fn volume_name<'a>(&self, protect: &'a Protect, device: &Identity) -> Result<String, &'a str> {
         let conditions = self.conditions(device);
         let captures: Vec<_> =
             conditions.into_iter().filter_map(|condition| matched(condition.pattern?, condition.name.text?)).collect();
@@ -195,29 +208,13 @@ impl Rule {
             let lun = device.lun.filter(|_| name == LUN).map(|lun| Cow::from(lun.to_string()));
             captured.map(|text| Cow::from(text.as_str())).or(lun)
         };
-        let refuse = |what: String| {
-            let sentence = format!("rule {:?} makes no volume id of {device}: {what}; correct the rule", self.name);
-            Refusal::new(Reason::Configuration, sentence)
-        };
-        match protect.volume_id.fill(value) {
-            Ok(text) => text.parse().map_err(|error: crate::volume::InvalidVolumeId| refuse(error.to_string())),
-            Err(gap) => Err(refuse(format!("the device has nothing for ${{{gap}}}"))),
-        }
+        protect.volume_id.fill(value)
     }
 
-    /// Whether every device that `later` matches is matched by this rule already.
-    pub(super) fn shadows(&self, later: &Rule) -> bool {
-        let covers = |own: &Option<Pattern>, other: &Option<Pattern>| match (own, other) {
-            (None, _) => true,
-            (Some(own), Some(other)) => own.source() == other.source(),
-            (Some(_), None) => false,
-        };
-        covers(&self.iscsi_target, &later.iscsi_target)
-            && covers(&self.wwid, &later.wwid)
-            && covers(&self.dm_uuid, &later.dm_uuid)
-            && covers(&self.domain, &later.domain)
-            && covers(&self.owner, &later.owner)
-            && (self.lun.is_none() || self.lun == later.lun)
+    /// By which of [`Rule::fields`] each gap of the volume's id is filled, if by any.
+    pub(super) fn id_fields<'a>(&'a self, protect: &'a Protect) -> impl Iterator<Item = Option<usize>> {
+        let captures = |gap: &str, field: &Option<&Pattern>| field.is_some_and(|pattern| pattern.captures_name(gap));
+        protect.volume_id.gaps().map(move |gap| self.fields().iter().position(|field| captures(gap, field)))
     }
 
     /// Whether two LUNs of one target would get the same id.
@@ -245,7 +242,7 @@ impl Rule {
             None => format!("block devices with {with}"),
         };
         if let Some(lun) = self.lun {
-            words.push_str(&format!(", LUN {lun} only,"));
+            words.push_str(&format!(", LUN {lun} only"));
         }
         words
     }
@@ -271,6 +268,11 @@ impl Rule {
         let [target, wwid, dm_uuid] = names_of(device);
         [(target, &self.iscsi_target), (wwid, &self.wwid), (dm_uuid, &self.dm_uuid)]
             .map(|(name, pattern)| Condition { name, pattern: pattern.as_ref() })
+    }
+
+    /// Every pattern of the rule: for iSCSI target, WWID, device-mapper UUID, domain and owner.
+    pub(super) fn fields(&self) -> [Option<&Pattern>; 5] {
+        [&self.iscsi_target, &self.wwid, &self.dm_uuid, &self.domain, &self.owner].map(Option::as_ref)
     }
 
     /// Those that may name the volume, each with the word for it in the file.

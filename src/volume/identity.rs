@@ -59,9 +59,12 @@ pub struct Mapping {
 }
 
 impl Mapping {
-    /// Whether multipathd or multipath(8) made it: its dm UUID starts with `mpath-`.
+    /// What the dm UUID of every multipath map starts with.
+    pub const MULTIPATH_PREFIX: &str = "mpath-";
+
+    /// Whether multipathd or multipath(8) made it.
     pub fn is_multipath(&self) -> bool {
-        self.uuid.starts_with("mpath-")
+        self.uuid.starts_with(Self::MULTIPATH_PREFIX)
     }
 }
 

@@ -26,7 +26,7 @@ pub enum Role {
 /// For whom something is done, as far as it is known.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Asker {
-    /// The domain's name, for people to read: for a guest it is what its QEMU's command line says.
+    /// The domain's name: for a guest it is what libvirt says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain: Option<String>,
     /// The domain's UUID, known in the same way.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::guard::Guard;
-use crate::guest::{domain_name, processes, processes_with_open};
+use crate::guest::{Domains, LibvirtState, processes, processes_with_open};
 use crate::refusal::Refusal;
 use crate::volume::{DeviceNumber, Identity, Portrait, Sysfs};
 
@@ -78,9 +78,9 @@ impl Devices for HostDevices {
             let pids = processes().into_iter().filter(|pid| *pid != std::process::id()).collect::<Vec<_>>();
             let user = processes_with_open(&pids, device).into_iter().next()?;
             if Instant::now() > end {
-                return Some(match domain_name(user) {
-                    Some(name) => format!("domain {name} (pid {user})"),
-                    None => format!("process {user}"),
+                return Some(match LibvirtState::system().of(user) {
+                    Ok(Some(domain)) => format!("domain {} (pid {user})", domain.name),
+                    Ok(None) | Err(_) => format!("process {user}"),
                 });
             }
             std::thread::sleep(Duration::from_millis(100));

@@ -5,10 +5,10 @@ use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use rustix::event::epoll;
+use rustix::event::{PollFd, PollFlags, Timespec, epoll};
 
 use crate::audit::{Asker, Role};
-use crate::guest::{domain_name, domain_uuid};
+use crate::guest::{Domains, start_time};
 use crate::sys::seccomp::Listener;
 
 /// How many calls of one guest may be worked on at a time, so that no guest takes all threads. QEMU opens
@@ -19,9 +19,11 @@ const AT_A_TIME: u32 = 16;
 pub struct Guest {
     number: u64,
     pid: u32,
+    /// When that process started: its number may be another one's later.
+    started: Option<u64>,
     listener: Listener,
-    domain: OnceLock<Option<String>>,
-    domain_uuid: OnceLock<Option<String>>,
+    domains: Arc<dyn Domains>,
+    name: OnceLock<String>,
     in_work: AtomicU32,
 }
 
@@ -36,33 +38,36 @@ impl Guest {
         &self.listener
     }
 
-    /// The name of its domain, for people to read. Known as soon as the wrapper has become QEMU.
+    /// The name of its domain, for people to read. It is libvirt's word: what QEMU says of itself stands in
+    /// QEMU's memory, and reading that can take as long as QEMU likes.
     pub fn domain(&self) -> Option<&str> {
-        self.domain.get_or_init(|| domain_name(self.pid)).as_deref()
+        if self.name.get().is_none()
+            && let Ok(Some(domain)) = self.domains.of(self.pid)
+        {
+            return Some(self.name.get_or_init(|| domain.name));
+        }
+        self.name.get().map(String::as_str)
     }
 
-    /// The guest as the one who asks for something.
+    /// The guest as the one who asks for something, whatever domain it may be.
     pub fn asker(&self) -> Asker {
-        Asker {
-            domain: self.domain().map(str::to_owned),
-            domain_uuid: self.domain_uuid.get_or_init(|| domain_uuid(self.pid)).clone(),
-            pid: Some(self.pid),
-            by: Role::Guest,
-            ..Asker::default()
-        }
+        Asker { pid: Some(self.pid), by: Role::Guest, ..Asker::default() }
+    }
+
+    /// Whether a process that can make calls is left.
+    fn lives(&self) -> bool {
+        let mut listener = [PollFd::new(&self.listener, PollFlags::IN)];
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let looked = rustix::event::poll(&mut listener, Some(&at_once));
+        looked.is_err() || !listener[0].revents().contains(PollFlags::HUP)
     }
 
     /// Counts one more call in work until the returned value is dropped; `None` when there are as many
     /// as there may be.
     pub fn begin_work(self: &Arc<Self>) -> Option<Work> {
-        // Only the one thread that receives calls counts up.
-        match self.in_work.load(Ordering::Relaxed) < AT_A_TIME {
-            true => {
-                self.in_work.fetch_add(1, Ordering::Relaxed);
-                Some(Work(Arc::clone(self)))
-            }
-            false => None,
-        }
+        let one_more = |count| (count < AT_A_TIME).then_some(count + 1);
+        self.in_work.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).ok()?;
+        Some(Work(Arc::clone(self)))
     }
 }
 
@@ -93,8 +98,12 @@ impl fmt::Display for Guest {
 }
 
 /// All registered QEMUs, and the one place where their calls are waited for.
+///
+/// A guest is armed for one event at a time ([`Guests::wait`]), so that no two threads ever receive for the
+/// same one: with nothing left to receive, the second would wait until the guest makes another call.
 pub struct Guests {
     epoll: rustix::fd::OwnedFd,
+    domains: Arc<dyn Domains>,
     all: Mutex<Registered>,
 }
 
@@ -113,12 +122,12 @@ pub enum Event {
 }
 
 impl Guests {
-    /// No guests yet.
+    /// No guests yet; `domains` knows which domains they are.
     ///
     /// # Errors
     /// Those of epoll_create1(2).
-    pub fn new() -> io::Result<Self> {
-        Ok(Guests { epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?, all: Mutex::default() })
+    pub fn new(domains: Arc<dyn Domains>) -> io::Result<Self> {
+        Ok(Guests { epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?, domains, all: Mutex::default() })
     }
 
     /// Adds the guest of process `pid`.
@@ -133,18 +142,27 @@ impl Guests {
         let guest = Arc::new(Guest {
             number,
             pid,
+            started: start_time(pid).ok(),
             listener,
-            domain: OnceLock::new(),
-            domain_uuid: OnceLock::new(),
+            domains: Arc::clone(&self.domains),
+            name: OnceLock::new(),
             in_work: AtomicU32::new(0),
         });
-        let data = epoll::EventData::new_u64(number);
         all.guests.insert(number, Arc::clone(&guest));
-        if let Err(error) = epoll::add(&self.epoll, guest.listener.as_fd(), data, epoll::EventFlags::IN) {
+        if let Err(error) = epoll::add(&self.epoll, guest.listener.as_fd(), guest.data(), ONE_CALL) {
             all.guests.remove(&number);
             return Err(error.into());
         }
         Ok(guest)
+    }
+
+    /// Has the next event of `guest` reported, after the last one was dealt with.
+    pub fn rearm(&self, guest: &Guest) {
+        match epoll::modify(&self.epoll, guest.listener.as_fd(), guest.data(), ONE_CALL) {
+            // It was removed.
+            Ok(()) | Err(rustix::io::Errno::NOENT) => {}
+            Err(error) => tracing::error!(pid = guest.pid, "the calls of {guest} are not waited for any more: {error}"),
+        }
     }
 
     /// Forgets a guest that has ended.
@@ -154,6 +172,19 @@ impl Guests {
         self.all().guests.remove(&guest.number);
     }
 
+    /// Whether process `pid` has registered and lives. A wrapped QEMU has one listener and can make no other.
+    pub fn has(&self, pid: u32) -> bool {
+        let started = start_time(pid).ok();
+        let same: Vec<_> =
+            self.all().guests.values().filter(|guest| guest.pid == pid && guest.started == started).cloned().collect();
+        same.iter().any(|guest| guest.lives())
+    }
+
+    /// How many guests there are.
+    pub fn count(&self) -> usize {
+        self.all().guests.len()
+    }
+
     /// The guests there are.
     pub fn list(&self) -> Vec<Arc<Guest>> {
         let mut guests: Vec<_> = self.all().guests.values().cloned().collect();
@@ -161,32 +192,40 @@ impl Guests {
         guests
     }
 
-    /// Waits until something happens to a guest.
+    /// Waits until something happens to a guest. Nothing more is reported of that one until it is
+    /// [rearmed](Self::rearm).
     ///
     /// # Errors
     /// Those of epoll_wait(2).
-    pub fn wait(&self) -> io::Result<Vec<Event>> {
-        let mut buffer = [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }; 32];
-        let count = loop {
-            match epoll::wait(&self.epoll, buffer.as_mut_slice(), None) {
-                Err(rustix::io::Errno::INTR) => continue,
-                outcome => break outcome?,
-            }
-        };
-        let all = self.all();
-        let happened = buffer[..count].iter().filter_map(|event| {
+    pub fn wait(&self) -> io::Result<Event> {
+        // One event only: another guest's must not wait for this one.
+        let mut event = [epoll::Event { flags: epoll::EventFlags::empty(), data: epoll::EventData::new_u64(0) }];
+        loop {
+            match epoll::wait(&self.epoll, event.as_mut_slice(), None) {
+                Ok(0) | Err(rustix::io::Errno::INTR) => continue,
+                outcome => outcome?,
+            };
+            let [epoll::Event { flags, data }] = event;
             // A guest that was removed meanwhile has no events any more.
-            let guest = Arc::clone(all.guests.get(&event.data.u64())?);
-            let flags = event.flags;
-            match flags.contains(epoll::EventFlags::IN) {
-                true => Some(Event::Call(guest)),
-                false => Some(Event::End(guest)),
+            let guest = self.all().guests.get(&data.u64()).cloned();
+            match guest {
+                Some(guest) if flags.contains(epoll::EventFlags::IN) => return Ok(Event::Call(guest)),
+                Some(guest) => return Ok(Event::End(guest)),
+                None => {}
             }
-        });
-        Ok(happened.collect())
+        }
     }
 
     fn all(&self) -> MutexGuard<'_, Registered> {
         self.all.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A call, or the end, which is always reported; and then nothing until the guest is armed anew.
+const ONE_CALL: epoll::EventFlags = epoll::EventFlags::IN.union(epoll::EventFlags::ONESHOT);
+
+impl Guest {
+    fn data(&self) -> epoll::EventData {
+        epoll::EventData::new_u64(self.number)
     }
 }

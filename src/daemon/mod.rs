@@ -9,6 +9,7 @@ mod guests;
 mod identify;
 mod pool;
 mod prepare;
+mod receivers;
 mod registrar;
 mod server;
 mod service_manager;
@@ -97,7 +98,7 @@ fn run(options: &Options) -> io::Result<()> {
     if let Err(refusal) = control::sweep(&broker) {
         tracing::warn!("mappings of an earlier daemon were not looked for: {refusal}");
     }
-    let guests = Arc::new(Guests::new()?);
+    let guests = Arc::new(Guests::new(Arc::new(LibvirtState::system()))?);
     let registrar = Registrar::new(Arc::clone(&guests), users);
     registrar.take_up(inherited.guests);
 

@@ -37,8 +37,8 @@ impl Registrar {
         let mut waiting = Vec::new();
         for (pid, listener) in earlier {
             match self.guests.add(pid, listener) {
-                Ok(guest) => {
-                    tracing::info!(pid, "{guest} goes on with this daemon");
+                Ok(_) => {
+                    tracing::info!(pid, "process {pid} goes on with this daemon");
                     waiting.extend(opening_threads(pid));
                 }
                 Err(error) => tracing::error!(pid, "the listener of process {pid} cannot be used: {error}"),
@@ -91,12 +91,16 @@ impl Registrar {
             let sentence = format!("process {pid} of user {uid} is no QEMU's: see qemu_users in the configuration");
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, sentence));
         }
-        if self.guests.list().len() >= MOST_GUESTS {
+        if self.guests.count() >= MOST_GUESTS {
             return Err(io::Error::other(format!("there are {MOST_GUESTS} guests already")));
         }
         stream.set_read_timeout(Some(MESSAGE_DEADLINE))?;
         stream.set_write_timeout(Some(MESSAGE_DEADLINE))?;
         let listener = registration::take_over(stream)?;
+        if self.guests.has(pid) {
+            let sentence = format!("process {pid} has registered already, and a wrapped QEMU can do so only once");
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, sentence));
+        }
         service_manager::keep_listener(pid, &listener)?;
         let guest = self.guests.add(pid, listener)?;
         if let Err(error) = registration::welcome(stream) {

@@ -1,12 +1,17 @@
 //! Answers the opens of the guests.
 //!
-//! One thread receives the calls of all guests. It answers at once what it can tell from the kernel's
+//! A few threads receive the calls of all guests. They answer at once what can be told from the kernel's
 //! caches to be no block device, which is nearly everything. The rest goes to the pool: it may take
 //! a disk, a database or a key server.
+//!
+//! Even to learn what a call asks for can take as long as its guest likes: the path is read from the guest's
+//! memory, and a page of that may be in the hands of another process (userfaultfd(2), FUSE). So each guest
+//! can hold up one of these threads, and whenever that was the last one another is started.
 
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::Arc;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
@@ -15,6 +20,7 @@ use super::broker::{Broker, Verdict};
 use super::deadlines::Deadlines;
 use super::guests::{Event, Guest, Guests};
 use super::pool::Pool;
+use super::receivers::{Receivers, Relief};
 use crate::audit::Kind;
 use crate::domain::Requester;
 use crate::guest::{Located, Node, OpenRequest, locate};
@@ -26,14 +32,19 @@ pub struct Server {
     broker: Arc<Broker>,
     guests: Arc<Guests>,
     deadlines: Arc<Deadlines>,
+    receivers: Receivers,
     pool: Pool,
     open_deadline: Duration,
 }
 
+/// Where a thread says that it cannot receive any more.
+type Failed = mpsc::Sender<io::Error>;
+
 impl Server {
     /// A server that refuses what is not decided within `open_deadline`.
     pub fn new(broker: Arc<Broker>, guests: Arc<Guests>, pool: Pool, open_deadline: Duration) -> Arc<Self> {
-        Arc::new(Server { broker, guests, deadlines: Arc::default(), pool, open_deadline })
+        let (deadlines, receivers) = (Arc::default(), Receivers::default());
+        Arc::new(Server { broker, guests, deadlines, receivers, pool, open_deadline })
     }
 
     /// Serves until receiving itself fails.
@@ -42,23 +53,60 @@ impl Server {
     /// When the kernel will not let this process wait for events, or start a thread.
     pub fn serve(self: &Arc<Self>) -> io::Result<()> {
         let deadlines = Arc::clone(&self.deadlines);
-        std::thread::Builder::new().name("deadlines".to_owned()).spawn(move || deadlines.keep())?;
+        std::thread::Builder::new()
+            .name("deadlines".to_owned())
+            .stack_size(256 << 10)
+            .spawn(move || deadlines.keep())?;
+        let (fail, failed) = mpsc::channel();
+        // Two, lest the first call has to wait until a thread is started.
+        self.start_receiver(&fail)?;
+        self.start_receiver(&fail)?;
+        // `fail` is here: that all threads have ended is no way for this to end.
+        failed.recv().map_or(Ok(()), Err)
+    }
+
+    fn start_receiver(self: &Arc<Self>, fail: &Failed) -> io::Result<()> {
+        let (server, fail) = (Arc::clone(self), fail.clone());
+        self.receivers.start(move || server.receive_calls(&fail))
+    }
+
+    fn receive_calls(self: &Arc<Self>, fail: &Failed) {
         loop {
-            for event in self.guests.wait()? {
-                match event {
-                    Event::Call(guest) => self.receive(&guest),
-                    Event::End(guest) => {
-                        tracing::info!(pid = guest.pid(), "{guest} has ended");
-                        self.guests.remove(&guest);
-                    }
+            let event = match self.guests.wait() {
+                Ok(event) => event,
+                Err(error) => {
+                    // If that is not heard, it was said before.
+                    let _ = fail.send(error);
+                    return;
                 }
+            };
+            let relief = self.receivers.has_come(|| self.start_receiver(fail));
+            // A panic was told of, and costs the guest this call only: that has its deadline.
+            let _ = catch_unwind(AssertUnwindSafe(|| self.take(event, relief)));
+            if !self.receivers.may_wait() {
+                return;
             }
         }
     }
 
-    fn receive(self: &Arc<Self>, guest: &Arc<Guest>) {
+    fn take(self: &Arc<Self>, event: Event, relief: Relief) {
+        match event {
+            Event::Call(guest) => {
+                let _rearm = Rearm(&self.guests, &guest);
+                self.receive(&guest, relief);
+            }
+            Event::End(guest) => {
+                tracing::info!(pid = guest.pid(), "process {} has ended", guest.pid());
+                self.guests.remove(&guest);
+            }
+        }
+    }
+
+    fn receive(self: &Arc<Self>, guest: &Arc<Guest>, relief: Relief) {
         match guest.listener().receive() {
-            Ok(Some(call)) => self.answer(guest, call),
+            Ok(Some(call)) if relief == Relief::Waiting => self.answer(guest, call),
+            // To read what it asks for could leave every guest without an answer.
+            Ok(Some(call)) => settle(guest.listener().refuse(call.id, libc::EAGAIN)),
             Ok(None) => {}
             Err(error) => {
                 tracing::error!(pid = guest.pid(), "the calls of {guest} cannot be received any more: {error}");
@@ -68,7 +116,7 @@ impl Server {
     }
 
     fn answer(self: &Arc<Self>, guest: &Arc<Guest>, call: Notification) {
-        let due = Instant::now() + self.open_deadline;
+        let deadline = self.deadlines.add(Instant::now() + self.open_deadline, guest, call.id);
         let request = match OpenRequest::read(&call) {
             Ok(request) => request,
             Err(error) => {
@@ -95,9 +143,11 @@ impl Server {
             );
             return settle(guest.listener().refuse(call.id, libc::ETIMEDOUT));
         };
-        self.deadlines.add(due, guest, call.id);
         let server = Arc::clone(self);
-        self.pool.run(move || server.decide(work.guest(), &call, &request));
+        self.pool.run(move || {
+            let _deadline = deadline;
+            server.decide(work.guest(), &call, &request);
+        });
     }
 
     fn decide(&self, guest: &Guest, call: &Notification, request: &OpenRequest) {
@@ -117,13 +167,14 @@ impl Server {
             return;
         }
         let requester = self.broker.guest(call.tid);
-        let outcome = guest.asker().ask(|| self.judge(&requester, &node, request));
-        // A process could call itself by any name; where a volume is concerned, libvirt's word counts.
-        let asker = match &outcome {
-            Ok(Verdict::LetThrough) => guest.asker(),
-            Ok(Verdict::Mapping(..)) | Err(_) => guest.asker().known_as(requester.facts()),
-        };
-        asker.ask(|| self.carry_out(outcome, guest, call, request));
+        match guest.asker().ask(|| self.judge(&requester, &node, request)) {
+            Ok(Verdict::LetThrough) => settle(listener.let_through(call.id)),
+            // Where a volume is concerned it counts which domain asks.
+            outcome => {
+                let asker = guest.asker().known_as(requester.facts());
+                asker.ask(|| self.carry_out(outcome, guest, call, request));
+            }
+        }
     }
 
     /// Answers the call as it was judged.
@@ -179,6 +230,15 @@ impl Server {
             true => self.broker.pass_commands(node.device, guest),
             false => self.broker.open(node.device, node.permitted, request.device_flags(), guest),
         }
+    }
+}
+
+/// Has the next call of a guest reported when this one was dealt with, also when that panicked.
+struct Rearm<'a>(&'a Guests, &'a Guest);
+
+impl Drop for Rearm<'_> {
+    fn drop(&mut self) {
+        self.0.rearm(self.1);
     }
 }
 

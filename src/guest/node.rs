@@ -29,7 +29,8 @@ pub enum Located {
     Device(Node),
     /// It cannot be told what is there; the call must not go through.
     Unknown(io::Error),
-    /// It cannot be told without waiting for a disk or a network.
+    /// There is a device, or it cannot be told what there is, and to learn more could mean to wait: for a disk, for
+    /// a network, or for a file system that the caller itself serves.
     WouldWait,
 }
 
@@ -46,10 +47,11 @@ pub struct Node {
 }
 
 /// Finds what `request` of thread `tid` would open, in that thread's own mount namespace and root.
-/// With `wait` false, nothing that is not in the kernel's caches is asked for.
+/// With `wait` false, nothing that is not in the kernel's caches is asked for: no file system is, which the
+/// caller itself may serve.
 pub fn locate(tid: u32, request: &OpenRequest, wait: bool) -> Located {
     match open_node(tid, request, wait) {
-        Ok(handle) => examine(tid, request, &handle).unwrap_or_else(|error| Located::Unknown(error.into())),
+        Ok(handle) => examine(tid, request, &handle, wait).unwrap_or_else(|error| Located::Unknown(error.into())),
         // The kernel says the same to the caller.
         Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::NAMETOOLONG | Errno::ACCESS | Errno::BADF) => {
             Located::NoVolume
@@ -149,7 +151,7 @@ fn from_here(tid: u32, path: &OsStr) -> OsString {
     OsString::from_vec(below_root)
 }
 
-fn examine(tid: u32, request: &OpenRequest, handle: &Handle) -> rustix::io::Result<Located> {
+fn examine(tid: u32, request: &OpenRequest, handle: &Handle, wait: bool) -> rustix::io::Result<Located> {
     let node = &handle.node;
     // What the kernel knows already is enough: a type never changes, and asking a dead NFS server
     // would hang.
@@ -165,6 +167,9 @@ fn examine(tid: u32, request: &OpenRequest, handle: &Handle) -> rustix::io::Resu
         },
         _ => return Ok(Located::NoVolume),
     };
+    if !wait {
+        return Ok(Located::WouldWait);
+    }
     let on_tmpfs = rustix::fs::fstatfs(node)?.f_type as i64 == TMPFS_MAGIC;
     let nodev = rustix::fs::fstatvfs(node)?.f_flag.contains(StatVfsMountFlags::NODEV);
     let owned = file_system_user(tid).is_ok_and(|user| {
@@ -223,6 +228,19 @@ mod tests {
         for path in ["/", "/etc/passwd", "/nowhere/at/all", "/etc/passwd/x", "", "/dev/null", "Cargo.toml"] {
             assert!(matches!(own(path), Located::NoVolume), "{path}: {:?}", own(path));
         }
+    }
+
+    #[test]
+    fn of_a_device_no_more_is_asked_than_the_kernel_knows() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("node");
+        let number = rustix::fs::makedev(250, 99);
+        rustix::fs::mknodat(rustix::fs::CWD, &path, FileType::BlockDevice, Mode::RUSR, number)
+            .expect("run the tests as root");
+        let path = path.to_str().unwrap();
+        // Whose file system it is would have to be asked there.
+        assert!(matches!(locate(std::process::id(), &request(path), false), Located::WouldWait));
+        assert!(matches!(own(path), Located::Device(node) if node.device.minor == 99));
     }
 
     #[test]

@@ -1,6 +1,8 @@
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use rustix::fs::{AtFlags, CWD, StatxFlags};
 
 use crate::volume::DeviceNumber;
 
@@ -39,27 +41,20 @@ pub fn may_open(user: u32, owner: u32, mode: u32, reads: bool, writes: bool) -> 
     user == 0 || (user == owner && mode & needed == needed)
 }
 
-/// The name of the domain that QEMU process `pid` runs, as libvirt put it on the command line
-/// (`-name guest=NAME,…`). It is for people to read: the process could have changed it.
-pub fn domain_name(pid: u32) -> Option<String> {
-    let value = option(pid, b"-name")?;
-    // In an option of QEMU's a comma is doubled.
-    let unescaped = value.replace(",,", "\0");
-    let name = unescaped.split(',').next()?.replace('\0', ",");
-    Some(name.strip_prefix("guest=").map(str::to_owned).unwrap_or(name))
+/// When process `pid` started, in clock ticks since the host did. Together with its number that is one process.
+///
+/// # Errors
+/// When the process is gone.
+pub fn start_time(pid: u32) -> io::Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    parse_start_time(&status)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/stat is not as proc(5) says"))
 }
 
-/// The UUID of the domain that QEMU process `pid` runs, known as its name is (`-uuid UUID`).
-pub fn domain_uuid(pid: u32) -> Option<String> {
-    option(pid, b"-uuid")
-}
-
-/// What follows `option` on the command line of process `pid`.
-fn option(pid: u32, option: &[u8]) -> Option<String> {
-    let command_line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-    let mut words = command_line.split(|&byte| byte == 0);
-    words.find(|word| *word == option)?;
-    Some(String::from_utf8_lossy(words.next()?).into_owned())
+/// proc_pid_stat(5): the name comes second, in brackets and with anything in it; the start is field 22.
+fn parse_start_time(status: &str) -> Option<u64> {
+    let (_, after_the_name) = status.rsplit_once(')')?;
+    after_the_name.split_whitespace().nth(19)?.parse().ok()
 }
 
 /// All processes of the host.
@@ -73,13 +68,18 @@ pub fn processes_with_open(pids: &[u32], device: DeviceNumber) -> Vec<u32> {
     let has_open = |pid: &u32| {
         let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
         descriptors.flatten().any(|descriptor| {
-            // Only what is a device is worth a stat, which follows the link and could wait.
             fs::read_link(descriptor.path()).is_ok_and(|target| target.starts_with("/dev"))
-                && fs::metadata(descriptor.path())
-                    .is_ok_and(|metadata| DeviceNumber::from_raw(metadata.rdev()) == device)
+                && device_at(&descriptor.path()).is_ok_and(|number| number == device)
         })
     };
     pids.iter().copied().filter(has_open).collect()
+}
+
+/// The number of the device at `path`. It may be a process's own file system that serves the place, which
+/// is not asked: what the kernel knows already is enough.
+fn device_at(path: &Path) -> rustix::io::Result<DeviceNumber> {
+    let status = rustix::fs::statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE)?;
+    Ok(DeviceNumber { major: status.stx_rdev_major, minor: status.stx_rdev_minor })
 }
 
 #[cfg(test)]
@@ -91,6 +91,29 @@ mod tests {
         assert_eq!(parse_file_system_user("Name:\tqemu\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\n"), Some(4));
         assert_eq!(parse_file_system_user("Uid:\t1\n"), None);
         assert_eq!(file_system_user(std::process::id()).unwrap(), rustix::process::geteuid().as_raw());
+    }
+
+    #[test]
+    fn a_process_is_told_from_the_next_of_its_number() {
+        let fields = (3..=52).map(|field| field.to_string()).collect::<Vec<_>>().join(" ");
+        assert_eq!(parse_start_time(&format!("7 (a) b (c) S)) {fields}\n")), Some(22));
+        assert_eq!(parse_start_time("7 (a) S 1"), None);
+        let own = std::process::id();
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        assert_eq!(start_time(own).unwrap(), start_time(own).unwrap());
+        assert!(start_time(own).unwrap() <= start_time(child.id()).unwrap());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(start_time(child.id()).is_err());
+    }
+
+    #[test]
+    fn who_has_a_device_open_is_found() {
+        let number = |path| device_at(Path::new(path)).unwrap();
+        let _null = fs::File::open("/dev/null").unwrap();
+        let own = std::process::id();
+        assert_eq!(processes_with_open(&[own, u32::MAX], number("/dev/null")), [own]);
+        assert!(processes_with_open(&[own], number("/dev/full")).is_empty());
     }
 
     #[test]

@@ -257,7 +257,7 @@ fn what_operators_do_is_recorded_and_they_can_read_it() {
     let node = Node::new("/dev", world.add_volume("kept", 46));
     let control = Control::new(
         Arc::new(world.broker_saying(false, EXPORT)),
-        Arc::new(Guests::new().unwrap()),
+        Arc::new(Guests::new(Arc::new(World::new())).unwrap()),
         Box::new(GuardStatus::default),
     );
     let id = || "kept".parse().unwrap();
@@ -300,7 +300,7 @@ fn no_record_holds_a_byte_of_a_key() {
     };
     let control = Control::new(
         Arc::new(world.broker_saying(true, EXPORT)),
-        Arc::new(Guests::new().unwrap()),
+        Arc::new(Guests::new(Arc::new(World::new())).unwrap()),
         Box::new(GuardStatus::default),
     );
     let mut file = tempfile::tempfile().unwrap();

@@ -10,7 +10,11 @@ use crate::protocol::{GuardStatus, Identification, Reply, Request, Response};
 
 /// What the control socket of a daemon with `broker` says to `request`.
 fn answer(broker: Broker, request: &[u8]) -> Response {
-    let control = Control::new(Arc::new(broker), Arc::new(Guests::new().unwrap()), Box::new(GuardStatus::default));
+    let control = Control::new(
+        Arc::new(broker),
+        Arc::new(Guests::new(Arc::new(World::new())).unwrap()),
+        Box::new(GuardStatus::default),
+    );
     let (mut client, server) = UnixStream::pair().unwrap();
     client.write_all(request).unwrap();
     client.write_all(b"\n").unwrap();

@@ -4,6 +4,7 @@
 mod audit;
 mod broker;
 mod control;
+mod hostile;
 mod lifecycle;
 mod prepare;
 mod server;

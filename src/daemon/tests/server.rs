@@ -20,20 +20,23 @@ pub(super) fn as_guest<R: Send + 'static>(
     deadline: Duration,
     work: impl FnOnce() -> R + Send + 'static,
 ) -> R {
-    let guests = Arc::new(Guests::new().unwrap());
+    let guests = Arc::new(Guests::new(Arc::new(World::new())).unwrap());
     let server = Server::new(Arc::new(broker), Arc::clone(&guests), Pool::new(16), deadline);
     std::thread::spawn(move || server.serve());
     guest_of(&guests, work)
 }
 
-fn guest_of<R: Send + 'static>(guests: &Arc<Guests>, work: impl FnOnce() -> R + Send + 'static) -> R {
+pub(super) fn guest_of<R: Send + 'static>(guests: &Arc<Guests>, work: impl FnOnce() -> R + Send + 'static) -> R {
+    let (hand_over, take_over) = mpsc::channel();
+    let (welcome, welcomed) = mpsc::channel();
     let (send, receive) = mpsc::channel();
-    let guests = Arc::clone(guests);
     std::thread::spawn(move || {
-        let listener = seccomp::install_filter().unwrap();
-        guests.add(std::process::id(), listener).unwrap();
+        hand_over.send(seccomp::install_filter().unwrap()).unwrap();
+        welcomed.recv().unwrap();
         let _ = send.send(work());
     });
+    guests.add(std::process::id(), take_over.recv().unwrap()).unwrap();
+    welcome.send(()).unwrap();
     receive.recv_timeout(Duration::from_secs(30)).expect("the guest has to get its answers")
 }
 
@@ -176,7 +179,7 @@ fn a_slow_guest_gets_its_answer_at_the_deadline_and_delays_no_other() {
     let device = world.add_volume("slow", 15);
     let node = Node::new("/dev", device);
     let path = node.0.clone();
-    let guests = Arc::new(Guests::new().unwrap());
+    let guests = Arc::new(Guests::new(Arc::new(World::new())).unwrap());
     let server = Server::new(Arc::new(world.broker(true)), Arc::clone(&guests), Pool::new(16), Duration::from_secs(1));
     std::thread::spawn(move || server.serve());
     let began = Instant::now();
@@ -191,7 +194,7 @@ fn a_slow_guest_gets_its_answer_at_the_deadline_and_delays_no_other() {
 #[test]
 fn a_guest_that_ends_is_forgotten() {
     let world = World::new();
-    let guests = Arc::new(Guests::new().unwrap());
+    let guests = Arc::new(Guests::new(Arc::new(World::new())).unwrap());
     let server = Server::new(Arc::new(world.broker(true)), Arc::clone(&guests), Pool::new(2), Duration::from_secs(1));
     std::thread::spawn(move || server.serve());
     guest_of(&guests, || ());

@@ -1,12 +1,12 @@
 //! What the daemon puts into the audit log, and what becomes of a key's use that cannot be recorded.
 
-use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::broker::Broker;
+use super::limit::Limit;
 use crate::audit::{Asker, Event, Kind};
 use crate::policy::WhenUnwritable;
 use crate::refusal::{Reason, Refusal};
@@ -95,43 +95,21 @@ impl Broker {
 }
 
 /// Which refusals were recorded lately.
-#[derive(Default)]
-pub struct RefusalLimit {
-    seen: Mutex<HashMap<Refused, Seen>>,
-}
+pub struct RefusalLimit(Limit<Refused>);
 
 /// What makes two refusals the same.
 type Refused = (Asker, Option<VolumeId>, i32);
 
-struct Seen {
-    recorded_at: Instant,
-    repeated: u64,
+impl Default for RefusalLimit {
+    fn default() -> Self {
+        RefusalLimit(Limit::new(REPEATED_EVERY, MOST_REFUSALS))
+    }
 }
 
 impl RefusalLimit {
     /// Whether `refusal` is to be recorded now, and then how often it came since it last was.
     fn count(&self, refusal: &Refusal, now: Instant) -> Option<u64> {
-        let key = (Asker::current(), refusal.volume().cloned(), refusal.errno());
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_recent = |seen: &Seen| now.saturating_duration_since(seen.recorded_at) < REPEATED_EVERY;
-        let recorded = seen.values().filter(|seen| is_recent(seen)).count();
-        if let Some(same) = seen.get_mut(&key)
-            && (is_recent(same) || recorded >= MOST_REFUSALS)
-        {
-            same.repeated += 1;
-            return None;
-        }
-        if recorded >= MOST_REFUSALS {
-            return None;
-        }
-        let repeated = seen.get(&key).map_or(0, |same| same.repeated);
-        // What is over and was not repeated has nothing more to say; of the rest there are not too many.
-        seen.retain(|_, seen| is_recent(seen) || seen.repeated > 0);
-        if seen.len() >= 2 * MOST_REFUSALS {
-            seen.retain(|_, seen| is_recent(seen));
-        }
-        seen.insert(key, Seen { recorded_at: now, repeated: 0 });
-        Some(repeated)
+        self.0.count((Asker::current(), refusal.volume().cloned(), refusal.errno()), now)
     }
 }
 
@@ -143,43 +121,15 @@ mod tests {
         Refusal::new(Reason::NoKey, "no").of(&volume.parse().unwrap())
     }
 
-    fn as_pid<R>(pid: u32, work: impl FnOnce() -> R) -> R {
-        Asker { pid: Some(pid), ..Asker::default() }.ask(work)
-    }
-
     #[test]
-    fn the_same_refusal_is_recorded_once_a_minute_with_a_count() {
+    fn refusals_are_the_same_if_process_volume_and_errno_are() {
         let limit = RefusalLimit::default();
         let now = Instant::now();
-        let count = |pid, volume: &str, seconds| {
-            as_pid(pid, || limit.count(&refusal(volume), now + Duration::from_secs(seconds)))
-        };
-        assert_eq!(count(1, "one", 0), Some(0));
-        for second in 1..60 {
-            assert_eq!(count(1, "one", second), None);
-        }
-        assert_eq!(count(2, "one", 59), Some(0), "another process");
-        assert_eq!(count(1, "two", 59), Some(0), "another volume");
-        assert_eq!(count(1, "one", 60), Some(59));
-        assert_eq!(count(1, "one", 61), None);
-        assert_eq!(count(1, "one", 7200), Some(1));
-        assert_eq!(count(1, "one", 7300), Some(0));
-    }
-
-    #[test]
-    fn many_processes_together_fill_no_disk() {
-        let limit = RefusalLimit::default();
-        let now = Instant::now();
-        let mut recorded = 0;
-        for second in 0..600 {
-            for pid in 0..100 {
-                let at = now + Duration::from_secs(second);
-                let counted = as_pid(second as u32 * 100 + pid, || limit.count(&refusal("one"), at));
-                recorded += usize::from(counted.is_some());
-                as_pid(second as u32 * 100 + pid, || limit.count(&refusal("one"), at));
-            }
-        }
-        assert_eq!(recorded, 10 * MOST_REFUSALS);
-        assert!(limit.seen.lock().unwrap().len() <= 2 * MOST_REFUSALS);
+        let count =
+            |pid, volume: &str| Asker { pid: Some(pid), ..Asker::default() }.ask(|| limit.count(&refusal(volume), now));
+        assert_eq!(count(1, "one"), Some(0));
+        assert_eq!(count(1, "one"), None);
+        assert_eq!(count(2, "one"), Some(0), "another process");
+        assert_eq!(count(1, "two"), Some(0), "another volume");
     }
 }

@@ -1,5 +1,6 @@
 //! `volcryptd`: the only holder of keys and maker of mappings.
 
+mod arrivals;
 mod auditing;
 mod broker;
 mod control;
@@ -7,6 +8,7 @@ mod deadlines;
 mod devices;
 mod guests;
 mod identify;
+mod limit;
 mod pool;
 mod prepare;
 mod receivers;

@@ -1,34 +1,49 @@
 //! Takes the listeners of wrapped QEMUs.
+//!
+//! Every process of QEMU's user can connect, and say nothing. So one thread waits for what all of them say, and
+//! only a process that has sent a listener takes a thread of the pool.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::io::Errno;
+
+use super::arrivals::{Arrival, Arrivals, MESSAGE_DEADLINE};
 use super::guests::Guests;
+use super::limit::Limit;
 use super::pool::Pool;
 use super::service_manager;
 use crate::protocol::registration;
 use crate::sys::seccomp::Listener;
 use crate::sys::trace;
 
-/// How long a wrapper may take for its one message.
-const MESSAGE_DEADLINE: Duration = Duration::from_secs(5);
 /// How many guests there may be; systemd's fd store holds as many (`FileDescriptorStoreMax=`).
 const MOST_GUESTS: usize = 4096;
+/// How many may be on their way into the fd store at a time.
+const MOST_UNFINISHED: usize = 256;
 /// How long a thread may take to be interrupted.
 const INTERRUPT_DEADLINE: Duration = Duration::from_secs(1);
+/// How often the journal says of the same process that it was not registered, and of how many within that time.
+const REPEATED_EVERY: Duration = Duration::from_secs(60);
+const MOST_SENTENCES: usize = 20;
 
 /// Takes wrappers' connections and registers them.
 pub struct Registrar {
     guests: Arc<Guests>,
     users: Vec<u32>,
+    unfinished: Mutex<HashSet<u32>>,
+    said: Limit<u32>,
 }
 
 impl Registrar {
     /// A registrar that takes listeners from processes of `users` only.
     pub fn new(guests: Arc<Guests>, users: Vec<u32>) -> Arc<Self> {
-        Arc::new(Registrar { guests, users })
+        let said = Limit::new(REPEATED_EVERY, MOST_SENTENCES);
+        Arc::new(Registrar { guests, users, unfinished: Mutex::default(), said })
     }
 
     /// Takes up the guests of an earlier daemon. A call that the earlier one received and did not
@@ -62,53 +77,120 @@ impl Registrar {
 
     /// Serves `socket` for ever.
     pub fn serve(self: Arc<Self>, socket: &UnixListener, pool: &Pool) -> ! {
+        let mut arrivals = Arrivals::default();
         loop {
-            match socket.accept() {
-                Ok((stream, _)) => {
-                    let registrar = Arc::clone(&self);
-                    pool.run(move || registrar.register(&stream));
-                }
-                Err(error) => {
-                    tracing::error!("no wrapper can be taken: {error}");
-                    std::thread::sleep(Duration::from_millis(100));
-                }
+            if let Err(error) = self.serve_once(socket, &mut arrivals, pool) {
+                tracing::error!("no wrapper can be taken: {error}");
+                std::thread::sleep(Duration::from_millis(100));
             }
         }
     }
 
-    fn register(&self, stream: &UnixStream) {
-        match self.try_register(stream) {
-            Ok(()) => {}
-            Err(error) => tracing::error!("a process was not registered: {error}"),
+    /// Waits until somebody connects, says something or was silent for too long.
+    fn serve_once(self: &Arc<Self>, socket: &UnixListener, arrivals: &mut Arrivals, pool: &Pool) -> io::Result<()> {
+        let mut waiting = vec![PollFd::new(socket, PollFlags::IN)];
+        waiting.extend(arrivals.list().iter().map(|arrival| PollFd::new(&arrival.stream, PollFlags::IN)));
+        let left = arrivals.next_late().map(|late| late.saturating_duration_since(Instant::now()));
+        // A moment more, so that it is late then.
+        let left = left.and_then(|left| Timespec::try_from(left + Duration::from_millis(1)).ok());
+        match rustix::event::poll(&mut waiting, left.as_ref()) {
+            Ok(_) => {}
+            Err(Errno::INTR) => return Ok(()),
+            Err(error) => return Err(error.into()),
         }
+        let happened: Vec<bool> = waiting.iter().map(|waiting| !waiting.revents().is_empty()).collect();
+        // Who has said something is never in the way of who connects.
+        for arrival in arrivals.take(&happened[1..]) {
+            let pid = arrival.pid;
+            self.begin(arrival, pool).unwrap_or_else(|error| self.say_refused(pid, &error));
+        }
+        for late in arrivals.take_late(Instant::now()) {
+            self.say_refused(late.pid, &io::ErrorKind::TimedOut.into());
+        }
+        if happened[0] {
+            let (stream, _) = socket.accept()?;
+            if let Some((surplus, why)) = self.admit(stream).and_then(|arrival| arrivals.add(arrival)) {
+                self.say_refused(surplus.pid, &io::Error::other(why));
+            }
+        }
+        Ok(())
     }
 
-    fn try_register(&self, stream: &UnixStream) -> io::Result<()> {
-        let began = Instant::now();
-        let peer = rustix::net::sockopt::socket_peercred(stream)?;
+    /// Lets a process in that may register.
+    fn admit(&self, stream: UnixStream) -> Option<Arrival> {
+        let peer = rustix::net::sockopt::socket_peercred(&stream).ok()?;
         let (pid, uid) = (peer.pid.as_raw_nonzero().get() as u32, peer.uid.as_raw());
         if uid != 0 && !self.users.contains(&uid) {
-            let sentence = format!("process {pid} of user {uid} is no QEMU's: see qemu_users in the configuration");
-            return Err(io::Error::new(io::ErrorKind::PermissionDenied, sentence));
+            let sentence = format!("a process of user {uid} is no QEMU's: see qemu_users in the configuration");
+            self.say_refused(pid, &io::Error::new(io::ErrorKind::PermissionDenied, sentence));
+            return None;
         }
+        Some(Arrival::new(stream, pid))
+    }
+
+    /// Takes what a process has sent, and has the rest done by the pool: systemd may take its time.
+    fn begin(self: &Arc<Self>, arrival: Arrival, pool: &Pool) -> io::Result<()> {
+        let began = Instant::now();
+        let Arrival { stream, pid, .. } = arrival;
+        stream.set_write_timeout(Some(MESSAGE_DEADLINE))?;
+        let listener = registration::take_over(&stream)?;
         if self.guests.count() >= MOST_GUESTS {
             return Err(io::Error::other(format!("there are {MOST_GUESTS} guests already")));
         }
-        stream.set_read_timeout(Some(MESSAGE_DEADLINE))?;
-        stream.set_write_timeout(Some(MESSAGE_DEADLINE))?;
-        let listener = registration::take_over(stream)?;
-        if self.guests.has(pid) {
-            let sentence = format!("process {pid} has registered already, and a wrapped QEMU can do so only once");
+        if self.guests.has(pid) || !self.begin_unfinished(pid)? {
+            let sentence = "it has registered already, and a wrapped QEMU can do so only once";
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, sentence));
         }
+        let unfinished = Unfinished(Arc::clone(self), pid);
+        pool.run(move || {
+            let Unfinished(registrar, pid) = &unfinished;
+            match registrar.finish(&stream, *pid, listener) {
+                Ok(()) => {
+                    tracing::info!(pid, micros = began.elapsed().as_micros() as u64, "registered process {pid}")
+                }
+                Err(error) => registrar.say_refused(*pid, &error),
+            }
+        });
+        Ok(())
+    }
+
+    fn finish(&self, stream: &UnixStream, pid: u32, listener: Listener) -> io::Result<()> {
         service_manager::keep_listener(pid, &listener)?;
         let guest = self.guests.add(pid, listener)?;
-        if let Err(error) = registration::welcome(stream) {
-            self.guests.remove(&guest);
-            return Err(error);
+        registration::welcome(stream).inspect_err(|_| self.guests.remove(&guest))
+    }
+
+    /// Whether `pid` is not on its way already; it is from now on.
+    fn begin_unfinished(&self, pid: u32) -> io::Result<bool> {
+        let mut unfinished = self.unfinished();
+        match unfinished.len() < MOST_UNFINISHED {
+            true => Ok(unfinished.insert(pid)),
+            false => {
+                Err(io::Error::other(format!("{MOST_UNFINISHED} others wait for systemd to keep their listeners")))
+            }
         }
-        tracing::info!(pid, micros = began.elapsed().as_micros() as u64, "registered process {pid}");
-        Ok(())
+    }
+
+    fn say_refused(&self, pid: u32, error: &io::Error) {
+        let repeated = match self.said.count(pid, Instant::now()) {
+            None => return,
+            Some(0) => String::new(),
+            Some(repeated) => format!(" ({repeated} times more since that was last said of it)"),
+        };
+        tracing::error!(pid, "process {pid} was not registered: {error}{repeated}");
+    }
+
+    fn unfinished(&self) -> MutexGuard<'_, HashSet<u32>> {
+        self.unfinished.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A process whose registration is not finished until this is dropped.
+struct Unfinished(Arc<Registrar>, u32);
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        self.0.unfinished().remove(&self.1);
     }
 }
 

@@ -1,6 +1,7 @@
 //! Guests that were taken over and hold up whoever looks at them.
 
 use std::ffi::c_void;
+use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc;
@@ -151,4 +152,62 @@ fn a_process_has_one_listener_at_a_time() {
         assert!(Instant::now() < end, "the first one has ended");
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// Where the tests below have this very program run once more, as a wrapper of its own.
+const SOCKET: &str = "VOLCRYPT_TEST_WRAPPER_SOCKET";
+
+#[test]
+fn a_wrapper_in_a_process_of_its_own() {
+    let Some(path) = std::env::var_os(SOCKET) else { return };
+    let stream = UnixStream::connect(path).unwrap();
+    let listener = seccomp::install_filter().unwrap();
+    // Nobody answers an open any more.
+    std::process::exit(if registration::hand_over(&stream, &listener).is_ok() { 0 } else { 3 });
+}
+
+/// How long a wrapper in a process of its own takes to register.
+fn register_elsewhere(path: &Path) -> Duration {
+    let began = Instant::now();
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", "daemon::tests::hostile::a_wrapper_in_a_process_of_its_own"]).env(SOCKET, path);
+    let status = command.stdout(std::process::Stdio::null()).status().unwrap();
+    assert_eq!(status.code(), Some(0));
+    began.elapsed()
+}
+
+#[test]
+fn silent_connections_keep_nobody_from_registering() {
+    let world = World::new();
+    let (_guests, path) = registrar(&world);
+    let first = UnixStream::connect(&path).unwrap();
+    for _ in 0..1000 {
+        let surplus = UnixStream::connect(&path).unwrap();
+        surplus.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        assert_eq!((&surplus).read(&mut [0]).unwrap(), 0, "one more is dropped at once");
+    }
+    let silent: Vec<_> = (0..100).map(|_| UnixStream::connect(&path).unwrap()).collect();
+    let took = register_elsewhere(&path);
+    assert!(took < Duration::from_secs(2), "another process waited for {took:?}");
+    drop(silent);
+    // The first one has its time, and no more.
+    first.set_read_timeout(Some(Duration::from_millis(10))).unwrap();
+    assert_eq!((&first).read(&mut [0]).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    first.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    assert_eq!((&first).read(&mut [0]).unwrap(), 0);
+}
+
+#[test]
+fn what_is_no_registration_is_dropped() {
+    let world = World::new();
+    let (guests, path) = registrar(&world);
+    for message in [&b"x"[..], &[registration::HELLO], b""] {
+        let stream = UnixStream::connect(&path).unwrap();
+        stream.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        (&stream).write_all(message).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        assert_eq!((&stream).read(&mut [0]).unwrap(), 0);
+    }
+    assert_eq!(guests.count(), 0);
+    assert!(register_elsewhere(&path) < Duration::from_secs(2));
 }

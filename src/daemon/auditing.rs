@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::broker::Broker;
 use super::limit::Limit;
+use super::uses::Turn;
 use crate::audit::{Asker, Event, Kind};
 use crate::policy::WhenUnwritable;
 use crate::refusal::{Reason, Refusal};
@@ -23,14 +24,31 @@ const MOST_REFUSALS: usize = 60;
 
 impl Broker {
     /// Records that the key of `volume` is used for the present asker, before it is. It is on the disk
-    /// when this returns.
+    /// when this returns, unless there were too many such uses lately: then it is counted, and the number is
+    /// recorded within a minute or so.
     ///
     /// # Errors
     /// [`Reason::StoreUnavailable`] when that cannot be recorded, unless the configuration says that it
     /// does not matter.
     pub fn record_use(&self, kind: Kind, volume: &VolumeId, detail: &str) -> Result<(), Refusal> {
+        let asker = Asker::current();
+        let turn = match kind {
+            Kind::KeyUsed => self.uses().begin(&asker, volume, Instant::now()),
+            _ => Turn::Record(0),
+        };
+        let detail = match turn {
+            Turn::Record(0) => detail.to_owned(),
+            Turn::Record(counted) => format!("{detail} ({counted} times more since it was last recorded)"),
+            Turn::Count => {
+                self.record_counted_soon();
+                return Ok(());
+            }
+        };
         let event = Event::new(kind, volume, detail);
         let recorded = self.vault().and_then(|vault| vault.store.append_audit(event));
+        if let (Kind::KeyUsed, Turn::Record(counted)) = (kind, turn) {
+            self.uses().end(&asker, volume, counted, recorded.is_ok());
+        }
         let Err(refusal) = recorded else { return Ok(()) };
         match self.config()?.audit.when_unwritable {
             WhenUnwritable::Continue => {
@@ -45,6 +63,32 @@ impl Broker {
                 ),
             )
             .of(volume)),
+        }
+    }
+
+    /// Has the uses that were counted recorded a minute from now, whether or not there are more by then.
+    fn record_counted_soon(&self) {
+        let Ok(vault) = self.vault() else { return };
+        let uses = Arc::clone(self.uses());
+        if !uses.begin_recording() {
+            return;
+        }
+        let record = {
+            let uses = Arc::clone(&uses);
+            move || {
+                loop {
+                    std::thread::sleep(uses.every());
+                    let again = uses.record_counted(&vault.store);
+                    vault.store.merge_audit();
+                    if !again {
+                        return;
+                    }
+                }
+            }
+        };
+        if std::thread::Builder::new().name("uses".to_owned()).stack_size(MERGE_STACK).spawn(record).is_err() {
+            // The next use that is counted tries again.
+            uses.give_up_recording();
         }
     }
 

@@ -16,6 +16,7 @@ use self::authorisation::known;
 use self::policy::Policy;
 use super::auditing::RefusalLimit;
 use super::devices::Devices;
+use super::uses::UseLimit;
 use crate::audit::Asker;
 use crate::domain::{Facts, Nobody, Requester};
 use crate::encryptor::{MappingSpec, VolumeEncryptor, VolumeLocks};
@@ -35,6 +36,7 @@ pub struct Broker {
     vault: Mutex<Option<Arc<Vault>>>,
     enrolling: VolumeLocks,
     refusals: RefusalLimit,
+    uses: Arc<UseLimit>,
     merging: Arc<AtomicBool>,
 }
 
@@ -75,8 +77,8 @@ impl Broker {
     ) -> Self {
         let policy = Policy::new(config);
         let (vault, enrolling) = (Mutex::default(), VolumeLocks::default());
-        let (refusals, merging) = (RefusalLimit::default(), Arc::default());
-        Broker { policy, devices, domains, encryptor, vault, enrolling, refusals, merging }
+        let (refusals, uses, merging) = (RefusalLimit::default(), Arc::default(), Arc::default());
+        Broker { policy, devices, domains, encryptor, vault, enrolling, refusals, uses, merging }
     }
 
     /// The maker of mappings.
@@ -87,6 +89,17 @@ impl Broker {
     /// What was refused lately.
     pub(super) fn refusals(&self) -> &RefusalLimit {
         &self.refusals
+    }
+
+    /// Which keys were used lately.
+    pub(super) fn uses(&self) -> &Arc<UseLimit> {
+        &self.uses
+    }
+
+    /// The same with other limits for the records of keys' uses.
+    #[cfg(test)]
+    pub(super) fn limiting_uses(self, uses: UseLimit) -> Self {
+        Broker { uses: Arc::new(uses), ..self }
     }
 
     /// Whether the audit records are about to be merged.

@@ -16,6 +16,7 @@ mod registrar;
 mod server;
 mod service_manager;
 mod status;
+mod uses;
 
 use std::fs;
 use std::io;

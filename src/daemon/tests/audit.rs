@@ -9,6 +9,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg}
 use super::super::control::Control;
 use super::super::guests::Guests;
 use super::super::prepare::prepare;
+use super::super::uses::UseLimit;
 use super::server::{as_guest, open_errno};
 use super::*;
 use crate::audit::{Entry, Event, Kind, Link, Record, Role};
@@ -21,23 +22,26 @@ const DEADLINE: Duration = Duration::from_secs(5);
 
 /// The log of a world, the oldest record first, as soon as it has so many.
 fn log(world: &World, number: usize) -> Vec<Record> {
-    let store = Store::open(&world.path().join("state")).unwrap();
     let end = Instant::now() + Duration::from_secs(10);
     loop {
-        let entries = store.audit(&AuditQuery::default()).unwrap().entries.into_iter().rev();
-        let records: Vec<Record> = entries
-            .map(|entry| match entry {
-                Entry::Record { record, .. } => *record,
-                Entry::Damaged { damaged, .. } => panic!("{damaged}"),
-            })
-            .collect();
+        let records = present(world);
         if records.len() >= number || Instant::now() > end {
-            let texts: Vec<String> = records.iter().map(|record| format!("{}", record.event)).collect();
-            assert_eq!(records.len(), number, "{texts:#?}");
+            assert_eq!(records.len(), number, "{:#?}", texts(&records));
             return records;
         }
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// What is in the log of a world right now.
+fn present(world: &World) -> Vec<Record> {
+    let store = Store::open(&world.path().join("state")).unwrap();
+    let entries = store.audit(&AuditQuery::default()).unwrap().entries.into_iter().rev();
+    let record = |entry| match entry {
+        Entry::Record { record, .. } => *record,
+        Entry::Damaged { damaged, .. } => panic!("{damaged}"),
+    };
+    entries.map(record).collect()
 }
 
 fn texts(records: &[Record]) -> Vec<String> {
@@ -48,7 +52,7 @@ fn texts(records: &[Record]) -> Vec<String> {
 fn fill(broker: &Broker) {
     let vault = broker.vault().unwrap();
     vault.store.fill_disk(true);
-    while broker.record_use(Kind::KeyUsed, &"filler".parse().unwrap(), "").is_ok() {}
+    while vault.store.append_audit(Event::new(Kind::KeyUsed, &"filler".parse().unwrap(), "")).is_ok() {}
 }
 
 #[test]
@@ -70,6 +74,72 @@ fn a_guests_use_of_a_key_is_recorded_before_it_has_the_mapping() {
     let of_guest = format!("volume used, domain \"vm\", pid {pid}, by guest: done");
     assert_eq!(texts(&records), [format!("enrolled, {of_guest}"), format!("key-used, {of_guest}")]);
     assert_eq!(records[1].event.detail, format!("opened as {}", node.0.display()));
+}
+
+#[test]
+fn a_guest_that_opens_its_disk_in_a_loop_is_counted() {
+    let world = World::new();
+    let node = Node::new("/dev", world.add_volume("looped", 49));
+    let path = node.0.clone();
+    let broker = world.broker(true).limiting_uses(UseLimit::new(Duration::from_secs(1), 4));
+    let errnos = as_guest(broker, DEADLINE, move || (0..30).map(|_| open_errno(&path)).collect::<Vec<_>>());
+    assert!(errnos.iter().all(Option::is_none), "every one gets its mapping");
+    // Nobody opens it any more, and still every open is told of.
+    let number = |record: &Record| match record.event.detail.split_once(" times more") {
+        Some((start, _)) => {
+            let number: u32 = start.rsplit([' ', '(']).next().unwrap().parse().unwrap();
+            number + u32::from(start.starts_with("opened as"))
+        }
+        None => 1,
+    };
+    let used = |records: &[Record]| records.iter().skip(1).map(number).sum::<u32>();
+    let end = Instant::now() + Duration::from_secs(10);
+    loop {
+        let records = present(&world);
+        assert!(records.len() < 15, "{:#?}", texts(&records));
+        assert!(records.iter().skip(1).all(|record| record.event.kind == Kind::KeyUsed));
+        if used(&records) == 30 {
+            assert!(records.iter().skip(1).all(|record| record.event.asker.domain.as_deref() == Some("vm")));
+            break;
+        }
+        assert!(Instant::now() < end, "{} opens are told of", used(&records));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn what_was_counted_is_not_lost_and_the_next_use_refused_if_the_log_cannot_be_written() {
+    unwritten("", 50, true);
+}
+
+#[test]
+fn what_was_counted_is_not_lost_either_if_keys_may_be_used_without_a_record() {
+    unwritten(CONTINUE, 52, false);
+}
+
+fn unwritten(configuration: &str, minor: u32, refused: bool) {
+    let world = World::new();
+    let device = world.add_volume("unwritten", minor);
+    let broker = world.broker_saying(true, configuration).limiting_uses(UseLimit::new(Duration::from_millis(300), 2));
+    broker.enrol(device, None).unwrap();
+    let volume = "unwritten".parse().unwrap();
+    let use_it = || broker.record_use(Kind::KeyUsed, &volume, "");
+    (0..3).for_each(|_| use_it().unwrap());
+    fill(&broker);
+    let end = Instant::now() + Duration::from_secs(10);
+    while refused && use_it().is_ok() {
+        assert!(Instant::now() < end, "the log is full");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    std::thread::sleep(Duration::from_millis(400));
+    assert_eq!(use_it().is_err(), refused);
+    broker.vault().unwrap().store.fill_disk(false);
+    let is_counted =
+        |record: &Record| record.event.detail.contains("times more") && record.event.volume.as_ref() == Some(&volume);
+    while !present(&world).iter().any(is_counted) {
+        assert!(Instant::now() < end, "what was counted is lost");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! The system calls that no safe crate offers. All unsafe code of the project is in this folder.
 
+pub mod alarm;
 pub mod bpf;
 pub mod inherited;
 pub mod keyring;

@@ -5,13 +5,20 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 
 use libc::{sock_filter, sock_fprog};
+
+use super::alarm;
 
 /// `AUDIT_ARCH_X86_64` of `linux/audit.h`: `EM_X86_64`, 64 bits, little-endian.
 const ARCHITECTURE: u32 = 0xc000_003e;
 /// Set in the number of a system call of the x32 ABI.
 const X32_BIT: u32 = 0x4000_0000;
+
+/// How long receiving a call that has been announced may take. It takes no time at all unless somebody else has
+/// received the call meanwhile: the ioctl then waits for the next one, and knows no `O_NONBLOCK`.
+const RECEIVE_LIMIT: Duration = Duration::from_millis(100);
 
 // Offsets in `struct seccomp_data`.
 const OFFSET_NUMBER: u32 = 0;
@@ -110,26 +117,34 @@ impl Listener {
         unsafe { libc::ioctl(self.0.as_raw_fd(), request::<u64>(WRITE, 4), 1_u64) };
     }
 
-    /// Receives one call. `None` when it went away meanwhile: the thread was killed or interrupted.
+    /// Receives one call, which has been announced. `None` when it went away meanwhile: the thread was killed or
+    /// interrupted.
     ///
     /// # Errors
-    /// Those of the ioctl other than `ENOENT` and `EINTR`.
+    /// Those of the ioctl other than `ENOENT`; `TimedOut` when a call was announced and somebody else has received
+    /// it. Whoever installs the filter can keep a descriptor of the listener, and would have the daemon wait.
     pub fn receive(&self) -> io::Result<Option<Notification>> {
         // SAFETY: all-zero bytes are a valid value of this plain C struct, and what the kernel wants.
         let mut raw: libc::seccomp_notif = unsafe { std::mem::zeroed() };
-        // SAFETY: the request's number carries the size of the struct that `raw` is.
-        let result =
-            unsafe { libc::ioctl(self.0.as_raw_fd(), request::<libc::seccomp_notif>(READ | WRITE, 0), &mut raw) };
-        match result {
-            0 => Ok(Some(Notification {
+        let received = alarm::interrupt_after(RECEIVE_LIMIT, || {
+            // SAFETY: the request's number carries the size of the struct that `raw` is.
+            match unsafe { libc::ioctl(self.0.as_raw_fd(), request::<libc::seccomp_notif>(READ | WRITE, 0), &mut raw) }
+            {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            }
+        })?;
+        match received {
+            Ok(()) => Ok(Some(Notification {
                 id: raw.id,
                 tid: raw.pid,
                 number: i64::from(raw.data.nr),
                 arguments: raw.data.args,
             })),
-            _ => match io::Error::last_os_error() {
-                error if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINTR)) => Ok(None),
-                error => Err(error),
+            Err(error) => match error.raw_os_error() {
+                Some(libc::ENOENT) => Ok(None),
+                Some(libc::EINTR) => Err(io::Error::new(io::ErrorKind::TimedOut, "another process receives them")),
+                _ => Err(error),
             },
         }
     }
@@ -226,5 +241,22 @@ mod tests {
         let file = std::fs::File::open("/dev/null").unwrap();
         let error = Listener::from_descriptor(file.into()).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+    }
+
+    #[test]
+    fn a_call_that_another_has_received_is_not_waited_for() {
+        let (send, receive) = std::sync::mpsc::channel();
+        let (keep, kept) = std::sync::mpsc::channel::<()>();
+        let guest = std::thread::spawn(move || {
+            send.send(install_filter().unwrap()).unwrap();
+            let _ = kept.recv();
+        });
+        let listener = receive.recv().unwrap();
+        let (send, receive) = std::sync::mpsc::channel();
+        std::thread::spawn(move || send.send(listener.receive().map_err(|error| error.kind())));
+        let received = receive.recv_timeout(Duration::from_secs(10)).expect("receiving has to end");
+        assert_eq!(received.unwrap_err(), io::ErrorKind::TimedOut);
+        drop(keep);
+        guest.join().unwrap();
     }
 }

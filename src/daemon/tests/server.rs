@@ -1,11 +1,12 @@
 use std::ffi::CString;
 use std::io::Read;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::mpsc;
 use std::time::Instant;
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{CWD, Mode};
 
 use super::super::guests::Guests;
@@ -189,6 +190,47 @@ fn a_slow_guest_gets_its_answer_at_the_deadline_and_delays_no_other() {
     assert!(other && began.elapsed() < Duration::from_secs(1));
     assert_eq!(slow.join().unwrap(), Some(libc::ETIMEDOUT));
     assert!(began.elapsed() < Duration::from_secs(8));
+}
+
+/// It keeps a copy of its listener, and has answered its only open just when the server, which was told of it, wants to
+/// receive it.
+#[test]
+fn a_guest_that_takes_its_own_calls_away_delays_no_other() {
+    let world = World::new();
+    let guests = Arc::new(Guests::new(Arc::new(world.clone())).unwrap());
+    let server = Server::new(Arc::new(world.broker(true)), Arc::clone(&guests), Pool::new(16), Duration::from_secs(1));
+    std::thread::spawn(move || server.serve());
+    let mut alive = Vec::new();
+    for _ in 0..2000 {
+        let (keep, kept) = mpsc::channel::<()>();
+        alive.push(keep);
+        let (hand_over, take_over) = mpsc::channel();
+        let (welcome, welcomed) = mpsc::channel();
+        let (send, opened) = mpsc::channel();
+        std::thread::spawn(move || {
+            let listener = seccomp::install_filter().unwrap();
+            let copy = seccomp::Listener::from_descriptor(listener.as_fd().try_clone_to_owned().unwrap()).unwrap();
+            hand_over.send(listener).unwrap();
+            welcomed.recv().unwrap();
+            std::thread::spawn(move || {
+                let second = rustix::event::Timespec { tv_sec: 1, tv_nsec: 0 };
+                let mut waits = [PollFd::new(&copy, PollFlags::IN)];
+                if poll(&mut waits, Some(&second)) == Ok(1)
+                    && let Ok(Some(call)) = copy.receive()
+                {
+                    let _ = copy.let_through(call.id);
+                }
+            });
+            let _ = File::open("/etc/passwd");
+            let _ = send.send(());
+            // Without an end or another call of the guest's, the server would wait for ever.
+            let _ = kept.recv();
+        });
+        guests.add(std::process::id(), take_over.recv().unwrap()).unwrap();
+        welcome.send(()).unwrap();
+        opened.recv_timeout(Duration::from_secs(30)).expect("somebody has to answer");
+    }
+    assert!(guest_of(&guests, || File::open("/etc/passwd").is_ok()));
 }
 
 #[test]

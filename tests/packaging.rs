@@ -1,13 +1,15 @@
-//! The package's scripts, run on a host that is a folder.
+//! The packages: their scripts, run on a host that is a folder, and that both bring the same.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::thread;
 use std::time::Duration;
 
 use tempfile::TempDir;
+use toml::Value;
 
 struct Host(TempDir);
 
@@ -31,11 +33,43 @@ impl Host {
         fs::read_to_string(self.path(path)).unwrap()
     }
 
+    fn output(&self, script: &str, arguments: &[&str]) -> Output {
+        let script = source("packaging").join(script);
+        Command::new("sh").arg(script).args(arguments).env("VOLCRYPT_ROOT", self.0.path()).output().unwrap()
+    }
+
     fn run(&self, script: &str, arguments: &[&str]) {
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("packaging").join(script);
-        let output =
-            Command::new("sh").arg(script).args(arguments).env("VOLCRYPT_ROOT", self.0.path()).output().unwrap();
+        let output = self.output(script, arguments);
         assert!(output.status.success() && output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// Puts a program there.
+    fn program(&self, path: &str, content: &str) {
+        self.write(path, content);
+        fs::set_permissions(self.path(path), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    /// What the package brings and its scripts call, in the place of the programs something that leaves a trace.
+    fn installed() -> Self {
+        let host = Host::new(&[WRAPPER, "usr/bin/qemu-system-x86_64", "etc/apparmor.d/usr.sbin.libvirtd"]);
+        for script in ["link-emulators", "apparmor-rules", "check-removal"] {
+            let content = fs::read_to_string(source("packaging").join(script)).unwrap();
+            host.program(&format!("usr/libexec/volcrypt/{script}"), &content);
+        }
+        host.program(
+            "usr/libexec/volcrypt/volcryptd",
+            "#!/bin/sh\necho \"$1\" >\"$VOLCRYPT_ROOT/volcryptd-was-run\"\n",
+        );
+        host.run("rpm/post", &["1"]);
+        host
+    }
+
+    /// Whether everything is there that the scripts made at the installation.
+    fn is_in_force(&self) -> bool {
+        self.path(HOOK).is_symlink()
+            && self.path("usr/libexec/volcrypt/emulators/qemu-system-x86_64").is_symlink()
+            && self.read(LOCAL).contains("PUx,")
+            && !self.path("volcryptd-was-run").exists()
     }
 
     fn links(&self) -> Vec<(String, PathBuf)> {
@@ -57,6 +91,12 @@ impl Host {
 
 const WRAPPER: &str = "usr/libexec/volcrypt/volcrypt-qemu";
 const LOCAL: &str = "etc/apparmor.d/local/usr.sbin.libvirtd";
+const HOOK: &str = "etc/libvirt/hooks/qemu.d/50-volcrypt";
+
+/// A path of the source.
+fn source(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
 
 /// Longer than the kernel's clock takes to tick, so that a later change has a later time.
 fn tick() {
@@ -127,4 +167,130 @@ fn no_rules_are_made_for_a_profile_that_is_not_installed() {
     host.run("apparmor-rules", &["add"]);
     assert!(host.path(LOCAL).exists());
     assert!(!host.path("etc/apparmor.d/local/usr.sbin.virtqemud").exists());
+}
+
+#[test]
+fn an_upgrade_by_rpm_takes_nothing_away() {
+    let host = Host::installed();
+    assert!(host.is_in_force());
+    // In RPM's order: the newer package comes before the older one goes.
+    host.run("rpm/post", &["2"]);
+    host.run("rpm/preun", &["1"]);
+    host.run("rpm/postun", &["1"]);
+    assert!(host.is_in_force());
+}
+
+#[test]
+fn a_removal_by_rpm_leaves_no_trace() {
+    let host = Host::installed();
+    host.write("var/lib/volcrypt/volcrypt.db", "");
+    host.program("usr/bin/volcrypt", "#!/bin/sh\necho '[{\"state\": \"destroyed\"}]'\n");
+    host.run("rpm/preun", &["0"]);
+    assert!(!host.path("etc/libvirt/hooks/qemu.d").exists());
+    assert!(!host.path("usr/libexec/volcrypt/emulators").exists());
+    assert_eq!(host.read(LOCAL), "");
+    assert_eq!(host.read("volcryptd-was-run"), "--remove-guard\n");
+    fs::remove_dir_all(host.path("usr/libexec/volcrypt")).unwrap();
+    host.run("rpm/postun", &["0"]);
+    assert!(host.path("var/lib/volcrypt/volcrypt.db").exists());
+}
+
+#[test]
+fn nothing_is_removed_while_it_is_needed() {
+    let listing = |host: &Host, state: &str| {
+        host.write("var/lib/volcrypt/volcrypt.db", "");
+        host.program("usr/bin/volcrypt", &format!("#!/bin/sh\necho '[{{\"state\": \"{state}\"}}]'\n"));
+    };
+    let needed: [&dyn Fn(&Host); 5] = [
+        &|host| listing(host, "enrolled"),
+        &|host| listing(host, "retired"),
+        // What cannot be asked for may be there.
+        &|host| {
+            listing(host, "destroyed");
+            host.program("usr/bin/volcrypt", "#!/bin/sh\nexit 1\n");
+        },
+        &|host| {
+            host.write("etc/volcrypt/volcrypt.toml", "[key_manager]\n  directory = '/srv/keys'\n");
+        },
+        &|host| host.write("sys/block/dm-3/dm/uuid", "VOLCRYPT-plain-v1\n"),
+    ];
+    for (number, need) in needed.iter().enumerate() {
+        let host = Host::installed();
+        need(&host);
+        let output = host.output("rpm/preun", &["0"]);
+        assert!(!output.status.success(), "need {number}");
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(said.starts_with("volcrypt: not removed, because"), "need {number}: {said}");
+        assert!(host.is_in_force(), "need {number}");
+    }
+    let host = Host::installed();
+    host.write("sys/block/dm-3/dm/uuid", "LVM-x\n");
+    host.run("check-removal", &[]);
+}
+
+/// A file of a package.
+#[derive(Debug, PartialEq, Eq)]
+struct Packaged {
+    source: String,
+    mode: String,
+    /// Whether a changed one of the operator's stays.
+    is_kept: bool,
+}
+
+fn metadata(kind: &str) -> Value {
+    let manifest: Value = toml::from_str(&fs::read_to_string(source("Cargo.toml")).unwrap()).unwrap();
+    manifest["package"]["metadata"][kind].clone()
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap().to_owned()
+}
+
+fn files_of_the_deb() -> BTreeMap<String, Packaged> {
+    let deb = metadata("deb");
+    let conf_files: Vec<String> = deb["conf-files"].as_array().unwrap().iter().map(text).collect();
+    let file = |asset: &Value| {
+        let (source, mut place, mode) = (text(&asset[0]), format!("/{}", text(&asset[1])), text(&asset[2]));
+        if place.ends_with('/') {
+            place.push_str(source.rsplit('/').next().unwrap());
+        }
+        let is_kept = conf_files.contains(&place);
+        (place, Packaged { source, mode, is_kept })
+    };
+    let mut files: BTreeMap<_, _> = deb["assets"].as_array().unwrap().iter().map(file).collect();
+    // Debian's packages have it as their file `copyright`.
+    let license = Packaged { source: text(&deb["license-file"][0]), mode: "644".to_owned(), is_kept: false };
+    files.insert("/usr/share/licenses/volcrypt/LICENSE".to_owned(), license);
+    files
+}
+
+fn files_of_the_rpm() -> BTreeMap<String, Packaged> {
+    let file = |asset: &Value| {
+        let is_kept = asset.get("config").is_some_and(|config| config.as_str() == Some("noreplace"));
+        (text(&asset["dest"]), Packaged { source: text(&asset["source"]), mode: text(&asset["mode"]), is_kept })
+    };
+    metadata("generate-rpm")["assets"].as_array().unwrap().iter().map(file).collect()
+}
+
+#[test]
+fn both_packages_bring_the_same_files() {
+    let (deb, rpm) = (files_of_the_deb(), files_of_the_rpm());
+    assert_eq!(deb, rpm);
+    for (place, file) in rpm {
+        assert!(file.source.starts_with("target/release/") || source(&file.source).is_file(), "{place}");
+        assert_eq!(place.starts_with("/etc/"), file.is_kept, "{place}");
+    }
+}
+
+/// cargo-generate-rpm takes the path of a script that is not there for the script itself.
+#[test]
+fn the_rpm_has_its_scripts() {
+    let rpm = metadata("generate-rpm");
+    for (key, name) in
+        [("post_install_script", "post"), ("pre_uninstall_script", "preun"), ("post_uninstall_script", "postun")]
+    {
+        let path = text(&rpm[key]);
+        assert_eq!(path, format!("packaging/rpm/{name}"));
+        assert!(source(&path).is_file(), "{path}");
+    }
 }

@@ -7,7 +7,8 @@ traces=/root/traces
 drop_in=/run/systemd/system/volcryptd.service.d/lab.conf
 
 # Looks for pieces of the key in files: 16 bytes from anywhere in it, as they are, in hexadecimal, in base64,
-# or printed as a list of numbers. Whole processes' memory is searched for a few pieces only.
+# or printed as a list of numbers. Whole processes' memory is searched for a few pieces only, and so is what is
+# named raw:FILE.
 finder=/root/find-key
 write_finder() {
     cat >"$finder" <<'PYTHON'
@@ -53,6 +54,8 @@ found = False
 for name in sys.argv[2:]:
     if name.startswith("pid:"):
         hit = memory(int(name[4:]))
+    elif name.startswith("raw:"):
+        hit = raw.search(open(name[4:], "rb").read())
     else:
         try:
             content = open(name, "rb").read() if name != "-" else sys.stdin.buffer.read()
@@ -68,7 +71,7 @@ sys.exit(0 if found else 1)
 PYTHON
 }
 
-# key_in FILE... or pid:PID... or -: prints those that hold a piece of the key; fails if none does.
+# key_in FILE... or pid:PID... or raw:FILE... or -: prints those that hold a piece of the key; fails if none does.
 key_in() {
     python3 "$finder" "$key" "$@"
 }
@@ -202,6 +205,72 @@ case_the_daemons_memory_is_locked_and_its_own() {
         expect_fails as_qemu head -c 1 "/proc/$pid/$file"
         expect_contains "$OUTPUT" 'Permission denied' "$file"
     done
+}
+
+# The kernel is made to swap out all it can, of the daemon's control group and of all others, while the key is used.
+# A process that keeps another key in its memory shows that the search would find one.
+case_swap_holds_no_key() {
+    local pid
+    # Also where this fails, and then before the machine goes on.
+    trap swap_off EXIT
+    swap_on
+    head -c 64 /dev/urandom >/root/bait.key
+    systemd-run --quiet --unit lab-bait python3 -c 'import sys, time
+kept = [open(sys.argv[1], "rb").read() * 64 for _ in range(4096)]
+time.sleep(600)' /root/bait.key
+    (while :; do
+        reclaim volcryptd.service
+        reclaim .
+        sleep 0.2
+    done) &
+    reclaiming=$!
+    disk_detach vm sdb
+    nothing_left
+    disk_attach vm "$(lun_path prot-secret)" sdb
+    qemu_io vm sdb 'read -P 0xab 0 64k'
+    wait_until 60 is_swapped_out "$(systemctl show --property MainPID --value lab-bait)"
+    expect_mapped prot-secret-0
+    kill "$reclaiming"
+    wait "$reclaiming" || true
+    swap_content >/root/swapped
+    expect_eq "$(key=/root/bait.key key_in raw:/root/swapped || true)" raw:/root/swapped 'search in swap'
+    expect_no_key swap raw:/root/swapped
+    expect_eq "$(status_kb VmSwap)" 0 'VmSwap of the daemon'
+    # It was asked for its memory indeed, and has none that could have gone.
+    pid=$(daemon_pid)
+    [ "$(awk '/^Swap:/ { sum += $2 } END { print sum }' "/proc/$pid/smaps")" = 0 ] || fail 'memory of the daemon is in swap'
+}
+
+# swap_on: 64 MiB, and the kernel prefers to swap rather than to drop what it has read.
+swap_on() {
+    # Written to, or what the kernel puts there past the file system could not be read as a file.
+    (umask 077 && dd if=/dev/zero of=/root/swap bs=1M count=64 conv=fsync status=none)
+    mkswap /root/swap >/dev/null
+    swapon /root/swap
+    sysctl --quiet --write vm.swappiness=200
+}
+
+swap_off() {
+    [ -z "${reclaiming-}" ] || kill "$reclaiming" 2>/dev/null || true
+    systemctl stop lab-bait.service 2>/dev/null || true
+    swapoff /root/swap 2>/dev/null || true
+    sysctl --quiet --write vm.swappiness=60
+    rm -f /root/swap /root/swapped /root/bait.key
+}
+
+# reclaim GROUP: takes from the control group what the kernel can; that it is less than what was asked for is no news.
+reclaim() {
+    echo 64M 2>/dev/null >"/sys/fs/cgroup/system.slice/$1/memory.reclaim" || true
+}
+
+is_swapped_out() {
+    awk '/^VmSwap:/ { exit !($2 > 8192) }' "/proc/$1/status"
+}
+
+# swap_content: as it is on the disk, not as the file was read before.
+swap_content() {
+    sync
+    dd if=/root/swap bs=1M iflag=direct status=none
 }
 
 # Core dumps of the kernel's own kind, at a place where the daemon could write; even with a limit that root

@@ -188,7 +188,7 @@ fn silent_connections_keep_nobody_from_registering() {
     }
     let silent: Vec<_> = (0..100).map(|_| UnixStream::connect(&path).unwrap()).collect();
     let took = register_elsewhere(&path);
-    assert!(took < Duration::from_secs(2), "another process waited for {took:?}");
+    assert!(took < Duration::from_secs(4), "another process waited for {took:?}");
     drop(silent);
     // The first one has its time, and no more.
     first.set_read_timeout(Some(Duration::from_millis(10))).unwrap();
@@ -209,5 +209,5 @@ fn what_is_no_registration_is_dropped() {
         assert_eq!((&stream).read(&mut [0]).unwrap(), 0);
     }
     assert_eq!(guests.count(), 0);
-    assert!(register_elsewhere(&path) < Duration::from_secs(2));
+    assert!(register_elsewhere(&path) < Duration::from_secs(4));
 }

@@ -145,10 +145,11 @@ proptest! {
         for source in [format!("{literal}{source}"), source] {
             let Ok(pattern) = Pattern::new("wwid", &Spanned::new(0..0, source)) else { continue };
             let prefix = pattern.literal_prefix();
-            let found = Comparer::until(Instant::now() + Duration::from_secs(60)).relation(&pattern, &pattern, Empty::Counts);
+            let mut comparer = Comparer::until(Instant::now() + Duration::from_secs(60));
+            let found = comparer.relation(&pattern, &pattern, Empty::Counts);
             let tried = texts().into_iter().chain(found.common.flatten());
             for text in tried.filter(|text| pattern.is_match(text)) {
-                prop_assert!(text.starts_with(&prefix), "{:?} does not begin with {:?}: {}", text, prefix, pattern.source());
+                prop_assert!(text.starts_with(&prefix), "{:?}, {:?}: {}", text, prefix, pattern.source());
             }
         }
     }

@@ -210,7 +210,6 @@ case_the_daemons_memory_is_locked_and_its_own() {
 # The kernel is made to swap out all it can, of the daemon's control group and of all others, while the key is used.
 # A process that keeps another key in its memory shows that the search would find one.
 case_swap_holds_no_key() {
-    local pid
     # Also where this fails, and then before the machine goes on.
     trap swap_off EXIT
     swap_on
@@ -236,9 +235,6 @@ time.sleep(600)' /root/bait.key
     expect_eq "$(key=/root/bait.key key_in raw:/root/swapped || true)" raw:/root/swapped 'search in swap'
     expect_no_key swap raw:/root/swapped
     expect_eq "$(status_kb VmSwap)" 0 'VmSwap of the daemon'
-    # It was asked for its memory indeed, and has none that could have gone.
-    pid=$(daemon_pid)
-    [ "$(awk '/^Swap:/ { sum += $2 } END { print sum }' "/proc/$pid/smaps")" = 0 ] || fail 'memory of the daemon is in swap'
 }
 
 # swap_on: 64 MiB, and the kernel prefers to swap rather than to drop what it has read.

@@ -1,8 +1,9 @@
 //! Grants: domains that may have a volume although it belongs to somebody else.
 
-use rusqlite::{TransactionBehavior, params};
+use rusqlite::params;
 use serde::{Deserialize, Serialize};
 
+use super::change::Change;
 use super::{Store, fault, not_enrolled};
 use crate::audit::{Event, Kind};
 use crate::domain::{Facts, is_uuid};
@@ -29,24 +30,20 @@ impl Store {
     /// [`Reason::NoKey`](crate::refusal::Reason::NoKey) when the volume is not enrolled, [`Reason::StoreUnavailable`](crate::refusal::Reason::StoreUnavailable) when the database
     /// cannot be written.
     pub fn grant(&self, grant: &Grant) -> Result<(), Refusal> {
-        let fault = |error| self.fault(&error);
-        let mut connection = self.connection();
-        self.check_in_place()?;
-        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(fault)?;
-        let inserted = transaction
-            .execute(
-                "INSERT OR REPLACE INTO grants (volume_id, domain, expires_at, created_at)
-                 SELECT id, ?2, ?3, ?4 FROM volumes WHERE id = ?1",
-                params![grant.volume.as_str(), grant.domain, grant.expires_at, grant.created_at],
-            )
-            .map_err(fault)?;
-        if inserted == 0 {
-            return Err(not_enrolled(&grant.volume));
-        }
-        let detail = format!("to domain {:?} until {} seconds after 1970", grant.domain, grant.expires_at);
-        self.commit_recorded(transaction, Event::new(Kind::GrantAdded, &grant.volume, detail))?;
-        self.merge_log(&connection);
-        Ok(())
+        self.change(|transaction| {
+            let inserted = transaction
+                .execute(
+                    "INSERT OR REPLACE INTO grants (volume_id, domain, expires_at, created_at)
+                     SELECT id, ?2, ?3, ?4 FROM volumes WHERE id = ?1",
+                    params![grant.volume.as_str(), grant.domain, grant.expires_at, grant.created_at],
+                )
+                .map_err(|error| self.fault(&error))?;
+            if inserted == 0 {
+                return Err(not_enrolled(&grant.volume));
+            }
+            let detail = format!("to domain {:?} until {} seconds after 1970", grant.domain, grant.expires_at);
+            Ok(Change::Recorded((), Event::new(Kind::GrantAdded, &grant.volume, detail)))
+        })
     }
 
     /// Takes a grant back, and records that. Returns whether there was one.
@@ -54,19 +51,16 @@ impl Store {
     /// # Errors
     /// [`Reason::StoreUnavailable`](crate::refusal::Reason::StoreUnavailable) when the database cannot be written.
     pub fn revoke(&self, volume: &VolumeId, domain: &str) -> Result<bool, Refusal> {
-        let fault = |error| self.fault(&error);
-        let mut connection = self.connection();
-        self.check_in_place()?;
-        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(fault)?;
-        let deleted = transaction
-            .execute("DELETE FROM grants WHERE volume_id = ?1 AND domain = ?2", params![volume.as_str(), domain])
-            .map_err(fault)?;
-        if deleted == 0 {
-            return Ok(false);
-        }
-        self.commit_recorded(transaction, Event::new(Kind::GrantRevoked, volume, format!("from domain {domain:?}")))?;
-        self.merge_log(&connection);
-        Ok(true)
+        self.change(|transaction| {
+            let deleted = transaction
+                .execute("DELETE FROM grants WHERE volume_id = ?1 AND domain = ?2", params![volume.as_str(), domain])
+                .map_err(|error| self.fault(&error))?;
+            if deleted == 0 {
+                return Ok(Change::Needless(false));
+            }
+            let from = format!("from domain {domain:?}");
+            Ok(Change::Recorded(true, Event::new(Kind::GrantRevoked, volume, from)))
+        })
     }
 
     /// All grants, those that have run out as well, by volume and domain.

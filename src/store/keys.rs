@@ -2,6 +2,7 @@
 
 use rusqlite::{Connection, OptionalExtension, TransactionBehavior, params};
 
+use super::change::Change;
 use super::{Store, fault};
 use crate::audit::{Event, Kind};
 use crate::keys::{CheckValue, KeyInfo};
@@ -72,26 +73,23 @@ impl Store {
     /// whether it was stored.
     pub(crate) fn insert_key(&self, info: &KeyInfo, wrapped: &[u8]) -> Result<bool, Refusal> {
         let fault = |error| self.fault(&error);
-        let mut connection = self.connection();
-        self.check_in_place()?;
-        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(fault)?;
-        let present: bool = transaction
-            .query_row("SELECT EXISTS (SELECT 1 FROM keys WHERE volume_id = ?1)", [info.volume.as_str()], |row| {
-                row.get(0)
-            })
-            .map_err(fault)?;
-        if present {
-            return Ok(false);
-        }
-        transaction
-            .execute(
-                "INSERT INTO keys (volume_id, version, key_size, wrapped, created_at) VALUES (?1, ?2, ?3, ?4, ?5)",
-                params![info.volume.as_str(), info.version, info.key_size.bits(), wrapped, info.created_at],
-            )
-            .map_err(fault)?;
-        transaction.commit().map_err(fault)?;
-        self.merge_log(&connection);
-        Ok(true)
+        self.change(|transaction| {
+            let present: bool = transaction
+                .query_row("SELECT EXISTS (SELECT 1 FROM keys WHERE volume_id = ?1)", [info.volume.as_str()], |row| {
+                    row.get(0)
+                })
+                .map_err(fault)?;
+            if present {
+                return Ok(Change::Needless(false));
+            }
+            transaction
+                .execute(
+                    "INSERT INTO keys (volume_id, version, key_size, wrapped, created_at) VALUES (?1, ?2, ?3, ?4, ?5)",
+                    params![info.volume.as_str(), info.version, info.key_size.bits(), wrapped, info.created_at],
+                )
+                .map_err(fault)?;
+            Ok(Change::Unrecorded(true))
+        })
     }
 
     /// Wipes the wrapped keys of `volume` from the database and its log, and records that; their rows

@@ -15,6 +15,7 @@ use rusqlite::{Connection, ErrorCode, MAIN_DB, OpenFlags};
 use crate::refusal::{Reason, Refusal};
 
 mod audit;
+mod change;
 mod fault;
 mod files;
 mod grants;

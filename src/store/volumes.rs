@@ -2,11 +2,12 @@
 
 use std::fmt;
 
-use rusqlite::{ErrorCode, OptionalExtension, Row, TransactionBehavior, params};
+use rusqlite::{ErrorCode, OptionalExtension, Row, params};
 use serde::de::value::Error as ValueError;
 use serde::de::{DeserializeOwned, IntoDeserializer};
 use serde::{Deserialize, Serialize};
 
+use super::change::Change;
 use super::{Store, fault};
 use crate::audit::{Event, Kind};
 use crate::keys::CheckValue;
@@ -184,76 +185,74 @@ impl Store {
     /// [`Reason::StoreUnavailable`] when the database cannot be written.
     pub fn enrol(&self, record: &VolumeRecord) -> Result<(), Refusal> {
         let fault = |error| self.fault(&error);
-        let mut connection = self.connection();
-        self.check_in_place()?;
-        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(fault)?;
+        self.change(|transaction| {
+            let query = format!("SELECT {COLUMNS} FROM volumes WHERE id = ?1");
+            let present = transaction.query_row(&query, [record.id.as_str()], read_row).optional().map_err(fault)?;
+            if let Some(present) = present {
+                let differences = self.record(present)?.differences(record);
+                return match differences.is_empty() {
+                    true => Ok(Change::Needless(())),
+                    false => Err(Refusal::new(
+                        Reason::ForeignData,
+                        format!(
+                            "volume {} is enrolled already with another {}: if the old one is not \
+                             needed any more, run 'volcrypt volume destroy {}'",
+                            record.id,
+                            differences.join(", "),
+                            record.id
+                        ),
+                    )),
+                };
+            }
 
-        let query = format!("SELECT {COLUMNS} FROM volumes WHERE id = ?1");
-        let present = transaction.query_row(&query, [record.id.as_str()], read_row).optional().map_err(fault)?;
-        if let Some(present) = present {
-            let differences = self.record(present)?.differences(record);
-            return match differences.is_empty() {
-                true => Ok(()),
-                false => Err(Refusal::new(
+            let device = &record.device;
+            let lun = device.lun.map(|lun| signed(record, "lun", lun)).transpose()?;
+            let holder: Option<String> = transaction
+                .query_row(
+                    &format!("SELECT id FROM volumes WHERE state = 'enrolled' AND {IS_DEVICE}"),
+                    params![device.iscsi_target, lun, device.wwid, device.dm_uuid],
+                    |row| row.get(0),
+                )
+                .optional()
+                .map_err(fault)?;
+            if let Some(holder) = holder {
+                return Err(Refusal::new(
                     Reason::ForeignData,
                     format!(
-                        "volume {} is enrolled already with another {}: if the old one is not \
-                         needed any more, run 'volcrypt volume destroy {}'",
-                        record.id,
-                        differences.join(", "),
+                        "the device of volume {} is enrolled already as volume {holder}: if that one's data is not \
+                         needed any more, run 'volcrypt volume retire {holder}'",
                         record.id
                     ),
-                )),
-            };
-        }
+                ));
+            }
 
-        let device = &record.device;
-        let lun = device.lun.map(|lun| signed(record, "lun", lun)).transpose()?;
-        let holder: Option<String> = transaction
-            .query_row(
-                &format!("SELECT id FROM volumes WHERE state = 'enrolled' AND {IS_DEVICE}"),
-                params![device.iscsi_target, lun, device.wwid, device.dm_uuid],
-                |row| row.get(0),
-            )
-            .optional()
-            .map_err(fault)?;
-        if let Some(holder) = holder {
-            return Err(Refusal::new(
-                Reason::ForeignData,
-                format!(
-                    "the device of volume {} is enrolled already as volume {holder}: if that one's data is not \
-                     needed any more, run 'volcrypt volume retire {holder}'",
-                    record.id
-                ),
-            ));
-        }
-
-        transaction
-            .execute(
-                &format!("INSERT INTO volumes ({COLUMNS}) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15)"),
-                params![
-                    record.id.as_str(),
-                    device.iscsi_target,
-                    lun,
-                    device.wwid,
-                    signed(record, "size_bytes", record.size_bytes)?,
-                    record.profile,
-                    record.provider.to_string(),
-                    record.cipher,
-                    record.key_size.bits(),
-                    record.sector_size,
-                    record.check_value.to_string(),
-                    record.enrolled_at,
-                    record.state.as_str(),
-                    record.owner,
-                    device.dm_uuid,
-                ],
-            )
-            .map_err(fault)?;
-        let event = Event::new(Kind::Enrolled, &record.id, device.to_string());
-        self.commit_recorded(transaction, event)?;
-        self.merge_log(&connection);
-        Ok(())
+            transaction
+                .execute(
+                    &format!(
+                        "INSERT INTO volumes ({COLUMNS}) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15)"
+                    ),
+                    params![
+                        record.id.as_str(),
+                        device.iscsi_target,
+                        lun,
+                        device.wwid,
+                        signed(record, "size_bytes", record.size_bytes)?,
+                        record.profile,
+                        record.provider.to_string(),
+                        record.cipher,
+                        record.key_size.bits(),
+                        record.sector_size,
+                        record.check_value.to_string(),
+                        record.enrolled_at,
+                        record.state.as_str(),
+                        record.owner,
+                        device.dm_uuid,
+                    ],
+                )
+                .map_err(fault)?;
+            let event = Event::new(Kind::Enrolled, &record.id, device.to_string());
+            Ok(Change::Recorded((), event))
+        })
     }
 
     /// Puts `volume` from one of the states `from` into state `to`, records `event`, and says which it was
@@ -269,35 +268,31 @@ impl Store {
         to: VolumeState,
         event: Option<Event>,
     ) -> Result<Option<VolumeState>, Refusal> {
-        let fault = |error| self.fault(&error);
-        let mut connection = self.connection();
-        self.check_in_place()?;
-        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(fault)?;
-        let present: Option<String> = transaction
-            .query_row("SELECT state FROM volumes WHERE id = ?1", [volume.as_str()], |row| row.get(0))
-            .optional()
-            .map_err(fault)?;
-        let Some(present) = from.iter().copied().find(|state| Some(state.as_str()) == present.as_deref()) else {
-            return Ok(None);
-        };
-        let changed =
-            transaction.execute("UPDATE volumes SET state = ?2 WHERE id = ?1", params![volume.as_str(), to.as_str()]);
-        changed.map_err(|error| match error.sqlite_error_code() {
-            Some(ErrorCode::ConstraintViolation) => Refusal::new(
-                Reason::ForeignData,
-                format!(
-                    "the device of volume {volume} is enrolled as another volume by now: 'volcrypt volume list' shows \
-                     as which; retire that one first"
+        self.change(|transaction| {
+            let present: Option<String> = transaction
+                .query_row("SELECT state FROM volumes WHERE id = ?1", [volume.as_str()], |row| row.get(0))
+                .optional()
+                .map_err(|error| self.fault(&error))?;
+            let Some(present) = from.iter().copied().find(|state| Some(state.as_str()) == present.as_deref()) else {
+                return Ok(Change::Needless(None));
+            };
+            let state = params![volume.as_str(), to.as_str()];
+            let changed = transaction.execute("UPDATE volumes SET state = ?2 WHERE id = ?1", state);
+            changed.map_err(|error| match error.sqlite_error_code() {
+                Some(ErrorCode::ConstraintViolation) => Refusal::new(
+                    Reason::ForeignData,
+                    format!(
+                        "the device of volume {volume} is enrolled as another volume by now: 'volcrypt volume list' \
+                         shows as which; retire that one first"
+                    ),
                 ),
-            ),
-            _ => self.fault(&error),
-        })?;
-        match event {
-            Some(event) => self.commit_recorded(transaction, event)?,
-            None => transaction.commit().map_err(fault)?,
-        }
-        self.merge_log(&connection);
-        Ok(Some(present))
+                _ => self.fault(&error),
+            })?;
+            Ok(match event {
+                Some(event) => Change::Recorded(Some(present), event),
+                None => Change::Unrecorded(Some(present)),
+            })
+        })
     }
 
     /// Gives `volume` to `owner`, or to nobody, and records that. Returns whether there is such a volume.
@@ -305,19 +300,15 @@ impl Store {
     /// # Errors
     /// [`Reason::StoreUnavailable`] when the database cannot be written.
     pub fn set_owner(&self, volume: &VolumeId, owner: Option<&str>) -> Result<bool, Refusal> {
-        let fault = |error| self.fault(&error);
-        let mut connection = self.connection();
-        self.check_in_place()?;
-        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(fault)?;
-        let changed =
-            transaction.execute("UPDATE volumes SET owner = ?2 WHERE id = ?1", params![volume.as_str(), owner]);
-        if changed.map_err(fault)? == 0 {
-            return Ok(false);
-        }
-        let to = owner.map_or("to everybody".to_owned(), |owner| format!("to {owner:?}"));
-        self.commit_recorded(transaction, Event::new(Kind::OwnerChanged, volume, to))?;
-        self.merge_log(&connection);
-        Ok(true)
+        self.change(|transaction| {
+            let changed =
+                transaction.execute("UPDATE volumes SET owner = ?2 WHERE id = ?1", params![volume.as_str(), owner]);
+            if changed.map_err(|error| self.fault(&error))? == 0 {
+                return Ok(Change::Needless(false));
+            }
+            let to = owner.map_or("to everybody".to_owned(), |owner| format!("to {owner:?}"));
+            Ok(Change::Recorded(true, Event::new(Kind::OwnerChanged, volume, to)))
+        })
     }
 
     fn record(&self, row: VolumeRow) -> Result<VolumeRecord, Refusal> {

@@ -26,11 +26,10 @@ pub fn prepare(broker: &Broker, name: &str, xml: &str) -> Result<(), Refusal> {
 }
 
 fn prepare_domain(broker: &Broker, name: &str, domain: &Domain) -> Result<(), Refusal> {
-    if let Ok(config) = broker.config()
-        && !config.rules().is_empty()
-        && config.hook.other_emulators == OtherEmulators::Refuse
-    {
-        check_emulator(name, domain, "protected volumes attached to it")?;
+    match broker.config() {
+        Ok(config) if config.rules().is_empty() || config.hook.other_emulators == OtherEmulators::Start => {}
+        Ok(_) => check_emulator(name, domain, "protected volumes attached to it")?,
+        Err(fault) => check_emulator(name, domain, "protected volumes").map_err(|_| unknown_volumes(name, &fault))?,
     }
     let facts = domain.facts();
     for disk in &domain.disks {
@@ -112,6 +111,17 @@ fn check_emulator(name: &str, domain: &Domain, what: &str) -> Result<(), Refusal
             quoted(name)
         ),
     ))
+}
+
+/// The refusal of a domain that does not run the wrapper, while `fault` is wrong with the configuration.
+fn unknown_volumes(name: &str, fault: &Refusal) -> Refusal {
+    Refusal::new(
+        fault.reason(),
+        format!(
+            "domain {name} does not run volcrypt's wrapper, and with a faulty configuration nothing tells which volumes it \
+             would write to unencrypted: {fault}"
+        ),
+    )
 }
 
 fn in_disk(disk: &Disk, refusal: &Refusal) -> Refusal {

@@ -55,6 +55,26 @@ fn an_emulator_that_is_not_the_wrapper_would_write_in_clear() {
 }
 
 #[test]
+fn with_a_faulty_configuration_only_what_runs_the_wrapper_starts() {
+    let world = World::new();
+    let node = Node::new("/dev", world.add_volume("unknown", 25));
+    let image = block_disk("disk", Path::new("/dev/null"));
+    let faulty = || world.broker_with("nonsense");
+    for emulator in ["/usr/bin/qemu-system-x86_64", ""] {
+        for disk in ["", &image] {
+            let sentence = refused(&faulty(), &domain(emulator, disk));
+            for part in ["domain vm does not run volcrypt's wrapper", "volcrypt.toml:1:", "systemctl reload volcryptd"]
+            {
+                assert!(sentence.contains(part), "{sentence}");
+            }
+        }
+    }
+    prepare(&faulty(), "vm", &domain(WRAPPER, &image)).unwrap();
+    let sentence = refused(&faulty(), &domain(WRAPPER, &block_disk("disk", &node.0)));
+    assert!(sentence.starts_with("disk sda: volcrypt.toml:1:"), "{sentence}");
+}
+
+#[test]
 fn ways_around_the_mapping_are_refused() {
     let world = World::new();
     let node = Node::new("/dev", world.add_volume("around", 24));

@@ -20,7 +20,7 @@ fn describe(status: &Status) -> String {
     let warning = |text: &Option<String>| text.as_ref().map(|text| format!("warning: {}\n", printable(text)));
     let mut text: String =
         [&status.configuration_error, &status.key_store_error].into_iter().filter_map(warning).collect();
-    let GuardStatus { cgroup, devices, fault, .. } = &status.guard;
+    let GuardStatus { cgroup, devices, fault, all_because, .. } = &status.guard;
     if let Some(fault) = fault {
         text.push_str(&format!("warning: the guard is off: {}\n", printable(fault)));
     }
@@ -37,6 +37,9 @@ fn describe(status: &Status) -> String {
     if status.guard.on {
         let cgroup = printable(cgroup);
         text.push_str(&match devices {
+            _ if all_because.is_some() => format!(
+                "The guard is on: every block device is shut for {cgroup}, because the configuration is faulty.\n"
+            ),
             1 => format!("The guard is on: 1 raw device is shut for {cgroup}.\n"),
             _ => format!("The guard is on: {devices} raw devices are shut for {cgroup}.\n"),
         });
@@ -72,7 +75,7 @@ mod tests {
             key_store_error: None,
             mappings: vec![],
             guests: vec![],
-            guard: GuardStatus { on: true, cgroup: "machine.slice".into(), devices: 0, fault: None },
+            guard: GuardStatus { on: true, cgroup: "machine.slice".into(), devices: 0, fault: None, all_because: None },
         }
     }
 
@@ -96,6 +99,17 @@ mod tests {
         assert_eq!(
             describe(&idle()),
             "No volume is mapped.\nNo guest is guarded.\nThe guard is on: 0 raw devices are shut for machine.slice.\n"
+        );
+    }
+
+    #[test]
+    fn a_guard_that_shuts_everything_says_why() {
+        let guard = GuardStatus { all_because: Some("volcrypt.toml:3: no".into()), devices: 9, ..idle().guard };
+        let status = Status { configuration_error: Some("volcrypt.toml:3: no".into()), guard, ..idle() };
+        assert_eq!(
+            describe(&status),
+            "warning: volcrypt.toml:3: no\nNo volume is mapped.\nNo guest is guarded.\n\
+             The guard is on: every block device is shut for machine.slice, because the configuration is faulty.\n"
         );
     }
 

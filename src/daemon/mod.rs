@@ -94,7 +94,7 @@ fn run(options: &Options) -> io::Result<()> {
         Err(error) => format!("Refusing every block device: {error}"),
     };
 
-    let guard = Arc::new(Guard::start(config.as_ref().ok().cloned()));
+    let guard = Arc::new(Guard::start(config.clone().map_err(|error| error.to_string())));
     let devices = Box::new(HostDevices::new(Arc::clone(&guard)));
     let domains = Box::new(LibvirtState::system());
     let broker = Arc::new(Broker::new(config, devices, domains, Box::new(PlainEncryptor::new())));
@@ -132,7 +132,7 @@ fn reload(broker: &Broker, guard: &Guard, path: &Path) {
     let earlier = broker.config();
     match broker.reload(Config::load(path)) {
         Ok(config) => {
-            guard.reload(Some(Config::clone(&config)));
+            guard.reload(Ok(Config::clone(&config)));
             broker.record_reload(path);
             tracing::info!("the configuration in {} is in force", path.display());
             if earlier.is_ok_and(|earlier| earlier.daemon != config.daemon) {

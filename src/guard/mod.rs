@@ -4,7 +4,8 @@
 //! (BPF_PROG_TYPE_CGROUP_DEVICE) at every open of a device below that cgroup, and the program looks the
 //! device's number up in a map, which the daemon keeps equal to what the configuration protects. Wrapped
 //! guests need no raw device: the daemon, which is outside the cgroup, opens the mapping for them. The map
-//! and the program's attachment belong to the kernel and stay when the daemon ends.
+//! and the program's attachment belong to the kernel and stay when the daemon ends. As long as there is none
+//! but a faulty configuration, every block device is shut.
 
 mod book;
 mod kernel;
@@ -12,207 +13,160 @@ mod program;
 mod sysfs;
 mod uevent;
 mod watch;
+mod watchlist;
 
-use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
 pub use self::watch::watch;
+pub use self::watchlist::Rules;
 
-use self::book::{Book, Guarded};
+use self::book::Book;
 use self::kernel::{Attachment, KernelTable};
-use self::program::Device;
 use self::sysfs::Shown;
 use self::uevent::Subject;
-use crate::policy::{Config, GuardConfig};
+use self::watchlist::{Watchlist, unguarded};
+use crate::policy::GuardConfig;
 use crate::protocol::GuardStatus;
-use crate::volume::{DeviceNumber, Identity, Sysfs};
+use crate::volume::{Identity, Sysfs};
 
 /// Keeps raw devices of protected volumes shut.
 pub struct Guard {
-    sysfs: Sysfs,
-    shown: Shown,
-    state: Mutex<State>,
+    watchlist: Watchlist<KernelTable>,
+    upkeep: Mutex<Upkeep>,
+    /// Why the guard is off, or not for all devices.
+    fault: Mutex<Option<String>>,
 }
 
-struct State {
-    /// None while the configuration is faulty: then what is guarded stays as it is.
-    config: Option<Config>,
-    book: Option<Book<KernelTable>>,
+/// What is there once for the whole guard. Whoever looks at all devices has it.
+struct Upkeep {
     attachment: Option<Attachment>,
-    /// Whether the map is equal to what is protected.
-    complete: bool,
     /// Whether guards of other versions and on other cgroups were taken off, which is done once this one
     /// is complete.
     alone: bool,
-    /// Why the guard is off, or not for all devices.
-    fault: Option<String>,
 }
 
 impl Guard {
-    /// A guard that works by `config`, on as far as that is possible. Without a configuration it goes on
-    /// with what an earlier daemon has left.
-    pub fn start(config: Option<Config>) -> Self {
-        let fault = Some("it was not started yet".to_owned());
-        let state = State { config: None, book: None, attachment: None, complete: false, alone: false, fault };
-        let guard = Guard { sysfs: Sysfs::system(), shown: Shown::here(), state: Mutex::new(state) };
-        guard.reload(config);
+    /// A guard that works by `rules`, on as far as that is possible.
+    pub fn start(rules: Rules) -> Self {
+        let guard = Guard {
+            watchlist: Watchlist::new(Sysfs::system(), Shown::here(), rules),
+            upkeep: Mutex::new(Upkeep { attachment: None, alone: false }),
+            fault: Mutex::new(Some("it was not started yet".to_owned())),
+        };
+        guard.refresh();
         guard
     }
 
-    /// Works by `config` from now on; with none, what is guarded stays as it is.
-    pub fn reload(&self, config: Option<Config>) {
-        {
-            let mut state = self.state();
-            state.config = config;
-            state.attachment = None;
-            state.alone = false;
-        }
-        self.refresh();
+    /// Works by `rules` from now on.
+    pub fn reload(&self, rules: Rules) {
+        let mut upkeep = self.upkeep();
+        self.watchlist.set_rules(rules);
+        *upkeep = Upkeep { attachment: None, alone: false };
+        self.bring_up(&mut upkeep);
     }
 
     /// Looks at every block device anew.
     pub fn refresh(&self) {
-        let mut state = self.state();
-        state.complete = false;
-        self.bring_up(&mut state);
+        let mut upkeep = self.upkeep();
+        self.watchlist.forget();
+        self.bring_up(&mut upkeep);
     }
 
     /// Makes sure that the guard is on: cgroups come and go.
     pub fn ensure(&self) {
-        self.bring_up(&mut self.state());
+        self.bring_up(&mut self.upkeep());
     }
 
     /// Looks at what the kernel has announced.
     fn look(&self, subject: &Subject) {
         match subject {
-            Subject::Block(number) => self.look_at(&mut self.state(), *number),
+            Subject::Block(number) => self.note(self.watchlist.look_at(*number)),
             Subject::Scsi(place) => {
-                self.shown.disks_of(place).into_iter().for_each(|number| self.look_at(&mut self.state(), number));
+                let disks = self.watchlist.disks_of(place);
+                disks.into_iter().for_each(|number| self.note(self.watchlist.look_at(number)));
             }
             Subject::Everything => self.refresh(),
         }
     }
 
     /// A device that somebody has identified: guards it before anything else is done with it, should its
-    /// announcement not have arrived yet.
+    /// announcement not have arrived yet. Waits for nobody who looks at all devices.
     pub fn saw(&self, identity: &Identity) {
-        let mut state = self.state();
-        let guarded = state.config.as_ref().is_some_and(|config| config.is_guarded(identity));
-        if guarded && state.book.as_ref().is_some_and(|book| !book.has(identity.number)) {
-            self.look_at(&mut state, identity.number);
-        }
+        self.note(self.watchlist.saw(identity));
     }
 
     /// Whether the guard is on right now.
     pub fn status(&self) -> GuardStatus {
-        let mut state = self.state();
-        self.bring_up(&mut state);
+        self.ensure();
+        let fault = self.fault().clone();
         GuardStatus {
-            on: state.fault.is_none(),
-            cgroup: state.settings().cgroup,
-            devices: state.book.as_ref().map_or(0, Book::len),
-            fault: state.fault.clone(),
+            on: fault.is_none(),
+            cgroup: self.settings().cgroup,
+            devices: self.watchlist.len(),
+            fault,
+            all_because: self.watchlist.rules().as_ref().as_ref().err().cloned(),
         }
     }
 
     /// The cgroup's folder, whose parent is watched.
     fn cgroup(&self) -> PathBuf {
-        Path::new(kernel::CGROUPS).join(self.state().settings().cgroup)
+        Path::new(kernel::CGROUPS).join(self.settings().cgroup)
     }
 
-    fn look_at(&self, state: &mut State, number: DeviceNumber) {
-        let (Some(config), Some(book)) = (&state.config, &mut state.book) else { return };
-        // A fault of the table stays until everything could be guarded.
-        if let Err(error) = book.set(number, self.to_guard(config, number)) {
-            state.complete = false;
-            state.say(Some(unguarded(&error)));
+    fn settings(&self) -> GuardConfig {
+        self.watchlist.rules().as_ref().as_ref().map(|config| config.guard.clone()).unwrap_or_default()
+    }
+
+    fn note(&self, looked: io::Result<()>) {
+        if let Err(error) = looked {
+            self.say(Some(unguarded(&error)));
         }
     }
 
-    fn bring_up(&self, state: &mut State) {
-        let fault = self.try_bring_up(state).err();
-        state.say(fault);
+    fn bring_up(&self, upkeep: &mut Upkeep) {
+        let fault = self.try_bring_up(upkeep).err();
+        self.say(fault);
     }
 
-    fn try_bring_up(&self, state: &mut State) -> Result<(), String> {
-        let settings = state.settings();
+    fn try_bring_up(&self, upkeep: &mut Upkeep) -> Result<(), String> {
+        let settings = self.settings();
         if !settings.enabled {
-            if !state.alone {
+            if !upkeep.alone {
                 retire_others(None);
-                state.book = None;
-                state.attachment = None;
-                state.alone = true;
+                self.watchlist.close();
+                *upkeep = Upkeep { attachment: None, alone: true };
             }
             return Err("it is switched off: set enabled = true in [guard] of /etc/volcrypt/volcrypt.toml".to_owned());
         }
-        if state.book.is_none() {
-            let unreadable = |error: io::Error| format!("the map of guarded devices cannot be read ({error})");
-            state.book = Some(Book::open(KernelTable::open()?).map_err(unreadable)?);
-        }
-        let Some(book) = &mut state.book else { return Ok(()) };
-        if let Some(config) = state.config.as_ref().filter(|_| !state.complete) {
-            let began = Instant::now();
-            let guarded = self.all_to_guard(config).map_err(|error| format!("/sys cannot be read ({error})"))?;
-            book.set_all(guarded).map_err(|error| unguarded(&error))?;
-            state.complete = true;
-            tracing::debug!("looked at all devices in {} microseconds", began.elapsed().as_micros());
-        }
-        let attachment = match state.attachment.take() {
+        let unreadable = |error: io::Error| format!("the map of guarded devices cannot be read ({error})");
+        self.watchlist.open(|| Book::open(KernelTable::open()?).map_err(unreadable))?;
+        self.watchlist.look_at_all()?;
+        let attachment = match upkeep.attachment.take() {
             Some(attachment) => attachment.renew().map(|()| attachment)?,
-            None => Attachment::make(book.table(), &settings.cgroup)?,
+            None => match self.watchlist.with_table(|table| Attachment::make(table, &settings.cgroup)) {
+                Some(attachment) => attachment?,
+                None => return Ok(()),
+            },
         };
-        let attachment = state.attachment.insert(attachment);
-        if state.complete && !state.alone {
+        let attachment = upkeep.attachment.insert(attachment);
+        // Which cgroup and which devices count is not known for sure without a configuration.
+        if self.watchlist.rules().is_ok() && self.watchlist.is_complete() && !upkeep.alone {
             retire_others(Some(attachment));
-            state.alone = true;
+            upkeep.alone = true;
         }
-        Ok(())
-    }
-
-    fn all_to_guard(&self, config: &Config) -> io::Result<Guarded> {
-        let mut guarded = Guarded::new();
-        for number in self.shown.block_devices()? {
-            let devices = self.to_guard(config, number);
-            if !devices.is_empty() {
-                guarded.insert(number, devices);
-            }
+        // What somebody could not put into the table meanwhile.
+        match self.watchlist.is_complete() {
+            true => Ok(()),
+            false => Err(unguarded(&io::ErrorKind::StorageFull.into())),
         }
-        Ok(guarded)
-    }
-
-    /// What has to be shut for the sake of block device `number`; nothing if it is not protected or gone.
-    fn to_guard(&self, config: &Config, number: DeviceNumber) -> BTreeSet<Device> {
-        let guarded = match self.sysfs.identify(number) {
-            Ok(identity) => config.is_guarded(&identity),
-            // What is there and cannot be identified is given to no wrapped guest either. A disk whose
-            // session goes away is there for a moment longer, and what it was is not known any more.
-            Err(_) => self.shown.has(number),
-        };
-        match guarded {
-            true => {
-                let others = self.shown.passing_commands_to(number).into_iter().map(Device::Character);
-                others.chain([Device::Block(number)]).collect()
-            }
-            false => BTreeSet::new(),
-        }
-    }
-
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl State {
-    fn settings(&self) -> GuardConfig {
-        self.config.as_ref().map(|config| config.guard.clone()).unwrap_or_default()
     }
 
     /// Notes whether there is a fault, and tells the journal when that changes.
-    fn say(&mut self, fault: Option<String>) {
-        if self.fault == fault {
+    fn say(&self, fault: Option<String>) {
+        let mut noted = self.fault();
+        if *noted == fault {
             return;
         }
         match &fault {
@@ -221,7 +175,15 @@ impl State {
             ),
             None => tracing::info!("the guard is on for {}", self.settings().cgroup),
         }
-        self.fault = fault;
+        *noted = fault;
+    }
+
+    fn upkeep(&self) -> MutexGuard<'_, Upkeep> {
+        self.upkeep.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn fault(&self) -> MutexGuard<'_, Option<String>> {
+        self.fault.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -238,8 +200,4 @@ fn retire_others(kept: Option<&Attachment>) {
     if let Err(error) = kernel::retire_others(kept) {
         tracing::warn!("a guard that is not needed any more could not be taken off: {error}");
     }
-}
-
-fn unguarded(error: &io::Error) -> String {
-    format!("not every protected device could be put into the map of guarded devices ({error})")
 }

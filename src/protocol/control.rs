@@ -173,6 +173,9 @@ pub struct GuardStatus {
     pub devices: usize,
     /// Why it is off, and what to do.
     pub fault: Option<String>,
+    /// Why every block device but volcrypt's own is shut, if so: what is wrong with the configuration.
+    #[serde(default)]
+    pub all_because: Option<String>,
 }
 
 /// One mapping in the kernel.

@@ -137,7 +137,7 @@ mod tests {
             key_store_error: None,
             mappings: vec![],
             guests: pids.iter().map(|&pid| GuestStatus { pid, domain: None }).collect(),
-            guard: GuardStatus { on: true, cgroup: "machine.slice".into(), devices: 0, fault: None },
+            guard: GuardStatus { on: true, cgroup: "machine.slice".into(), devices: 0, fault: None, all_because: None },
         }
     }
 

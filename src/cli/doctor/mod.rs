@@ -154,8 +154,13 @@ fn daemon_errors(status: &Status) -> impl Iterator<Item = Finding> {
 
 /// Without it a guest that runs without the wrapper can open a protected volume in clear.
 fn guard(status: &Status) -> Finding {
-    let GuardStatus { cgroup, devices, fault, .. } = &status.guard;
+    let GuardStatus { cgroup, devices, fault, all_because, .. } = &status.guard;
     match fault {
+        None if all_because.is_some() => Finding::warn(
+            "guard",
+            format!("it shuts every block device for {cgroup}, because the configuration is faulty"),
+            "correct the file, then run 'systemctl reload volcryptd'",
+        ),
         None => Finding::ok("guard", format!("it is on: {devices} raw devices are shut for {cgroup}")),
         // A sentence and what to do.
         Some(fault) => {
@@ -188,7 +193,7 @@ mod tests {
             key_store_error: None,
             mappings: vec![],
             guests: vec![],
-            guard: GuardStatus { on: true, cgroup: "machine.slice".into(), devices: 2, fault: None },
+            guard: GuardStatus { on: true, cgroup: "machine.slice".into(), devices: 2, fault: None, all_because: None },
         }
     }
 
@@ -218,6 +223,14 @@ mod tests {
             "warn  guard: it is off, so guests without the wrapper could open protected volumes in clear: there is no \
              cgroup /x; to mend it: run this"
         );
+    }
+
+    #[test]
+    fn a_guard_that_shuts_everything_warns() {
+        let guard = GuardStatus { all_because: Some("no".into()), ..status("x").guard };
+        let finding = super::guard(&Status { guard, ..status("x") });
+        assert_eq!(finding.verdict, Verdict::Warn);
+        assert!(finding.to_string().contains("every block device for machine.slice"), "{finding}");
     }
 
     #[test]

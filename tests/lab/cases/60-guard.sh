@@ -174,11 +174,14 @@ case_it_outlives_the_daemon() {
     expect_eq "$(guard_programs)" 1 'guards on the cgroup'
     kept_out prot-guard 1
     is_open "$(lun_device free)"
-    # A faulty configuration changes nothing.
+    # With a faulty configuration nobody knows what is protected.
     lax 'nonsense'
     kept_out prot-guard 0
-    is_open "$(lun_device free)"
+    is_shut "$(lun_device free)"
+    expect_contains "$(volcrypt status)" 'every block device is shut for machine.slice'
     lax
+    kept_out prot-guard 0
+    is_open "$(lun_device free)"
     disk_attach wrapped "$(lun_path prot-guard 0)" sdb
     disk_detach wrapped sdb
     nothing_left

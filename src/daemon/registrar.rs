@@ -27,6 +27,8 @@ const MOST_GUESTS: usize = 4096;
 const MOST_UNFINISHED: usize = 256;
 /// How long a thread may take to be interrupted.
 const INTERRUPT_DEADLINE: Duration = Duration::from_secs(1);
+/// Enough for two system calls and a message.
+const INTERRUPT_STACK: usize = 128 << 10;
 /// How often the journal says of the same process that it was not registered, and of how many within that time.
 const REPEATED_EVERY: Duration = Duration::from_secs(60);
 const MOST_SENTENCES: usize = 20;
@@ -49,29 +51,14 @@ impl Registrar {
     /// Takes up the guests of an earlier daemon. A call that the earlier one received and did not
     /// answer is lost to this one, so every waiting open is interrupted: it then arrives again.
     pub fn take_up(&self, earlier: Vec<(u32, Listener)>) {
-        let mut waiting = Vec::new();
         for (pid, listener) in earlier {
             match self.guests.add(pid, listener) {
                 Ok(_) => {
                     tracing::info!(pid, "process {pid} goes on with this daemon");
-                    waiting.extend(opening_threads(pid));
+                    interrupt_all(pid, opening_threads(pid), |tid| trace::interrupt(tid, INTERRUPT_DEADLINE));
                 }
                 Err(error) => tracing::error!(pid, "the listener of process {pid} cannot be used: {error}"),
             }
-        }
-        // Tracing ends with the thread that began it, whatever happens.
-        let interrupting = std::thread::Builder::new().name("interrupt".to_owned()).spawn(move || {
-            for tid in waiting {
-                match trace::interrupt(tid, INTERRUPT_DEADLINE) {
-                    Ok(()) => tracing::info!(tid, "thread {tid} asks again for what it wants to open"),
-                    Err(error) => {
-                        tracing::warn!(tid, "thread {tid} waits in an open and cannot be interrupted: {error}")
-                    }
-                }
-            }
-        });
-        if let Err(error) = interrupting {
-            tracing::error!("waiting opens are not interrupted: {error}");
         }
     }
 
@@ -194,6 +181,29 @@ impl Drop for Unfinished {
     }
 }
 
+/// Has the `waiting` threads of process `pid` interrupted, without waiting for that: a process can put it off as
+/// long as it likes, and its neighbours' must not wait for it.
+fn interrupt_all(pid: u32, waiting: Vec<u32>, interrupt: impl Fn(u32) -> io::Result<()> + Send + 'static) {
+    if waiting.is_empty() {
+        return;
+    }
+    // Tracing ends with the thread that began it, whatever happens.
+    let interrupting =
+        std::thread::Builder::new().name("interrupt".to_owned()).stack_size(INTERRUPT_STACK).spawn(move || {
+            for tid in waiting {
+                match interrupt(tid) {
+                    Ok(()) => tracing::info!(tid, "thread {tid} asks again for what it wants to open"),
+                    Err(error) => {
+                        tracing::warn!(tid, "thread {tid} waits in an open and cannot be interrupted: {error}")
+                    }
+                }
+            }
+        });
+    if let Err(error) = interrupting {
+        tracing::error!(pid, "the waiting opens of process {pid} are not interrupted: {error}");
+    }
+}
+
 /// The threads of `pid` that are inside a call which the wrapper's filter stops.
 fn opening_threads(pid: u32) -> Vec<u32> {
     let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
@@ -207,4 +217,22 @@ fn is_opening(tid: u32) -> io::Result<bool> {
     let number = call.split(' ').next().and_then(|number| number.parse::<i64>().ok());
     Ok(number
         .is_some_and(|number| [libc::SYS_open, libc::SYS_creat, libc::SYS_openat, libc::SYS_openat2].contains(&number)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    #[test]
+    fn a_process_that_is_not_interrupted_keeps_no_other_from_it() {
+        let (interrupted, told) = mpsc::channel();
+        let (_never, forever) = mpsc::channel::<()>();
+        std::thread::spawn(move || {
+            interrupt_all(1, vec![11, 12], move |_| forever.recv().map_err(io::Error::other));
+            interrupt_all(2, vec![21, 22], move |tid| interrupted.send(tid).map_err(io::Error::other));
+        });
+        let next = || told.recv_timeout(Duration::from_secs(5)).unwrap();
+        assert_eq!([next(), next()], [21, 22]);
+    }
 }

@@ -14,8 +14,8 @@
 //! - [`guest`]: the wrapped QEMUs and the system calls they send;
 //! - [`guard`]: keeping guests without the wrapper from protected volumes;
 //! - [`protocol`]: what the programs say to each other;
-//! - [`daemon`], [`hook`], [`wrapper`], [`cli`]: the four programs; [`unguarded`] and [`logging`] are
-//!   what they share;
+//! - [`daemon`], [`hook`], [`wrapper`], [`cli`]: the four programs; [`unguarded`], [`logging`] and
+//!   [`printable`] are what they share;
 //! - [`sys`]: the only place with unsafe code.
 
 #![deny(unsafe_code)]
@@ -32,6 +32,7 @@ pub mod hook;
 pub mod keys;
 pub mod logging;
 pub mod policy;
+pub mod printable;
 pub mod protocol;
 pub mod refusal;
 pub mod store;

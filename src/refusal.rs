@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use crate::printable::printable;
 use crate::volume::VolumeId;
 
 /// A refusal. The errno travels through QEMU and libvirt to the caller's terminal, where only its
@@ -74,9 +75,10 @@ impl Reason {
 }
 
 impl Refusal {
-    /// A refusal for `reason`; `sentence` says what is wrong and what to do.
+    /// A refusal for `reason`; `sentence` says what is wrong and what to do. It becomes one printable line, whatever
+    /// the names in it are made of.
     pub fn new(reason: Reason, sentence: impl Into<String>) -> Self {
-        Refusal { reason, sentence: sentence.into(), volume: None }
+        Refusal { reason, sentence: printable(&sentence.into()), volume: None }
     }
 
     /// The same refusal, as one of `volume`.

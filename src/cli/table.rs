@@ -1,3 +1,5 @@
+pub(super) use crate::printable::printable;
+
 /// Rows under a heading, each column as wide as its widest cell.
 pub(super) struct Table<const COLUMNS: usize> {
     rows: Vec<[String; COLUMNS]>,
@@ -24,11 +26,6 @@ impl<const COLUMNS: usize> Table<COLUMNS> {
         }
         text
     }
-}
-
-/// `text` without what could steer a terminal: domain and target names come from elsewhere.
-pub(super) fn printable(text: &str) -> String {
-    text.chars().map(|character| if character.is_control() { '?' } else { character }).collect()
 }
 
 #[cfg(test)]

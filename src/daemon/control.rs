@@ -17,6 +17,7 @@ use super::{prepare, status};
 use crate::audit::{Asker, Kind};
 use crate::encryptor::Mapping;
 use crate::guest::block_device_at;
+use crate::printable::printable;
 use crate::protocol::registration::receive_with_descriptors;
 use crate::protocol::{GuardStatus, HookOperation, MAX_MESSAGE, Reply, Request, Response, VolumeStatus};
 use crate::refusal::{Reason, Refusal};
@@ -87,8 +88,9 @@ impl Control {
     fn carry_out(&self, request: Request, file: Option<OwnedFd>) -> Result<Reply, Refusal> {
         match request {
             Request::Hook { operation: HookOperation::Prepare, domain, xml } => {
-                prepare::prepare(&self.broker, &domain, &xml)
-                    .inspect_err(|refusal| tracing::error!(domain, "domain {domain} may not start: {refusal}"))?;
+                prepare::prepare(&self.broker, &domain, &xml).inspect_err(|refusal| {
+                    tracing::error!(domain, "domain {} may not start: {refusal}", printable(&domain))
+                })?;
                 Ok(Reply::Nothing)
             }
             Request::Hook { operation: HookOperation::Stopped, .. } => {

@@ -12,6 +12,7 @@ use std::process::ExitCode;
 use crate::domain::{Domain, Source};
 use crate::guest::{block_device_at, is_no_device};
 use crate::policy::{Config, DEFAULT_PATH, Decision, HookConfig, WhenUnreachable};
+use crate::printable::printable;
 use crate::protocol::{CONTROL_SOCKET, CallError, ControlClient, HookOperation, MAX_MESSAGE, Request};
 use crate::unguarded::Marker;
 use crate::volume::{Identity, Sysfs};
@@ -23,7 +24,7 @@ pub fn main() -> ExitCode {
     match run(&word(0), &word(1), &word(2)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(sentence) => {
-            eprintln!("volcrypt: {sentence}");
+            eprintln!("volcrypt: {}", printable(&sentence));
             ExitCode::FAILURE
         }
     }
@@ -70,7 +71,7 @@ fn prepare(domain: &str, xml: &str) -> Result<(), String> {
 fn sweep(domain: &str) {
     let hook = Config::load(Path::new(DEFAULT_PATH)).map(|config| config.hook).unwrap_or_default();
     if let Err(error) = ask(domain, HookOperation::Stopped, "", &hook) {
-        eprintln!("volcrypt: {error}");
+        eprintln!("volcrypt: {}", printable(&error.to_string()));
     }
 }
 

@@ -1,3 +1,8 @@
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+
+use proptest::prelude::*;
+
 use super::super::prepare::prepare;
 use super::*;
 
@@ -106,5 +111,65 @@ fn what_is_no_domain_is_refused_in_one_sentence() {
     for xml in ["", "<domain>", "<domain/><domain/>", "<!DOCTYPE domain []><domain/>", "<x/>", "<a:domain/>", "\0"] {
         let sentence = refused(&broker, xml);
         assert!(sentence.starts_with("the domain's XML cannot be read: ") && !sentence.contains('\n'), "{sentence}");
+    }
+}
+
+/// What the author of a domain can put into a name.
+fn hostile() -> impl Strategy<Value = String> {
+    let pieces = vec![
+        "&#10;",
+        "&#x9b;",
+        "&#27;[2J",
+        "&amp;",
+        "&lt;",
+        "&quot;",
+        "&#0;",
+        "&x;",
+        "..",
+        "/",
+        "-",
+        "é",
+        "\n",
+        "\t",
+        "sda",
+        "volcrypt-",
+        "%s",
+        "'",
+        "<",
+    ];
+    let pieces = prop::collection::vec(prop::sample::select(pieces), 0..12).prop_map(|pieces| pieces.concat());
+    prop_oneof![4 => pieces, 1 => "\\PC{0,40}", 1 => Just("x".repeat(4096)), 1 => any::<String>()]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn hostile_names_in_a_domain_neither_pass_nor_reach_the_terminal(
+        name in hostile(), owner in hostile(), target in hostile(), path in hostile(), emulator in hostile(),
+    ) {
+        let world = World::new();
+        let node = Node::new("/dev", world.add_volume("hostile", 52));
+        let protected = node.0.display();
+        let broker = world.broker_saying(false, "[hook]\nother_emulators = \"start\"\n");
+        let xml = format!(
+            "<domain type='kvm'><name>{name}</name><metadata><owner xmlns='https://volcrypt.org/xmlns/libvirt/owner/1'>{owner}\
+             </owner></metadata><devices><emulator>{emulator}</emulator>\
+             <disk type='block'><source dev='/{path}'/><target dev='{target}'/></disk>\
+             <disk type='block'><source dev='{protected}'/><target dev='{target}'/></disk></devices></domain>"
+        );
+        // The volume is not enrolled, so the domain may not start, whatever else is in its XML.
+        let sentence = refused(&broker, &xml);
+        prop_assert!(!sentence.contains(char::is_control), "{sentence:?}");
+    }
+
+    #[test]
+    fn hostile_paths_of_an_operator_are_refused_in_one_line(path in prop::collection::vec(any::<u8>(), 0..300)) {
+        let path = [b"/nowhere/".as_slice(), &path].concat();
+        let sentence = match std::fs::metadata(OsStr::from_bytes(&path)) {
+            Ok(_) => return Ok(()),
+            Err(error) => super::super::broker::no_such_device(Path::new(OsStr::from_bytes(&path)), &error).to_string(),
+        };
+        prop_assert!(!sentence.contains(char::is_control), "{sentence:?}");
     }
 }

@@ -115,7 +115,7 @@ fn absolute(tid: u32, request: &OpenRequest) -> rustix::io::Result<Vec<u8>> {
 fn as_the_caller(tid: u32, path: &[u8]) -> OsString {
     let mut names: Vec<&[u8]> = path.split(|&byte| byte == b'/').filter(|name| !matches!(*name, b"" | b".")).collect();
     // What ends in a slash has to be a directory; that stays to be said.
-    if path.ends_with(b"/") {
+    if path.ends_with(b"/") || path.ends_with(b"/.") {
         names.push(b"");
     }
     let thread = tid.to_string();
@@ -213,6 +213,8 @@ pub fn is_no_device(error: &io::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn request(path: &str) -> OpenRequest {
@@ -263,6 +265,7 @@ mod tests {
             ("/dev/fd/", "/proc/7/fd/"),
             ("/dev/stderr", "/proc/7/fd/2"),
             ("/dev/./sda/", "/dev/sda/"),
+            ("/dev/sda/.", "/dev/sda/"),
             ("/a/../dev/fd/3", "/a/../dev/fd/3"),
             ("/proc/selfish/x", "/proc/selfish/x"),
             ("/", "/"),
@@ -292,6 +295,91 @@ mod tests {
             let link = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&node));
             assert_eq!(rustix::fs::readlink(link, Vec::new()).unwrap().as_bytes(), b"/etc/passwd", "{path}");
             assert!(matches!(locate(std::process::id(), &request(&path), false), Located::WouldWait), "{path}");
+        }
+    }
+
+    /// Paths that lead to the device in a folder, to nothing, and around. `link` is a link to the device, and `FD` stands
+    /// for the number of a descriptor of the folder.
+    fn path_of_pieces() -> impl Strategy<Value = Vec<u8>> {
+        let pieces: Vec<&[u8]> = vec![
+            b"..",
+            b".",
+            b"",
+            b"dev",
+            b"shm",
+            b"proc",
+            b"self",
+            b"thread-self",
+            b"root",
+            b"cwd",
+            b"fd",
+            b"FD",
+            b"volcrypt-hostile",
+            b"link",
+            b"null",
+            b"a\nb",
+            b"\xff\xfe",
+            &[b'x'; 255],
+            &[b'x'; 256],
+        ];
+        let pieces = prop::collection::vec(prop::sample::select(pieces), 0..6);
+        let start = prop::sample::select(vec![
+            "",
+            "/",
+            "/proc/self/fd/FD/",
+            "/dev/fd/FD/",
+            "/proc/self/root/dev/",
+            "//dev/../",
+        ]);
+        let end = prop::sample::select(vec![
+            "",
+            "/link",
+            "/volcrypt-hostile",
+            "/a\nb/../link",
+            "/volcrypt-hostile/",
+            "/link/.",
+        ]);
+        let joined = (start, pieces, end)
+            .prop_map(|(start, pieces, end)| [start.as_bytes(), &pieces.join(&b'/'), end.as_bytes()].concat());
+        let long = (4080_usize..4100).prop_map(|length| b"/dev/../".iter().copied().cycle().take(length).collect());
+        prop_oneof![8 => joined, 1 => long, 1 => prop::collection::vec(1_u8.., 0..300)]
+    }
+
+    fn put_number(path: &[u8], number: i32) -> Vec<u8> {
+        let number = number.to_string();
+        let piece = |piece: &[u8]| if piece == b"FD" { number.as_bytes().to_vec() } else { piece.to_vec() };
+        path.split(|&byte| byte == b'/').map(piece).collect::<Vec<_>>().join(&b'/')
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(3000))]
+
+        /// The kernel looks up what it is told; wherever it finds a block device one is found here as well.
+        #[test]
+        fn a_path_leads_where_it_leads_the_kernel(path in path_of_pieces()) {
+            let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+            let node = folder.path().join("volcrypt-hostile");
+            let device = DeviceNumber { major: 250, minor: 77 };
+            let raw = rustix::fs::makedev(device.major, device.minor);
+            rustix::fs::mknodat(rustix::fs::CWD, &node, FileType::BlockDevice, Mode::RUSR | Mode::WUSR, raw)
+                .expect("run the tests as root");
+            std::os::unix::fs::symlink(&node, folder.path().join("link")).unwrap();
+            fs::create_dir(folder.path().join("a\nb")).unwrap();
+            let directory = fs::File::open(folder.path()).unwrap();
+            let number = std::os::fd::AsRawFd::as_raw_fd(&directory);
+            let path = put_number(&path, number);
+            let wanted = OpenRequest { directory: Some(number), path: path.clone(), flags: OFlags::RDONLY };
+
+            let kernel = rustix::fs::statat(&directory, OsStr::from_bytes(&path), AtFlags::empty());
+            let is_device = kernel.is_ok_and(|status| FileType::from_raw_mode(status.st_mode) == FileType::BlockDevice);
+            let located = locate(std::process::id(), &wanted, true);
+            match &located {
+                Located::Device(node) => prop_assert!(is_device && node.device == device),
+                Located::NoVolume | Located::Unknown(_) => prop_assert!(!is_device, "{located:?}"),
+                Located::WouldWait => prop_assert!(false),
+            }
+            let cached = locate(std::process::id(), &wanted, false);
+            prop_assert!(!is_device || !matches!(cached, Located::NoVolume), "{cached:?}");
         }
     }
 }

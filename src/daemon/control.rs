@@ -18,8 +18,7 @@ use crate::audit::{Asker, Kind};
 use crate::encryptor::Mapping;
 use crate::guest::block_device_at;
 use crate::printable::printable;
-use crate::protocol::registration::receive_with_descriptors;
-use crate::protocol::{GuardStatus, HookOperation, MAX_MESSAGE, Reply, Request, Response, VolumeStatus};
+use crate::protocol::{GuardStatus, HookOperation, Reply, Request, Response, VolumeStatus, receive_request};
 use crate::refusal::{Reason, Refusal};
 use crate::store::VolumeRecord;
 use crate::volume::VolumeId;
@@ -72,7 +71,7 @@ impl Control {
         }
         stream.set_read_timeout(Some(CLIENT_DEADLINE))?;
         stream.set_write_timeout(Some(CLIENT_DEADLINE))?;
-        let (message, file) = receive(stream)?;
+        let (message, file) = receive_request(stream)?;
         let request = serde_json::from_slice(&message)
             .map_err(|error| Refusal::new(Reason::Configuration, format!("volcryptd does not understand the request ({error}): hook, command and daemon must be of one version, so run 'systemctl restart volcryptd'")));
         let asker = Asker::operator(peer.pid.as_raw_nonzero().get() as u32, peer.uid.as_raw());
@@ -200,22 +199,4 @@ pub fn sweep(broker: &Broker) -> Result<(), Refusal> {
 
 fn at(path: &Path) -> Result<crate::volume::DeviceNumber, Refusal> {
     block_device_at(path).map_err(|error| no_such_device(path, &error))
-}
-
-/// One line, and the file that came with it.
-fn receive(stream: &UnixStream) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
-    let mut message = Vec::new();
-    let mut file = None;
-    let mut buffer = vec![0; 64 << 10];
-    loop {
-        let (length, mut descriptors) = receive_with_descriptors(stream, &mut buffer)?;
-        file = file.or_else(|| descriptors.pop());
-        message.extend_from_slice(&buffer[..length]);
-        if message.ends_with(b"\n") {
-            return Ok((message, file));
-        }
-        if length == 0 || message.len() as u64 > MAX_MESSAGE {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "the request is cut off or too long"));
-        }
-    }
 }

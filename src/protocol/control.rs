@@ -2,7 +2,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, IoSlice, Read};
 use std::mem::MaybeUninit;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,6 +11,7 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde::{Deserialize, Serialize};
 
 use super::Identification;
+use super::registration::receive_with_descriptors;
 use crate::audit::Link;
 use crate::keys::KeyInfo;
 use crate::store::{AuditPage, AuditQuery, Grant, Verified, VolumeRecord};
@@ -283,6 +284,28 @@ impl ControlClient {
         // The descriptor travels with the first bytes; the rest of a long message follows.
         let sent = rustix::net::sendmsg(&self.stream, &[IoSlice::new(message)], &mut ancillary, SendFlags::NOSIGNAL)?;
         io::Write::write_all(&mut &self.stream, &message[sent..])
+    }
+}
+
+/// The daemon's side: one line from a client, and the file that came with it.
+///
+/// # Errors
+/// Those of the socket, time-outs among them; `InvalidData` for a line that is cut off or longer than
+/// [`MAX_MESSAGE`].
+pub fn receive_request(stream: &UnixStream) -> io::Result<(Vec<u8>, Option<OwnedFd>)> {
+    let mut message = Vec::new();
+    let mut file = None;
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        let (length, mut descriptors) = receive_with_descriptors(stream, &mut buffer)?;
+        file = file.or_else(|| descriptors.pop());
+        message.extend_from_slice(&buffer[..length]);
+        if message.ends_with(b"\n") {
+            return Ok((message, file));
+        }
+        if length == 0 || message.len() as u64 > MAX_MESSAGE {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the request is cut off or too long"));
+        }
     }
 }
 

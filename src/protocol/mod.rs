@@ -10,7 +10,7 @@ pub mod registration;
 
 pub use control::{
     CallError, ControlClient, GuardStatus, GuestStatus, HookOperation, MAX_MESSAGE, MappingStatus, Reply, Request,
-    Response, Status, VolumeStatus,
+    Response, Status, VolumeStatus, receive_request,
 };
 pub use identification::Identification;
 

@@ -13,6 +13,7 @@ use std::sync::LazyLock;
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use volcrypt::cli::identify::describe;
+use volcrypt::domain::Nobody;
 use volcrypt::policy::Config;
 use volcrypt::protocol::Identification;
 use volcrypt::volume::{DeviceNumber, Sysfs};
@@ -108,7 +109,7 @@ fuzz_target!(|tree: Tree<'_>| {
     for (major, minor) in [(8, 0), (8, 1), (253, 0)] {
         match Sysfs::at(folder.path()).portray(DeviceNumber { major, minor }) {
             Ok(device) => {
-                let policy = Some(CONFIG.trace(&device.judged()));
+                let policy = Some(CONFIG.trace(&device.judged(), &Nobody));
                 let text =
                     describe(&Identification::Device { device: Box::new(device), policy, configuration_error: None });
                 assert!(!text.chars().any(|character| character.is_control() && character != '\n'), "{text:?}");

@@ -79,14 +79,13 @@ impl Domain {
 
     /// Reads the element `<domain>` of a larger document.
     pub(crate) fn from_element(root: &Node<'_, '_>) -> Self {
-        let devices = child(root, "devices");
-        let devices_of = |name: &'static str| devices.into_iter().flat_map(move |node| children(node, name));
+        let emulator = devices(root, "emulator").next();
         Domain {
             name: text_of(root, "name").unwrap_or_default(),
             uuid: text_of(root, "uuid"),
             owner: child(root, "metadata").and_then(|metadata| owner(&metadata)),
-            emulator: devices.and_then(|node| text_of(&node, "emulator")).map(PathBuf::from),
-            disks: devices_of("disk").chain(devices_of("hostdev")).map(|disk| Disk::read(&disk)).collect(),
+            emulator: emulator.and_then(|emulator| text(&emulator)).map(PathBuf::from),
+            disks: devices(root, "disk").chain(devices(root, "hostdev")).map(|disk| Disk::read(&disk)).collect(),
         }
     }
 
@@ -140,6 +139,11 @@ fn owner(metadata: &Node<'_, '_>) -> Option<String> {
     nova.or_else(own).filter(|owner| !owner.is_empty())
 }
 
+/// The elements `domain/devices/NAME`. There may be several `<devices>`: libvirt reads them all.
+fn devices<'a, 'input>(root: &Node<'a, 'input>, name: &'static str) -> impl Iterator<Item = Node<'a, 'input>> {
+    children(*root, "devices").flat_map(move |devices| children(devices, name))
+}
+
 pub(super) fn is(node: &Node<'_, '_>, name: &str) -> bool {
     node.is_element() && node.tag_name().namespace().is_none() && node.tag_name().name() == name
 }
@@ -153,7 +157,11 @@ pub(super) fn child<'a, 'input>(node: &Node<'a, 'input>, name: &'static str) -> 
 }
 
 fn text_of(node: &Node<'_, '_>, name: &'static str) -> Option<String> {
-    Some(child(node, name)?.text()?.trim().to_owned())
+    text(&child(node, name)?)
+}
+
+fn text(node: &Node<'_, '_>) -> Option<String> {
+    Some(node.text()?.trim().to_owned())
 }
 
 /// A text that is no domain's XML.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::broker::{Broker, Ready, no_such_device};
 use crate::audit::{Asker, Kind};
-use crate::domain::{Disk, Domain, Facts, Source, quoted};
+use crate::domain::{Disk, Domain, Facts, Source, in_disk, passes_commands, quoted, reached_by_qemu};
 use crate::guest::{block_device_at, is_no_device};
 use crate::policy::OtherEmulators;
 use crate::protocol::EMULATOR_DIRECTORY;
@@ -69,28 +69,16 @@ fn prepare_path(broker: &Broker, path: &Path, domain: &Facts) -> Result<Ready, R
     }
 }
 
-/// QEMU's own iSCSI client never opens a device, so nothing would encrypt what it sends.
 fn check_unit(broker: &Broker, target: &str, lun: u64, domain: &Facts) -> Result<(), Refusal> {
     match broker.make_ready(&Identity::of_iscsi_unit(target, lun), domain) {
         Ok(Ready { volume: None, .. }) => Ok(()),
-        _ => Err(Refusal::new(
-            Reason::NotAllowed,
-            format!(
-                "LUN {lun} of {target} is or may be a protected volume, and QEMU's own iSCSI client would write to it unencrypted: log in to \
-                 the target on the host and give the guest the block device"
-            ),
-        )),
+        _ => Err(reached_by_qemu(target, lun)),
     }
 }
 
 fn check_disk(disk: &Disk, volume: &VolumeId) -> Result<(), Refusal> {
     match disk.device.as_str() {
-        "lun" => Err(Refusal::new(
-            Reason::NotAllowed,
-            format!(
-                "volume {volume} is protected, and device='lun' passes SCSI commands around its encryption: use device='disk'"
-            ),
-        )),
+        "lun" => Err(passes_commands(volume)),
         _ => Ok(()),
     }
 }
@@ -122,12 +110,4 @@ fn unknown_volumes(name: &str, fault: &Refusal) -> Refusal {
              would write to unencrypted: {fault}"
         ),
     )
-}
-
-fn in_disk(disk: &Disk, refusal: &Refusal) -> Refusal {
-    let of_disk = Refusal::new(refusal.reason(), format!("disk {}: {refusal}", disk.target));
-    match refusal.volume() {
-        Some(volume) => of_disk.of(volume),
-        None => of_disk,
-    }
 }

@@ -11,9 +11,8 @@ use super::{Mapping, MappingSpec, VolumeEncryptor};
 use crate::keys::Key;
 use crate::refusal::{Reason, Refusal};
 use crate::sys::keyring::ThreadKey;
-use crate::volume::{OWN_UUID_PREFIX, parse_own_uuid};
+use crate::volume::{MAPPING_PREFIX, OWN_UUID_PREFIX, parse_own_uuid};
 
-const NAME_PREFIX: &str = "volcrypt-";
 const FORMAT: &str = "PLAIN";
 
 /// How long a mapping that is being removed may keep its name.
@@ -86,7 +85,7 @@ impl<'a> Opening<'a> {
     fn new(wanted: &'a MappingSpec<'a>) -> Result<Self, Refusal> {
         let id = &wanted.record.id;
         let uuid = format!("{OWN_UUID_PREFIX}{FORMAT}-{id}");
-        Ok(Opening { wanted, mapper: connect()?, name: format!("{NAME_PREFIX}{id}"), uuid })
+        Ok(Opening { wanted, mapper: connect()?, name: format!("{MAPPING_PREFIX}{id}"), uuid })
     }
 
     fn open(&self, flags: OFlags, key: &dyn Fn() -> Result<Key, Refusal>) -> Result<OwnedFd, Refusal> {
@@ -250,7 +249,7 @@ fn failed(operation: &str, subject: &str, error: io::Error) -> Refusal {
 /// The names of the devices that are mappings of ours.
 fn ours(mapper: &DeviceMapper) -> Result<Vec<String>, Refusal> {
     let names = mapper.names().map_err(|error| failed("list", "mappings", error))?;
-    Ok(names.into_iter().filter(|name| name.starts_with(NAME_PREFIX)).collect())
+    Ok(names.into_iter().filter(|name| name.starts_with(MAPPING_PREFIX)).collect())
 }
 
 fn describe(mapper: &DeviceMapper, name: &str) -> io::Result<Option<Mapping>> {
@@ -278,7 +277,7 @@ mod tests {
     #[test]
     fn the_longest_id_fits_device_mapper() {
         let id = "x".repeat(VolumeId::MAX_LENGTH);
-        assert!(NAME_PREFIX.len() + id.len() <= 127);
+        assert!(MAPPING_PREFIX.len() + id.len() <= 127);
         assert!(OWN_UUID_PREFIX.len() + FORMAT.len() + 1 + id.len() <= 128);
     }
 }

@@ -1,7 +1,13 @@
 use std::fmt;
+use std::path::Path;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+
+/// What the name of every mapping begins with; the volume's id follows.
+pub const MAPPING_PREFIX: &str = "volcrypt-";
+/// Where device-mapper's devices have their names.
+const MAPPER_DIRECTORY: &str = "/dev/mapper";
 
 /// The name of a volume: 1 to 64 ASCII letters, digits, `.`, `_` or `-`, the first one a letter or
 /// a digit.
@@ -19,6 +25,17 @@ impl VolumeId {
     /// The id as text.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// Where the volume's mapping is while there is one.
+    pub fn mapping_path(&self) -> String {
+        format!("{MAPPER_DIRECTORY}/{MAPPING_PREFIX}{self}")
+    }
+
+    /// The volume whose mapping would be at `path`.
+    pub fn of_mapping(path: &Path) -> Option<Self> {
+        let name = path.strip_prefix(MAPPER_DIRECTORY).ok()?.to_str()?;
+        name.strip_prefix(MAPPING_PREFIX)?.parse().ok()
     }
 }
 
@@ -94,6 +111,15 @@ mod tests {
         }
     }
 
+    #[test]
+    fn only_the_name_of_a_mapping_names_a_volume() {
+        for path in
+            ["/dev/mapper/volcrypt-", "/dev/mapper/volcrypt-a/b", "/dev/mapper/a", "/dev/volcrypt-a", "volcrypt-a"]
+        {
+            assert_eq!(VolumeId::of_mapping(Path::new(path)), None, "{path}");
+        }
+    }
+
     proptest! {
         #[test]
         fn whatever_is_accepted_is_safe_in_names(text in ".{0,100}") {
@@ -101,6 +127,7 @@ mod tests {
                 prop_assert_eq!(id.as_str(), &text);
                 prop_assert!(text.len() <= 64 && text.is_ascii());
                 prop_assert!(!text.contains(['/', '\0', ':', ' ', '%']) && !text.starts_with(['.', '-']));
+                prop_assert_eq!(VolumeId::of_mapping(Path::new(&id.mapping_path())), Some(id));
             }
         }
     }

@@ -12,6 +12,6 @@ pub mod vpd;
 pub use blank::{Content, examine};
 pub use details::{Details, LogicalVolume, Portrait};
 pub use device::DeviceNumber;
-pub use id::{InvalidVolumeId, VolumeId};
+pub use id::{InvalidVolumeId, MAPPING_PREFIX, VolumeId};
 pub use identity::{Identity, Iscsi, Mapping, OWN_UUID_PREFIX, parse_own_uuid};
 pub use sysfs::Sysfs;

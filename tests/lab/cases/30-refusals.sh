@@ -336,7 +336,7 @@ case_past_the_encryption() {
     start_refused "run 'volcrypt domain adopt rs'" "$disk" 's,<emulator>.*,<emulator>/usr/bin/qemu-system-x86_64</emulator>,'
     start_refused "device='lun' passes SCSI commands around its encryption" "${disk/device=\'disk\'/device=\'lun\'}"
     unit=$lab_iqn:prot-rf/0
-    start_refused "LUN 0 of $lab_iqn:prot-rf is protected" "<disk type='network' device='disk'>
+    start_refused "LUN 0 of $lab_iqn:prot-rf is or may be a protected volume" "<disk type='network' device='disk'>
         <driver name='qemu' type='raw'/>
         <source protocol='iscsi' name='$unit'><host name='127.0.0.1' port='3260'/></source>
         <target dev='sda' bus='scsi'/></disk>"

@@ -1,0 +1,36 @@
+//! Why a protected volume cannot be a domain's disk in the way its XML says.
+
+use super::Disk;
+use crate::refusal::{Reason, Refusal};
+use crate::volume::VolumeId;
+
+/// `refusal` as one of a disk.
+pub fn in_disk(disk: &Disk, refusal: &Refusal) -> Refusal {
+    let of_disk = Refusal::new(refusal.reason(), format!("disk {}: {refusal}", disk.target.escape_debug()));
+    match refusal.volume() {
+        Some(volume) => of_disk.of(volume),
+        None => of_disk,
+    }
+}
+
+/// A disk passes the guest's SCSI commands to a protected volume.
+pub fn passes_commands(volume: &VolumeId) -> Refusal {
+    Refusal::new(
+        Reason::NotAllowed,
+        format!(
+            "volume {volume} is protected, and device='lun' passes SCSI commands around its encryption: use device='disk'"
+        ),
+    )
+}
+
+/// QEMU reaches a protected volume by its own iSCSI client: it never opens a device, so nothing would encrypt
+/// what it sends.
+pub fn reached_by_qemu(target: &str, lun: u64) -> Refusal {
+    Refusal::new(
+        Reason::NotAllowed,
+        format!(
+            "LUN {lun} of {target} is or may be a protected volume, and QEMU's own iSCSI client would write to it \
+             unencrypted: log in to the target on the host and give the guest the block device"
+        ),
+    )
+}

@@ -9,6 +9,7 @@ use std::path::Path;
 use roxmltree::{Document, Node};
 
 use super::InvalidXml;
+use super::splice::{spliced, with_space_before};
 use super::xml::{child, is};
 use crate::protocol::EMULATOR_DIRECTORY;
 
@@ -132,21 +133,6 @@ fn parse(xml: &str) -> Result<Document<'_>, InvalidXml> {
 fn note_in<'a, 'input>(domain: &Node<'a, 'input>) -> Option<Node<'a, 'input>> {
     let metadata = child(domain, "metadata")?;
     metadata.children().find(|element| element.has_tag_name((METADATA_NAMESPACE, NOTE)))
-}
-
-/// An element's range together with the white space that leads to it.
-fn with_space_before(xml: &str, range: Range<usize>) -> Range<usize> {
-    xml[..range.start].trim_end().len()..range.end
-}
-
-/// `text` with each of these ranges, which do not overlap, replaced.
-fn spliced(text: &str, mut edits: Vec<(Range<usize>, String)>) -> String {
-    edits.sort_by_key(|(range, _)| range.start);
-    let mut result = text.to_owned();
-    for (range, replacement) in edits.into_iter().rev() {
-        result.replace_range(range, &replacement);
-    }
-    result
 }
 
 #[cfg(test)]

@@ -3,11 +3,14 @@
 mod adoption;
 mod facts;
 mod refusals;
+mod rewrite;
+mod splice;
 mod xml;
 
 pub use adoption::{Adoption, METADATA_NAMESPACE, Release, adopt, release};
 pub use facts::{Facts, Nobody, Requester};
 pub use refusals::{in_disk, passes_commands, reached_by_qemu};
+pub use rewrite::{Judge, MAX_XML, OnMapping, Rewritten, rewrite, unrewrite};
 pub use xml::{Disk, Domain, InvalidXml, Source};
 
 /// A domain's name as a word of the shell.

@@ -65,25 +65,20 @@ impl Domain {
     pub fn parse(text: &str) -> Result<Self, InvalidXml> {
         let document = Document::parse(text).map_err(|error| InvalidXml(error.to_string()))?;
         let root = document.root_element();
-        if !is(&root, "domain") {
-            let name = root.tag_name();
-            let namespace =
-                name.namespace().map(|namespace| format!(" of the namespace {namespace}")).unwrap_or_default();
-            return Err(InvalidXml(format!(
-                "the root element is <{}>{namespace}, not libvirt's <domain>",
-                name.name()
-            )));
+        match is(&root, "domain") {
+            true => Ok(Domain::from_element(&root)),
+            false => Err(InvalidXml::root(&root, "not libvirt's <domain>")),
         }
-        Ok(Domain::from_element(&root))
     }
 
     /// Reads the element `<domain>` of a larger document.
     pub(crate) fn from_element(root: &Node<'_, '_>) -> Self {
         let emulator = devices(root, "emulator").next();
+        let Facts { name, uuid, owner } = Facts::read(root);
         Domain {
-            name: text_of(root, "name").unwrap_or_default(),
-            uuid: text_of(root, "uuid"),
-            owner: child(root, "metadata").and_then(|metadata| owner(&metadata)),
+            name,
+            uuid,
+            owner,
             emulator: emulator.and_then(|emulator| text(&emulator)).map(PathBuf::from),
             disks: devices(root, "disk").chain(devices(root, "hostdev")).map(|disk| Disk::read(&disk)).collect(),
         }
@@ -95,8 +90,19 @@ impl Domain {
     }
 }
 
+impl Facts {
+    /// Reads them of an element `<domain>`.
+    pub(super) fn read(root: &Node<'_, '_>) -> Self {
+        Facts {
+            name: text_of(root, "name").unwrap_or_default(),
+            uuid: text_of(root, "uuid"),
+            owner: child(root, "metadata").and_then(|metadata| owner(&metadata)),
+        }
+    }
+}
+
 impl Disk {
-    fn read(disk: &Node<'_, '_>) -> Self {
+    pub(super) fn read(disk: &Node<'_, '_>) -> Self {
         let target = child(disk, "target").and_then(|target| target.attribute("dev")).unwrap_or("without a target");
         Disk {
             target: target.to_owned(),
@@ -107,7 +113,7 @@ impl Disk {
 }
 
 impl Source {
-    fn read(source: &Node<'_, '_>) -> Self {
+    pub(super) fn read(source: &Node<'_, '_>) -> Self {
         let path = source.attribute("dev").or_else(|| source.attribute("file"));
         match (path, source.attribute("protocol"), source.attribute("name")) {
             (Some(path), _, _) => Source::Path(PathBuf::from(path)),
@@ -140,7 +146,10 @@ fn owner(metadata: &Node<'_, '_>) -> Option<String> {
 }
 
 /// The elements `domain/devices/NAME`. There may be several `<devices>`: libvirt reads them all.
-fn devices<'a, 'input>(root: &Node<'a, 'input>, name: &'static str) -> impl Iterator<Item = Node<'a, 'input>> {
+pub(super) fn devices<'a, 'input>(
+    root: &Node<'a, 'input>,
+    name: &'static str,
+) -> impl Iterator<Item = Node<'a, 'input>> {
     children(*root, "devices").flat_map(move |devices| children(devices, name))
 }
 
@@ -148,7 +157,10 @@ pub(super) fn is(node: &Node<'_, '_>, name: &str) -> bool {
     node.is_element() && node.tag_name().namespace().is_none() && node.tag_name().name() == name
 }
 
-fn children<'a, 'input>(node: Node<'a, 'input>, name: &'static str) -> impl Iterator<Item = Node<'a, 'input>> {
+pub(super) fn children<'a, 'input>(
+    node: Node<'a, 'input>,
+    name: &'static str,
+) -> impl Iterator<Item = Node<'a, 'input>> {
     node.children().filter(move |child| is(child, name))
 }
 
@@ -167,6 +179,15 @@ fn text(node: &Node<'_, '_>) -> Option<String> {
 /// A text that is no domain's XML.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InvalidXml(pub(super) String);
+
+impl InvalidXml {
+    pub(super) fn root(root: &Node<'_, '_>, but: &str) -> Self {
+        let name = root.tag_name();
+        let of = |namespace: &str| format!(" of the namespace {}", namespace.escape_debug());
+        let namespace = name.namespace().map(of).unwrap_or_default();
+        InvalidXml(format!("the root element is <{}>{namespace}, {but}", name.name()))
+    }
+}
 
 impl fmt::Display for InvalidXml {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -98,6 +98,46 @@ fn without_a_daemon_there_is_one_sentence_and_exit_code_1() {
     }
 }
 
+/// Runs the program itself with `input`, without a daemon.
+fn filtered(arguments: &[&str], input: &[u8]) -> (i32, String, String) {
+    let mut command = Command::cargo_bin("volcrypt").unwrap();
+    let mut child =
+        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // It may have refused the rest already.
+    let _ = child.stdin.take().unwrap().write_all(input);
+    let output = child.wait_with_output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn xml_goes_back_through_a_filter_that_asks_nobody() {
+    let folder = Path::new("xml-fixtures/rewrite");
+    let read = |name: &str| fs::read_to_string(folder.join(name)).unwrap();
+    for name in ["nova-instance-live", "mark-and-declaration", "crlf-and-a-file", "nothing-protected"] {
+        let (code, stdout, stderr) =
+            filtered(&["rewrite", "--reverse"], read(&format!("{name}.expected.xml")).as_bytes());
+        assert_eq!((code, stderr.as_str()), (0, ""), "{name}");
+        assert_eq!(stdout, read(&format!("{name}.xml")));
+    }
+}
+
+#[test]
+fn a_filter_that_refuses_prints_one_sentence_and_no_xml() {
+    let lone = fs::read("xml-fixtures/rewrite/lone-disk.expected.xml").unwrap();
+    for (arguments, input, sentence) in [
+        (&["rewrite", "--reverse"][..], &lone[..], "volcrypt: disk vdb: a lone <disk> has no metadata"),
+        (&["rewrite", "--reverse"], b"<domain>", "volcrypt: the domain's XML cannot be read: "),
+        (&["rewrite", "--reverse"], b"<domain xmlns='a&#10;b'/>", "volcrypt: the domain's XML cannot be read: "),
+        (&["rewrite"], b"<disk\xff/>", "volcrypt: standard input is not UTF-8"),
+        (&["rewrite"], b"<disk/>", "volcrypt: volcryptd cannot be reached on "),
+    ] {
+        let (code, stdout, stderr) = filtered(arguments, input);
+        assert_eq!((code, stdout.as_str(), stderr.lines().count()), (1, "", 1), "{stderr}");
+        assert!(stderr.starts_with(sentence), "{stderr}");
+    }
+}
+
 #[test]
 fn wrong_usage_is_exit_code_2() {
     for arguments in
@@ -214,6 +254,14 @@ fn a_refused_export_leaves_no_file() {
     let error = daemon.run(&["volume", "export-key", "vol-1", "--to", file.to_str().unwrap()]).unwrap_err();
     assert_eq!(error, "no such volume: enrol it first");
     assert!(!file.exists());
+}
+
+#[test]
+fn what_the_daemon_quotes_stays_on_one_line() {
+    let sentence = "disk sda: /dev/a\nb\u{1b}[2J does not exist: log in to its target first";
+    let daemon = FakeDaemon::new(json!({ "refused": { "sentence": sentence, "errno": 19 } }), "");
+    let error = daemon.run(&["key", "list"]).unwrap_err();
+    assert_eq!(error, "disk sda: /dev/a?b?[2J does not exist: log in to its target first");
 }
 
 #[test]

@@ -36,6 +36,16 @@ pub enum Command {
     /// Give domains the wrapper as their emulator
     #[command(subcommand)]
     Domain(DomainCommand),
+    /// Point the protected disks of a domain to their mappings, in its XML
+    ///
+    /// Reads the XML of a <domain>, or of a lone <disk> as 'virsh attach-device' takes it, from standard input and
+    /// writes it to standard output, with each protected disk on /dev/mapper/volcrypt-ID and not a byte changed
+    /// elsewhere. It only prints XML: no mapping is opened, no volume is enrolled, and nothing changes on this host.
+    Rewrite {
+        /// Give the disks of a rewritten <domain> the sources back that they had before
+        #[arg(long)]
+        reverse: bool,
+    },
     /// Look at what was done with keys and volumes, and for whom
     #[command(subcommand)]
     Audit(AuditCommand),

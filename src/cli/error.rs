@@ -45,6 +45,8 @@ pub enum CommandError {
     NotConfirmed(VolumeId),
     /// A domain's definition could not be read or changed; the sentence says why.
     Domain(String),
+    /// Standard input could not be read.
+    Input(io::Error),
     /// What was found could not be printed.
     Output(io::Error),
 }
@@ -52,7 +54,7 @@ pub enum CommandError {
 impl fmt::Display for CommandError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            CommandError::Daemon(error) => error.fmt(f),
+            CommandError::Daemon(error) => f.write_str(&printable(&error.to_string())),
             CommandError::UnexpectedReply => f.write_str(
                 "volcryptd gave an answer that does not fit the question: \
                  run 'systemctl restart volcryptd' if the package was upgraded",
@@ -67,6 +69,10 @@ impl fmt::Display for CommandError {
             }
             CommandError::NoDevice { path, source } => write!(f, "{} cannot be looked at ({source})", path.display()),
             CommandError::Refused(refusal) => refusal.fmt(f),
+            CommandError::Input(source) if source.kind() == io::ErrorKind::InvalidData => {
+                f.write_str("standard input is not UTF-8: write the XML in UTF-8")
+            }
+            CommandError::Input(source) => write!(f, "standard input cannot be read ({source})"),
             CommandError::NotConfirmed(id) => {
                 write!(f, "nothing was destroyed: type the volume's id when asked, or add --confirm {id}")
             }

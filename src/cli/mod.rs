@@ -1,6 +1,7 @@
 //! The operator's command, `volcrypt`.
 //!
-//! It is a thin client: everything but `config check` and parts of `doctor` is asked of the daemon.
+//! It is a thin client: everything but `config check`, `rewrite --reverse` and parts of `doctor` is asked of the
+//! daemon.
 //! What it knows of libvirt comes in from outside as [`Libvirt`], because linking libvirt
 //! takes a process fourteen milliseconds to start and only this one command can afford that.
 
@@ -26,6 +27,7 @@ mod grant;
 pub mod identify;
 mod key;
 mod policy;
+mod rewrite;
 mod status;
 mod table;
 mod time;
@@ -108,6 +110,8 @@ pub fn run(arguments: &Arguments, socket: &Path, libvirt: Libvirt) -> Result<Out
         }
         Command::Domain(DomainCommand::Adopt { name }) => domain::adopt_domain(name, libvirt.look, libvirt.define)?,
         Command::Domain(DomainCommand::Release { name }) => domain::release_domain(name, libvirt.look, libvirt.define)?,
+        Command::Rewrite { reverse: false } => rewrite::forward(daemon, io::stdin().lock())?,
+        Command::Rewrite { reverse: true } => rewrite::reverse(io::stdin().lock())?,
         Command::Doctor => return Ok(doctor::examine(&arguments.config, daemon, libvirt.survey)),
     };
     Ok(Outcome { text, code: 0 })

@@ -218,6 +218,19 @@ impl Broker {
         Ok(Ready { volume, mapped: self.check_mappings(identity, domain)? })
     }
 
+    /// Whether `identity` is protected from `requester`. Nothing is made ready, and the volume need not be enrolled.
+    ///
+    /// # Errors
+    /// When `requester` must not have the device.
+    pub fn judge(&self, identity: &Identity, requester: &dyn Requester) -> Result<Option<VolumeId>, Refusal> {
+        let config = self.config()?;
+        match config.decide(identity, requester) {
+            Decision::Protect(protection) => Ok(Some(protection.volume)),
+            Decision::Refuse(refusal) => Err(refusal),
+            Decision::Pass => self.check_not_enrolled(&config, identity, requester).map(|()| None),
+        }
+    }
+
     /// What the kernel says of `device`.
     ///
     /// # Errors

@@ -13,7 +13,7 @@ use super::broker::{Broker, no_such_device};
 use super::guests::Guests;
 use super::identify::identify;
 use super::pool::Pool;
-use super::{prepare, status};
+use super::{prepare, rewrite, status};
 use crate::audit::{Asker, Kind};
 use crate::encryptor::Mapping;
 use crate::guest::block_device_at;
@@ -109,6 +109,7 @@ impl Control {
                     file.ok_or_else(|| Refusal::new(Reason::Configuration, "no device came with the request"))?;
                 Ok(Reply::Identification(identify(&self.broker, place)?))
             }
+            Request::Rewrite { xml } => Ok(Reply::Xml(rewrite::rewrite(&self.broker, &xml)?)),
             Request::Retire { id } => self.volume(self.recorded_of(&id, self.broker.retire(&id))?),
             Request::Destroy { id } => self.volume(self.recorded_of(&id, self.broker.destroy(&id))?),
             Request::SetOwner { id, owner } => {

@@ -13,6 +13,7 @@ mod pool;
 mod prepare;
 mod receivers;
 mod registrar;
+mod rewrite;
 mod server;
 mod service_manager;
 mod status;

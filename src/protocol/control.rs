@@ -53,6 +53,11 @@ pub enum Request {
     },
     /// What is at the place whose descriptor comes with the request, and what the rules say of it.
     Identify,
+    /// Point the protected disks in a domain's XML to their mappings.
+    Rewrite {
+        /// The XML of a domain, or of a lone disk.
+        xml: String,
+    },
     /// Take a volume out of use. Its key stays.
     Retire {
         /// The volume's id.
@@ -144,6 +149,8 @@ pub enum Reply {
     AuditVerified(Verified),
     /// The answer to [`Request::Identify`].
     Identification(Identification),
+    /// The answer to [`Request::Rewrite`].
+    Xml(String),
 }
 
 /// What the daemon and the kernel know right now.

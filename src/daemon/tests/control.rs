@@ -64,6 +64,17 @@ fn a_volume_is_told_with_its_state_and_its_use() {
 }
 
 #[test]
+fn xml_is_rewritten_or_refused_with_a_sentence() {
+    let world = World::new();
+    let node = Node::new("/dev", world.add_volume("asked", 34));
+    let xml = format!("<disk type='block'><source dev='{}'/></disk>\r\n", node.0.display());
+    let Ok(Reply::Xml(answer)) = ask(world.broker(false), &Request::Rewrite { xml }) else { panic!() };
+    assert_eq!(answer, "<disk type='block'><source dev='/dev/mapper/volcrypt-asked'/></disk>\r\n");
+    let (sentence, errno) = ask(world.broker(false), &Request::Rewrite { xml: "<x/>".to_owned() }).unwrap_err();
+    assert!(sentence.contains("the root element is <x>") && errno == libc::ENOTSUP, "{sentence}");
+}
+
+#[test]
 fn a_device_and_a_file_are_identified_through_a_handle_alone() {
     let world = World::new();
     let device = world.add_volume("one", 33);

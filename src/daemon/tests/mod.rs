@@ -7,6 +7,7 @@ mod control;
 mod hostile;
 mod lifecycle;
 mod prepare;
+mod rewrite;
 mod server;
 
 use std::collections::HashMap;

@@ -26,6 +26,8 @@ mod memory;
 mod opens;
 #[path = "figures/policy.rs"]
 mod policy;
+#[path = "figures/rewrite.rs"]
+mod rewrite;
 #[path = "figures/table.rs"]
 mod table;
 #[path = "figures/wrapper.rs"]
@@ -91,6 +93,7 @@ fn isolate() -> Box<dyn Error> {
 fn host() -> Outcome<Vec<Figure>> {
     println!("load average of this host's {} CPUs before: {}", cpus(), fs::read_to_string("/proc/loadavg")?.trim());
     let mut figures = audit::figures()?;
+    figures.extend(rewrite::figures()?);
     {
         let daemon = Daemon::start()?;
         let stand_in = wrapper::StandIn::compile(daemon.folder())?;

@@ -71,7 +71,7 @@ fn block_devices() -> Outcome<Vec<PathBuf>> {
 }
 
 /// The XML of a domain with `count` disks, in turn on `sources`, as Nova and libvirt write it.
-fn domain(count: usize, sources: &[PathBuf]) -> String {
+pub fn domain(count: usize, sources: &[PathBuf]) -> String {
     let mut disks = String::new();
     for (number, source) in sources.iter().cycle().take(count).enumerate() {
         let (kind, attribute) = match source.starts_with("/dev") {

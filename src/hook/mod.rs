@@ -9,7 +9,7 @@ use std::io::{self, Read};
 use std::path::Path;
 use std::process::ExitCode;
 
-use crate::domain::{Domain, Source};
+use crate::domain::{Domain, Requester, Source};
 use crate::guest::{block_device_at, is_no_device};
 use crate::policy::{Config, DEFAULT_PATH, Decision, HookConfig, WhenUnreachable};
 use crate::printable::printable;
@@ -98,11 +98,17 @@ fn refuse_protected(config: &Config, domain: &str, xml: &str) -> Result<(), Stri
             Source::IscsiUnit { target, lun } => Identity::of_iscsi_unit(target, *lun),
             Source::Other => continue,
         };
-        if !matches!(config.decide(&identity, &domain_xml.facts()), Decision::Pass) {
+        if is_protected(config, &identity, &domain_xml.facts()) {
             return Err(format!("disk {} of domain {domain} is protected and cannot be opened now", disk.target));
         }
     }
     Ok(())
+}
+
+/// Whether the domain needs the daemon for this device. A mapping that is there is for those only who may have its
+/// volume, which the configuration alone does not tell.
+fn is_protected(config: &Config, device: &Identity, domain: &dyn Requester) -> bool {
+    !matches!(config.decide(device, domain), Decision::Pass) || !device.own_mappings().is_empty()
 }
 
 fn read_xml() -> Result<String, String> {
@@ -113,5 +119,33 @@ fn read_xml() -> Result<String, String> {
         }
         Ok(_) => Ok(xml),
         Err(error) => Err(format!("the domain's XML cannot be read from standard input: {error}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::Nobody;
+    use crate::volume::Mapping;
+
+    #[test]
+    fn a_mapping_is_as_protected_as_its_volume() {
+        let rules = "[[rules]]\nname = 'r'\niscsi_target = 'iqn:(?<id>.*)'\n";
+        let config = Config::parse(rules, "test").unwrap();
+        let disk = Identity { wwid: Some("naa.6".to_owned()), ..Identity::of_iscsi_unit("iqn:v", 0) };
+        let stacked = |name: &str, uuid: &str, below: &Identity| Identity {
+            iscsi: None,
+            lun: None,
+            wwid: None,
+            mapping: Some(Mapping { name: name.to_owned(), uuid: uuid.to_owned() }),
+            underlying: vec![below.clone()],
+            ..disk.clone()
+        };
+        let mapping = stacked("volcrypt-v", "VOLCRYPT-PLAIN-v", &disk);
+        let on_the_mapping = stacked("vg-lv", "LVM-x", &mapping);
+        let other = Identity { wwid: Some("naa.7".to_owned()), ..Identity::of_iscsi_unit("other", 0) };
+        for (device, protected) in [(&disk, true), (&mapping, true), (&on_the_mapping, true), (&other, false)] {
+            assert_eq!(is_protected(&config, device, &Nobody), protected, "{device}");
+        }
     }
 }

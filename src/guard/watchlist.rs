@@ -92,10 +92,16 @@ impl<T: Table> Watchlist<T> {
     /// # Errors
     /// Those of the table.
     pub fn saw(&self, identity: &Identity) -> io::Result<()> {
-        if !guards(&self.rules(), identity) || self.shut().book.as_ref().is_none_or(|book| book.has(identity.number)) {
+        if !guards(&self.rules(), identity) || !self.may_be_open(identity.number) {
             return Ok(());
         }
         self.look_at(identity.number)
+    }
+
+    /// Whether a device is not shut, or whoever looks at all of them may have seen another one of its number.
+    fn may_be_open(&self, number: DeviceNumber) -> bool {
+        let shut = self.shut();
+        shut.book.as_ref().is_some_and(|book| shut.meanwhile.is_some() || !book.has(number))
     }
 
     /// The block devices of the SCSI device at `place`.

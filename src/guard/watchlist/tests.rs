@@ -156,3 +156,25 @@ fn an_open_waits_for_no_look_at_all_devices_and_nothing_that_comes_meanwhile_is_
     assert!(host.list.is_complete());
     assert_eq!(host.shut(), [0, 32, 48]);
 }
+
+#[test]
+fn a_device_that_comes_back_while_all_are_looked_at_stays_shut() {
+    let host = Host::new(Ok(config()));
+    host.add(0, "naa.known");
+    host.list.look_at_all().unwrap();
+    host.list.forget();
+    // It is away in the moment when the devices are listed.
+    let (listed, away) = (host.root.path().join("class/block/disk0"), host.root.path().join("away"));
+    fs::rename(&listed, &away).unwrap();
+    let fifo = host.hold_up();
+    std::thread::scope(|scope| {
+        let looking = scope.spawn(|| host.list.look_at_all());
+        let mut slow = OpenOptions::new().write(true).open(&fifo).unwrap();
+        fs::rename(&away, &listed).unwrap();
+        host.list.saw(&Sysfs::at(host.root.path()).identify(number(0)).unwrap()).unwrap();
+        io::Write::write_all(&mut slow, b"8:99\n").unwrap();
+        drop(slow);
+        looking.join().unwrap().unwrap();
+    });
+    assert_eq!(host.shut(), [0]);
+}

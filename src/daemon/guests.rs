@@ -210,7 +210,9 @@ impl Guests {
             let guest = self.all().guests.get(&data.u64()).cloned();
             match guest {
                 Some(guest) if flags.contains(epoll::EventFlags::IN) => return Ok(Event::Call(guest)),
-                Some(guest) => return Ok(Event::End(guest)),
+                Some(guest) if flags.contains(epoll::EventFlags::HUP) => return Ok(Event::End(guest)),
+                // The kernel could not look, for a signal was pending: seccomp_notify_poll says EPOLLERR then.
+                Some(guest) => self.rearm(&guest),
                 None => {}
             }
         }

@@ -27,6 +27,9 @@ use crate::guest::{Located, Node, OpenRequest, locate};
 use crate::refusal::{Reason, Refusal};
 use crate::sys::seccomp::Notification;
 
+/// How long nothing is received for a guest when the system is short of what that takes.
+const RECEIVE_AGAIN: Duration = Duration::from_millis(100);
+
 /// What the threads of the server share.
 pub struct Server {
     broker: Arc<Broker>,
@@ -108,8 +111,16 @@ impl Server {
             // To read what it asks for could leave every guest without an answer.
             Ok(Some(call)) => settle(guest.listener().refuse(call.id, libc::EAGAIN)),
             Ok(None) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                tracing::error!(pid = guest.pid(), "a call of {guest} waits longer: {error}");
+                std::thread::sleep(RECEIVE_AGAIN);
+            }
             Err(error) => {
-                tracing::error!(pid = guest.pid(), "the calls of {guest} cannot be received any more: {error}");
+                tracing::error!(
+                    pid = guest.pid(),
+                    "the calls of {guest} cannot be received any more: {error}; run 'systemctl restart volcryptd' if it is to \
+                     open anything again"
+                );
                 self.guests.remove(guest);
             }
         }

@@ -123,6 +123,7 @@ impl Listener {
     /// # Errors
     /// Those of the ioctl other than `ENOENT`; `TimedOut` when a call was announced and somebody else has received
     /// it. Whoever installs the filter can keep a descriptor of the listener, and would have the daemon wait.
+    /// `WouldBlock` when there is no timer for that now: nothing was received, and it can be tried again.
     pub fn receive(&self) -> io::Result<Option<Notification>> {
         // SAFETY: all-zero bytes are a valid value of this plain C struct, and what the kernel wants.
         let mut raw: libc::seccomp_notif = unsafe { std::mem::zeroed() };
@@ -133,6 +134,9 @@ impl Listener {
                 0 => Ok(()),
                 _ => Err(io::Error::last_os_error()),
             }
+        });
+        let received = received.map_err(|error| {
+            io::Error::new(io::ErrorKind::WouldBlock, format!("the kernel gives no timer to receive it with ({error})"))
         })?;
         match received {
             Ok(()) => Ok(Some(Notification {

@@ -17,9 +17,12 @@ const MOST_OVERLAPS: usize = 10_000;
 const MOST_SHOWN: usize = 20;
 /// What a rule asks for in patterns, in the words of a sentence: see [`Rule::fields`].
 const FIELDS: [&str; 5] = ["iSCSI target", "WWID", "device-mapper UUID", "domain", "owner"];
-/// How many of those are about the device, and which is the device-mapper UUID.
+/// How many of those are about the device, and which is which.
 const OF_THE_DEVICE: usize = 3;
+const WWID: usize = 1;
 const DM_UUID: usize = 2;
+const DOMAIN: usize = 3;
+const OWNER: usize = 4;
 
 /// What comes of comparing every rule with those before it.
 pub(super) struct Comparison {
@@ -58,14 +61,14 @@ impl Config {
 }
 
 /// What every text that a rule's patterns match begins with.
-type Prefixes = [String; FIELDS.len()];
+type Prefixes = [Vec<u8>; FIELDS.len()];
 
 fn prefixes(rule: &Rule) -> Prefixes {
     rule.fields().map(|pattern| pattern.map(Pattern::literal_prefix).unwrap_or_default())
 }
 
 /// Whether texts that begin so can be the same.
-fn meet(first: &str, second: &str) -> bool {
+fn meet(first: &[u8], second: &[u8]) -> bool {
     first.starts_with(second) || second.starts_with(first)
 }
 
@@ -170,7 +173,9 @@ impl<'a> Rules<'a> {
                 _ => None,
             };
         }
-        if covers == Some(true) {
+        // A rule that passes has to know volume and domain for sure; one that does not may come in its place.
+        let knows = [WWID, DOMAIN, OWNER].into_iter().all(|field| earlier.fields()[field].is_none());
+        if covers == Some(true) && (knows || !matches!(earlier.action(), Action::Pass)) {
             return Related::Taken;
         }
         self.comparison.incomplete |= covers.is_none() || !meets;
@@ -189,7 +194,7 @@ impl<'a> Rules<'a> {
         }
         // Of device-mapper's devices, only a multipath map has the volume's target, LUN and WWID.
         let of_a_disk = |rule: &Rule| rule.lun().is_some() || rule.fields()[..DM_UUID].iter().any(Option::is_some);
-        let of_a_map = |prefixes: &Prefixes| meet(&prefixes[DM_UUID], Mapping::MULTIPATH_PREFIX);
+        let of_a_map = |prefixes: &Prefixes| meet(&prefixes[DM_UUID], Mapping::MULTIPATH_PREFIX.as_bytes());
         !(of_a_disk(first) || of_a_disk(second)) || (of_a_map(prefixes) && of_a_map(others))
     }
 

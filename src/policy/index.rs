@@ -5,8 +5,6 @@
 
 use std::collections::HashMap;
 
-use regex_syntax::hir::literal::Extractor;
-
 use super::rule::{Rule, names_of};
 use crate::volume::Identity;
 
@@ -30,7 +28,7 @@ impl Index {
     pub(super) fn new(rules: &[Rule]) -> Self {
         let mut index = Index::default();
         for (number, rule) in rules.iter().enumerate() {
-            let prefixes = rule.patterns().filter_map(|(key, pattern)| Some((key, prefixes(pattern.source())?)));
+            let prefixes = rule.patterns().filter_map(|(key, pattern)| Some((key, pattern.prefixes()?)));
             // The longer they are, the fewer other names begin with them.
             match prefixes.max_by_key(|(_, prefixes)| prefixes.iter().map(Vec::len).min()) {
                 Some((key, prefixes)) => {
@@ -71,14 +69,6 @@ impl Prefixes {
         let beginnings = self.lengths.iter().map_while(|length| name.get(..*length));
         beginnings.filter_map(|beginning| self.rules.get(beginning)).for_each(|rules| found.extend(rules));
     }
-}
-
-/// What every text that matches `pattern` begins with one of; nothing if it may begin with anything.
-fn prefixes(pattern: &str) -> Option<Vec<Vec<u8>>> {
-    let literals = Extractor::new().extract(&regex_syntax::parse(pattern).ok()?);
-    let literals = literals.literals()?;
-    let prefixes: Vec<_> = literals.iter().map(|literal| literal.as_bytes().to_vec()).collect();
-    prefixes.iter().all(|prefix| !prefix.is_empty()).then_some(prefixes)
 }
 
 #[cfg(test)]
@@ -134,18 +124,31 @@ mod tests {
         assert_eq!(candidates(&targets, "iqn.2026-11.lab:volume-9999"), [9, 99, 999, 9999]);
     }
 
+    /// A pattern of every kind that the look-up could misjudge.
+    fn pattern() -> impl Strategy<Value = String> {
+        r"(\(\?i\))?([abc]|a\||\(a\|bc\)|\[ab\]|\.|b\*|c\+|a\?|b\{2\}|\(\?m:\^\)|\\b|\\<){1,5}"
+    }
+
     proptest! {
         #[test]
-        fn no_rule_that_matches_is_missed(
-            patterns in prop::collection::vec(r"(\(\?i\))?([abc]|a\||\(a\|bc\)|\[ab\]|\.|b\*|c\+|a\?|b\{2\}|\(\?m:\^\)|\\b){1,5}", 1..8),
-            name in "[abcABC]{1,6}",
+        fn no_rule_that_may_be_about_a_device_is_missed(
+            patterns in prop::collection::vec((pattern(), prop::option::of(pattern()), any::<bool>()), 1..8),
+            target in "[abcABC]{1,6}",
+            wwid in prop::option::of("[abcABC]{1,6}"),
         ) {
-            let patterns: Vec<&str> = patterns.iter().map(String::as_str).collect();
-            let config = config(&patterns);
-            let device = Identity::of_iscsi_unit(&name, 0);
+            let mut text = String::new();
+            for (number, (first, second, swapped)) in patterns.iter().enumerate() {
+                let keys = if *swapped { ["wwid", "iscsi_target"] } else { ["iscsi_target", "wwid"] };
+                writeln!(text, "[[rules]]\nname = 'r{number}'\nvolume_id = 'v'\n{} = '{first}'", keys[0]).unwrap();
+                if let Some(second) = second {
+                    writeln!(text, "{} = '{second}'", keys[1]).unwrap();
+                }
+            }
+            let config = Config::parse(&text, "test").unwrap();
+            let device = Identity { wwid, ..Identity::of_iscsi_unit(&target, 0) };
             let found = Index::new(config.rules()).candidates(&device);
             for (number, rule) in config.rules().iter().enumerate() {
-                prop_assert!(rule.fit(&device) == Fit::No || found.contains(&number), "{} {name}", patterns[number]);
+                prop_assert!(rule.fit(&device) == Fit::No || found.contains(&number), "{:?} {:?}", patterns[number], device);
             }
         }
     }

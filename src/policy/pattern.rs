@@ -1,4 +1,5 @@
 use regex::{Captures, Regex, RegexBuilder};
+use regex_syntax::hir::literal::Extractor;
 use toml::Spanned;
 
 use super::error::Fault;
@@ -43,24 +44,22 @@ impl Pattern {
         self.regex.is_match(text)
     }
 
-    /// What every text that matches begins with, as far as that can be read off the pattern.
-    pub(super) fn literal_prefix(&self) -> String {
-        let mut prefix = String::new();
-        // An alternative may begin otherwise.
-        let mut rest = if self.source.contains('|') { "".chars() } else { self.source.chars() };
-        while let Some(letter) = rest.next() {
-            let literal = match letter {
-                '\\' => rest.next().filter(char::is_ascii_punctuation),
-                '.' | '+' | '*' | '?' | '(' | ')' | '[' | ']' | '{' | '}' | '^' | '$' => None,
-                letter => Some(letter),
-            };
-            let repeated = rest.as_str().starts_with(['?', '*', '+', '{']);
-            match literal {
-                Some(literal) if !repeated => prefix.push(literal),
-                _ => break,
-            }
+    /// What every text that matches begins with one of; nothing if it may begin with anything.
+    pub(super) fn prefixes(&self) -> Option<Vec<Vec<u8>>> {
+        let literals = Extractor::new().extract(&regex_syntax::parse(&self.source).ok()?);
+        let prefixes: Vec<_> = literals.literals()?.iter().map(|literal| literal.as_bytes().to_vec()).collect();
+        prefixes.iter().all(|prefix| !prefix.is_empty()).then_some(prefixes)
+    }
+
+    /// What every text that matches begins with.
+    pub(super) fn literal_prefix(&self) -> Vec<u8> {
+        let mut prefixes = self.prefixes().unwrap_or_default().into_iter();
+        let Some(mut common) = prefixes.next() else { return Vec::new() };
+        for prefix in prefixes {
+            let alike = common.iter().zip(&prefix).take_while(|(one, other)| one == other).count();
+            common.truncate(alike);
         }
-        prefix
+        common
     }
 
     pub(super) fn captures_name(&self, name: &str) -> bool {

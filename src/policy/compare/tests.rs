@@ -49,6 +49,13 @@ fn a_rule_never_matches_when_every_part_of_it_is_taken() {
         let found = taken(&[&format!("{any}; {first}"), &format!("{any}; {second}")]);
         assert_eq!(!found.is_empty(), never, "{first:?} and {second:?}");
     }
+    // Whoever is not known for sure is not let through by the first one, and comes to the second.
+    for (condition, never) in [("domain = 'w.*'", false), ("owner = 'p'", false), ("wwid = 'naa.*'", false), ("", true)]
+    {
+        let passes = format!("iscsi_target = '.*'; action = 'pass'; {condition}");
+        let found = taken(&[&passes, &format!("{any}; {condition}")]);
+        assert_eq!(!found.is_empty(), never, "{condition:?}");
+    }
     // The first one that takes it is named.
     assert_eq!(taken(&[any, any, "iscsi_target = 'x'; volume_id = 'x'"]), [(1, 0), (2, 0)]);
 }
@@ -111,7 +118,11 @@ fn only_rules_that_would_not_do_the_same_overlap() {
     let map = ["iscsi_target = 'iqn\\.a:(?<id>.*)'", "dm_uuid = 'mpath-(?<id>.*)'"];
     assert_eq!(overlaps(&map).len(), 1);
     // What never matches takes nothing.
-    let shadowed = ["action = 'pass'; wwid = '.*'", "action = 'deny'; wwid = 'n.*'", "wwid = '(?<id>.*)'; lun = 1"];
+    let shadowed = [
+        "action = 'pass'; iscsi_target = '.*'",
+        "action = 'deny'; iscsi_target = 'n.*'",
+        "iscsi_target = '(?<id>.*)'; lun = 1",
+    ];
     assert_eq!(overlaps(&shadowed), Vec::<String>::new());
 }
 

@@ -88,6 +88,32 @@ case_a_grant_ends() {
     refused two 0 'Permission denied' 'belongs to "p1"'
 }
 
+# The mapping that one domain has is the volume under another name: for who may have the volume.
+case_a_mapping_is_for_those_who_may_have_its_volume() {
+    local since mapping=/dev/mapper/volcrypt-prot-own-0
+    disk_attach one "$(lun_path prot-own 0)" sdb
+    qemu_io one sdb 'write -P 0xcd 0 64k' >/dev/null
+    since=$(date +%s)
+    expect_fails disk_attach two "$mapping" sdb
+    expect_contains "$OUTPUT" 'Permission denied' 'attaching the mapping to two'
+    said_since "$since" 'volume prot-own-0 belongs to "p1" and domain two to "p2"' ||
+        fail "the journal: $(journal_since "@$since")"
+    domain_define late <(disk_xml "$mapping" sda)
+    expect_fails domain_start late
+    expect_contains "$OUTPUT" 'volume prot-own-0 belongs to "p1" and domain late to nobody' 'virsh start'
+    domain_undefine late
+    volcrypt grant add prot-own-0 two --for 1h
+    disk_attach two "$mapping" sdb
+    qemu_io two sdb 'read -P 0xcd 0 64k' >/dev/null
+    volcrypt audit show --volume prot-own-0 --kind key-used --json |
+        jq --exit-status 'any(.[]; .domain == "two" and (.detail | contains("volcrypt-prot-own-0")))' >/dev/null ||
+        fail "the use of the mapping is not recorded: $(volcrypt audit show --volume prot-own-0 --kind key-used)"
+    disk_detach two sdb
+    volcrypt grant revoke prot-own-0 two
+    disk_detach one sdb
+    nothing_left
+}
+
 case_the_first_user_becomes_the_owner() {
     volcrypt volume destroy prot-own-1 --confirm prot-own-1
     protect 'create_keys = true'

@@ -201,7 +201,8 @@ fn nothing_is_removed_while_it_is_needed() {
         host.write("var/lib/volcrypt/volcrypt.db", "");
         host.program("usr/bin/volcrypt", &format!("#!/bin/sh\necho '[{{\"state\": \"{state}\"}}]'\n"));
     };
-    let needed: [&dyn Fn(&Host); 5] = [
+    let configured = |host: &Host, text: &str| host.write("etc/volcrypt/volcrypt.toml", text);
+    let needed: [&dyn Fn(&Host); 7] = [
         &|host| listing(host, "enrolled"),
         &|host| listing(host, "retired"),
         // What cannot be asked for may be there.
@@ -209,9 +210,9 @@ fn nothing_is_removed_while_it_is_needed() {
             listing(host, "destroyed");
             host.program("usr/bin/volcrypt", "#!/bin/sh\nexit 1\n");
         },
-        &|host| {
-            host.write("etc/volcrypt/volcrypt.toml", "[key_manager]\n  directory = '/srv/keys'\n");
-        },
+        &|host| configured(host, "[key_manager]\n  directory = '/srv/keys'\n"),
+        &|host| configured(host, "key_manager.directory = '/srv/keys'\n"),
+        &|host| configured(host, "key_manager = { type = 'embedded', directory = '/srv/keys' }\n"),
         &|host| host.write("sys/block/dm-3/dm/uuid", "VOLCRYPT-plain-v1\n"),
     ];
     for (number, need) in needed.iter().enumerate() {
@@ -225,6 +226,7 @@ fn nothing_is_removed_while_it_is_needed() {
     }
     let host = Host::installed();
     host.write("sys/block/dm-3/dm/uuid", "LVM-x\n");
+    configured(&host, "#directory = '/srv/a'\n  # key_manager.directory = '/srv/b'\n[hook] # no directory\n");
     host.run("check-removal", &[]);
 }
 

@@ -35,7 +35,9 @@ impl Host {
 
     fn output(&self, script: &str, arguments: &[&str]) -> Output {
         let script = source("packaging").join(script);
-        Command::new("sh").arg(script).args(arguments).env("VOLCRYPT_ROOT", self.0.path()).output().unwrap()
+        let path = format!("{}:{}", self.path(STAND_INS).display(), std::env::var("PATH").unwrap());
+        let mut command = Command::new("sh");
+        command.arg(script).args(arguments).env("VOLCRYPT_ROOT", self.0.path()).env("PATH", path).output().unwrap()
     }
 
     fn run(&self, script: &str, arguments: &[&str]) {
@@ -62,6 +64,28 @@ impl Host {
         );
         host.run("rpm/post", &["1"]);
         host
+    }
+
+    /// Has systemd run there, with a libvirtd that was started before volcrypt was installed.
+    fn with_systemd(self) -> Self {
+        fs::create_dir_all(self.path("run/systemd/system")).unwrap();
+        let systemctl = "#!/bin/sh
+            case $* in
+            'show libvirtd.service '*) echo PID ;;
+            show*) echo 0 ;;
+            *) echo \"$*\" >>\"$VOLCRYPT_ROOT/systemctl\" ;;
+            esac\n"
+            .replace("PID", &std::process::id().to_string());
+        self.program(&format!("{STAND_INS}/systemctl"), &systemctl);
+        self.program(&format!("{STAND_INS}/systemd-tmpfiles"), "#!/bin/sh\n");
+        self
+    }
+
+    /// What systemd was told to do since this was last asked.
+    fn told_systemd(&self) -> Vec<String> {
+        let told = self.read("systemctl").lines().map(str::to_owned).collect();
+        fs::remove_file(self.path("systemctl")).unwrap();
+        told
     }
 
     /// Whether everything is there that the scripts made at the installation.
@@ -91,6 +115,8 @@ impl Host {
 
 const WRAPPER: &str = "usr/libexec/volcrypt/volcrypt-qemu";
 const LOCAL: &str = "etc/apparmor.d/local/usr.sbin.libvirtd";
+/// Programs that are found before those of the system.
+const STAND_INS: &str = "stand-ins";
 const HOOK: &str = "etc/libvirt/hooks/qemu.d/50-volcrypt";
 
 /// A path of the source.
@@ -178,6 +204,28 @@ fn an_upgrade_by_rpm_takes_nothing_away() {
     host.run("rpm/preun", &["1"]);
     host.run("rpm/postun", &["1"]);
     assert!(host.is_in_force());
+}
+
+#[test]
+fn an_rpm_has_its_hook_and_its_daemon_even_if_apparmor_refuses() {
+    let host = Host::installed().with_systemd();
+    fs::remove_file(host.path(HOOK)).unwrap();
+    for broken in ["apparmor-rules", "link-emulators"] {
+        let script = format!("usr/libexec/volcrypt/{broken}");
+        host.program(&script, "#!/bin/sh\nexit 1\n");
+        let output = host.output("rpm/post", &["1"]);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{broken}: {said}");
+        assert!(said.starts_with("volcrypt: ") && said.contains(&format!("run '/{script}")), "{broken}: {said}");
+        assert!(host.path(HOOK).is_symlink(), "{broken}");
+        // libvirt would stop the guests whose hook it may not run.
+        let told = ["daemon-reload", "start volcryptd.socket volcryptd-control.socket", "restart volcryptd.service"];
+        assert_eq!(host.told_systemd(), told, "{broken}");
+        fs::remove_file(host.path(HOOK)).unwrap();
+        host.program(&script, "#!/bin/sh\n");
+    }
+    host.run("rpm/post", &["1"]);
+    assert_eq!(host.told_systemd().last().unwrap(), "try-restart libvirtd.service");
 }
 
 #[test]

@@ -66,13 +66,15 @@ impl Host {
         host
     }
 
-    /// Has systemd run there, with a libvirtd that was started before volcrypt was installed.
+    /// Has systemd run there, with a libvirtd that was started before volcrypt was installed. Only the units
+    /// in the file `enabled` are enabled.
     fn with_systemd(self) -> Self {
         fs::create_dir_all(self.path("run/systemd/system")).unwrap();
         let systemctl = "#!/bin/sh
             case $* in
             'show libvirtd.service '*) echo PID ;;
             show*) echo 0 ;;
+            'is-enabled --quiet '*) grep -qsx \"$3\" \"$VOLCRYPT_ROOT/enabled\" ;;
             *) echo \"$*\" >>\"$VOLCRYPT_ROOT/systemctl\" ;;
             esac\n"
             .replace("PID", &std::process::id().to_string());
@@ -219,13 +221,30 @@ fn an_rpm_has_its_hook_and_its_daemon_even_if_apparmor_refuses() {
         assert!(said.starts_with("volcrypt: ") && said.contains(&format!("run '/{script}")), "{broken}: {said}");
         assert!(host.path(HOOK).is_symlink(), "{broken}");
         // libvirt would stop the guests whose hook it may not run.
-        let told = ["daemon-reload", "start volcryptd.socket volcryptd-control.socket", "restart volcryptd.service"];
+        let told =
+            ["daemon-reload", "start volcryptd.socket", "start volcryptd-control.socket", "restart volcryptd.service"];
         assert_eq!(host.told_systemd(), told, "{broken}");
         fs::remove_file(host.path(HOOK)).unwrap();
         host.program(&script, "#!/bin/sh\n");
     }
     host.run("rpm/post", &["1"]);
     assert_eq!(host.told_systemd().last().unwrap(), "try-restart libvirtd.service");
+}
+
+#[test]
+fn an_upgrade_by_rpm_starts_nothing_that_the_operator_stopped() {
+    let host = Host::installed().with_systemd();
+    let upgraded = || {
+        host.run("rpm/post", &["2"]);
+        host.told_systemd()
+    };
+    let [reload, service, libvirt] = ["daemon-reload", "try-restart volcryptd.service", "try-restart libvirtd.service"];
+    assert_eq!(upgraded(), [reload, service, libvirt]);
+    host.write("enabled", "volcryptd-control.socket\n");
+    assert_eq!(upgraded(), [reload, "start volcryptd-control.socket", service, libvirt]);
+    host.write("enabled", "volcryptd.socket\nvolcryptd-control.socket\n");
+    let sockets = ["start volcryptd.socket", "start volcryptd-control.socket"];
+    assert_eq!(upgraded(), [reload, sockets[0], sockets[1], service, libvirt]);
 }
 
 #[test]

@@ -12,6 +12,7 @@ mod limit;
 mod pool;
 mod prepare;
 mod receivers;
+mod refused;
 mod registrar;
 mod rewrite;
 mod server;

@@ -14,8 +14,8 @@ use rustix::io::Errno;
 
 use super::arrivals::{Arrival, Arrivals, MESSAGE_DEADLINE};
 use super::guests::Guests;
-use super::limit::Limit;
 use super::pool::Pool;
+use super::refused::{Refused, Whose};
 use super::service_manager;
 use crate::protocol::registration;
 use crate::sys::seccomp::Listener;
@@ -29,23 +29,19 @@ const MOST_UNFINISHED: usize = 256;
 const INTERRUPT_DEADLINE: Duration = Duration::from_secs(1);
 /// Enough for two system calls and a message.
 const INTERRUPT_STACK: usize = 128 << 10;
-/// How often the journal says of the same process that it was not registered, and of how many within that time.
-const REPEATED_EVERY: Duration = Duration::from_secs(60);
-const MOST_SENTENCES: usize = 20;
 
 /// Takes wrappers' connections and registers them.
 pub struct Registrar {
     guests: Arc<Guests>,
     users: Vec<u32>,
     unfinished: Mutex<HashSet<u32>>,
-    said: Limit<u32>,
+    refused: Refused,
 }
 
 impl Registrar {
     /// A registrar that takes listeners from processes of `users` only.
     pub fn new(guests: Arc<Guests>, users: Vec<u32>) -> Arc<Self> {
-        let said = Limit::new(REPEATED_EVERY, MOST_SENTENCES);
-        Arc::new(Registrar { guests, users, unfinished: Mutex::default(), said })
+        Arc::new(Registrar { guests, users, unfinished: Mutex::default(), refused: Refused::default() })
     }
 
     /// Takes up the guests of an earlier daemon. A call that the earlier one received and did not
@@ -89,15 +85,15 @@ impl Registrar {
         // Who has said something is never in the way of who connects.
         for arrival in arrivals.take(&happened[1..]) {
             let pid = arrival.pid;
-            self.begin(arrival, pool).unwrap_or_else(|error| self.say_refused(pid, &error));
+            self.begin(arrival, pool).unwrap_or_else(|error| self.say_refused(Whose::Qemus, pid, &error));
         }
         for late in arrivals.take_late(Instant::now()) {
-            self.say_refused(late.pid, &io::ErrorKind::TimedOut.into());
+            self.say_refused(Whose::Qemus, late.pid, &io::ErrorKind::TimedOut.into());
         }
         if happened[0] {
             let (stream, _) = socket.accept()?;
             if let Some((surplus, why)) = self.admit(stream).and_then(|arrival| arrivals.add(arrival)) {
-                self.say_refused(surplus.pid, &io::Error::other(why));
+                self.say_refused(Whose::Qemus, surplus.pid, &io::Error::other(why));
             }
         }
         Ok(())
@@ -109,7 +105,7 @@ impl Registrar {
         let (pid, uid) = (peer.pid.as_raw_nonzero().get() as u32, peer.uid.as_raw());
         if uid != 0 && !self.users.contains(&uid) {
             let sentence = format!("a process of user {uid} is no QEMU's: see qemu_users in the configuration");
-            self.say_refused(pid, &io::Error::new(io::ErrorKind::PermissionDenied, sentence));
+            self.say_refused(Whose::Strangers, pid, &io::Error::new(io::ErrorKind::PermissionDenied, sentence));
             return None;
         }
         Some(Arrival::new(stream, pid))
@@ -135,7 +131,7 @@ impl Registrar {
                 Ok(()) => {
                     tracing::info!(pid, micros = began.elapsed().as_micros() as u64, "registered process {pid}")
                 }
-                Err(error) => registrar.say_refused(*pid, &error),
+                Err(error) => registrar.say_refused(Whose::Qemus, *pid, &error),
             }
         });
         Ok(())
@@ -158,13 +154,10 @@ impl Registrar {
         }
     }
 
-    fn say_refused(&self, pid: u32, error: &io::Error) {
-        let repeated = match self.said.count(pid, Instant::now()) {
-            None => return,
-            Some(0) => String::new(),
-            Some(repeated) => format!(" ({repeated} times more since that was last said of it)"),
-        };
-        tracing::error!(pid, "process {pid} was not registered: {error}{repeated}");
+    fn say_refused(&self, whose: Whose, pid: u32, error: &io::Error) {
+        if let Some(left_out) = self.refused.count(whose, pid, Instant::now()) {
+            tracing::error!(pid, "process {pid} was not registered: {error}{left_out}");
+        }
     }
 
     fn unfinished(&self) -> MutexGuard<'_, HashSet<u32>> {
@@ -222,6 +215,7 @@ fn is_opening(tid: u32) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::guest::LibvirtState;
     use std::sync::mpsc;
 
     #[test]
@@ -234,5 +228,22 @@ mod tests {
         });
         let next = || told.recv_timeout(Duration::from_secs(5)).unwrap();
         assert_eq!([next(), next()], [21, 22]);
+    }
+
+    #[test]
+    fn another_users_process_is_counted_as_a_strangers() {
+        let guests = Guests::new(Arc::new(LibvirtState::system())).unwrap();
+        let registrar = Registrar::new(Arc::new(guests), Vec::new());
+        let connect = || {
+            // Of this thread alone, and only root needs it.
+            let nobody = rustix::process::Uid::from_raw(65534);
+            let _ = rustix::thread::set_thread_res_uid(nobody, nobody, nobody);
+            UnixStream::pair().unwrap()
+        };
+        let (stream, _peer) = std::thread::spawn(connect).join().unwrap();
+        assert!(registrar.admit(stream).is_none());
+        let count = |whose| registrar.refused.count(whose, std::process::id(), Instant::now());
+        assert_eq!(count(Whose::Strangers), None);
+        assert_eq!(count(Whose::Qemus), Some(String::new()));
     }
 }

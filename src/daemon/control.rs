@@ -1,5 +1,6 @@
 //! Serves the control socket: the hook and the operator's command.
 
+use std::cell::LazyCell;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Write};
@@ -150,10 +151,11 @@ impl Control {
         let mappings = self.broker.encryptor().mappings()?;
         let mappings: HashMap<&VolumeId, &Mapping> =
             mappings.iter().map(|mapping| (&mapping.volume, mapping)).collect();
-        let guests = status::registered(&self.guests);
+        // Of what is not mapped nobody need be asked.
+        let users = LazyCell::new(|| status::domains_by_device(&status::registered(&self.guests)));
         let with_users = |record: VolumeRecord| {
             let mapping = mappings.get(&record.id);
-            let domains = mapping.map(|mapping| status::domains_with_open(&guests, mapping.device)).unwrap_or_default();
+            let domains = mapping.and_then(|mapping| users.get(&mapping.device).cloned()).unwrap_or_default();
             VolumeStatus { mapped: mapping.is_some(), domains, record }
         };
         Ok(records.into_iter().map(with_users).collect())

@@ -1,5 +1,7 @@
 //! What is mapped, for whom, since when: read from the kernel each time.
 
+use std::cell::LazyCell;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
 
 use rustix::fs::{AtFlags, StatxFlags};
@@ -7,7 +9,7 @@ use rustix::fs::{AtFlags, StatxFlags};
 use super::broker::Broker;
 use super::guests::Guests;
 use crate::encryptor::{Mapping, device_path};
-use crate::guest::processes_with_open;
+use crate::guest::open_devices;
 use crate::protocol::{GuardStatus, GuestStatus, MappingStatus, Status};
 use crate::refusal::Refusal;
 use crate::volume::DeviceNumber;
@@ -19,11 +21,14 @@ use crate::volume::DeviceNumber;
 pub fn status(broker: &Broker, guests: &Guests, guard: GuardStatus) -> Result<Status, Refusal> {
     let guests = registered(guests);
     let mappings = broker.encryptor().mappings()?;
+    // With nothing mapped nobody need be asked.
+    let domains = LazyCell::new(|| domains_by_device(&guests));
+    let mappings = mappings.into_iter().map(|mapping| describe(broker, mapping, &domains)).collect();
     Ok(Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         configuration_error: broker.configuration_error(),
         key_store_error: broker.vault().err().map(|error| error.to_string()),
-        mappings: mappings.into_iter().map(|mapping| describe(broker, mapping, &guests)).collect(),
+        mappings,
         guests,
         guard,
     })
@@ -35,16 +40,20 @@ pub fn registered(guests: &Guests) -> Vec<GuestStatus> {
     guests.map(|guest| GuestStatus { pid: guest.pid(), domain: guest.domain().map(str::to_owned) }).collect()
 }
 
-/// The domains of those `guests` that have `device` open.
-pub fn domains_with_open(guests: &[GuestStatus], device: DeviceNumber) -> Vec<String> {
-    let pids: Vec<u32> = guests.iter().map(|guest| guest.pid).collect();
-    let users = processes_with_open(&pids, device);
-    let users = guests.iter().filter(|guest| users.contains(&guest.pid));
-    users.map(|guest| guest.domain.clone().unwrap_or_else(|| format!("pid {}", guest.pid))).collect()
+/// Which domains have which device open, in the order of `guests`. Each guest's descriptors are read once.
+pub fn domains_by_device(guests: &[GuestStatus]) -> HashMap<DeviceNumber, Vec<String>> {
+    let mut domains: HashMap<_, Vec<_>> = HashMap::new();
+    for guest in guests {
+        for device in open_devices(guest.pid).collect::<HashSet<_>>() {
+            let name = guest.domain.clone().unwrap_or_else(|| format!("pid {}", guest.pid));
+            domains.entry(device).or_default().push(name);
+        }
+    }
+    domains
 }
 
-fn describe(broker: &Broker, mapping: Mapping, guests: &[GuestStatus]) -> MappingStatus {
-    let domains = domains_with_open(guests, mapping.device);
+fn describe(broker: &Broker, mapping: Mapping, domains: &HashMap<DeviceNumber, Vec<String>>) -> MappingStatus {
+    let domains = domains.get(&mapping.device).cloned().unwrap_or_default();
     let device = device_path(mapping.device);
     let backing = mapping.backing.map(|number| match broker.identify(number) {
         Ok(identity) => identity.to_string(),
@@ -68,4 +77,35 @@ fn describe(broker: &Broker, mapping: Mapping, guests: &[GuestStatus]) -> Mappin
 fn made_at(device: &std::path::Path) -> Option<i64> {
     let status = rustix::fs::statx(rustix::fs::CWD.as_fd(), device, AtFlags::empty(), StatxFlags::BTIME).ok()?;
     (status.stx_mask & StatxFlags::BTIME.bits() != 0).then_some(status.stx_btime.tv_sec)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::os::unix::fs::MetadataExt;
+    use std::process::{Child, Command};
+
+    #[test]
+    fn one_pass_finds_who_has_which_device_open() {
+        let open = |path: &str| File::open(path).unwrap();
+        let number = |path: &str| DeviceNumber::from_raw(std::fs::metadata(path).unwrap().rdev());
+        let guest = |stdin: &str, stdout: &str| -> Child {
+            Command::new("sleep").arg("60").stdin(open(stdin)).stdout(open(stdout)).spawn().unwrap()
+        };
+        let mut children = [guest("/dev/zero", "/dev/zero"), guest("/dev/urandom", "/dev/zero")];
+        let status =
+            |child: &Child, domain: Option<&str>| GuestStatus { pid: child.id(), domain: domain.map(str::to_owned) };
+        let gone = GuestStatus { pid: u32::MAX, domain: Some("gone".to_owned()) };
+        let guests = [status(&children[1], Some("web")), gone, status(&children[0], None)];
+        let domains = domains_by_device(&guests);
+        for child in &mut children {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+        let unnamed = format!("pid {}", children[0].id());
+        assert_eq!(domains[&number("/dev/zero")], ["web", &unnamed]);
+        assert_eq!(domains[&number("/dev/urandom")], ["web"]);
+        assert!(!domains.contains_key(&number("/dev/full")));
+    }
 }

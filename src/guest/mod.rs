@@ -7,5 +7,5 @@ mod request;
 
 pub use libvirt::{Domains, LibvirtState};
 pub use node::{Located, Node, block_device_at, is_no_device, locate};
-pub use process::{process_of, processes, processes_with_open, start_time};
+pub use process::{open_devices, process_of, processes, processes_with_open, start_time};
 pub use request::OpenRequest;

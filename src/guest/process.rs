@@ -65,14 +65,17 @@ pub fn processes() -> Vec<u32> {
 
 /// Those of `pids` that have the block device open.
 pub fn processes_with_open(pids: &[u32], device: DeviceNumber) -> Vec<u32> {
-    let has_open = |pid: &u32| {
-        let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
-        descriptors.flatten().any(|descriptor| {
-            fs::read_link(descriptor.path()).is_ok_and(|target| target.starts_with("/dev"))
-                && device_at(&descriptor.path()).is_ok_and(|number| number == device)
-        })
-    };
-    pids.iter().copied().filter(has_open).collect()
+    pids.iter().copied().filter(|pid| open_devices(*pid).any(|open| open == device)).collect()
+}
+
+/// The devices that process `pid` has open, each as often as it has. A process that is gone has none.
+pub fn open_devices(pid: u32) -> impl Iterator<Item = DeviceNumber> {
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    descriptors.filter_map(|descriptor| {
+        let place = descriptor.path();
+        let is_in_dev = fs::read_link(&place).is_ok_and(|target| target.starts_with("/dev"));
+        is_in_dev.then(|| device_at(&place).ok()).flatten()
+    })
 }
 
 /// The number of the device at `path`. It may be a process's own file system that serves the place, which

@@ -165,6 +165,7 @@ impl Server {
         let listener = guest.listener();
         let node = match locate(call.tid, request, true) {
             Located::NoVolume => return settle(listener.let_through(call.id)),
+            Located::Refused(errno) => return settle(listener.refuse(call.id, errno.raw_os_error())),
             Located::WouldWait => return settle(listener.refuse(call.id, libc::EAGAIN)),
             Located::Device(node) => node,
             Located::Unknown(error) => {

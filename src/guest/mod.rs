@@ -1,6 +1,7 @@
 //! The wrapped QEMUs: what their stopped system calls ask for, and who they are.
 
 mod libvirt;
+mod lookup;
 mod node;
 mod process;
 mod request;

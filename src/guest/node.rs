@@ -1,24 +1,22 @@
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatVfsMountFlags, StatxFlags};
 use rustix::io::Errno;
 
 use super::OpenRequest;
+use super::lookup::{self, HANDLE, Handle};
 use super::process::{file_system_user, may_open};
+use crate::sys::credentials::with_rights_of;
 use crate::volume::DeviceNumber;
 
 /// `TMPFS_MAGIC` of `linux/magic.h`; devtmpfs reports the same. libvirt makes a guest's nodes on
 /// one of the two. No unprivileged process can make a device node on either, while a file system it
 /// serves itself (FUSE) could show any number and owner.
 const TMPFS_MAGIC: i64 = 0x0102_1994;
-
-/// How often a lookup is repeated that something renamed or mounted elsewhere on the host got in the
-/// way of: openat2(2) says `EAGAIN` then, for any path with `..` in it, as udev's links have.
-const LOOKUPS: usize = 100;
 
 /// What is at the place that a call wants to open.
 #[derive(Debug)]
@@ -27,6 +25,9 @@ pub enum Located {
     NoVolume,
     /// A device that holds or reaches a volume.
     Device(Node),
+    /// Nothing that the caller could open; the call gets this errno. It is not left to the kernel, which might still
+    /// find something.
+    Refused(Errno),
     /// It cannot be told what is there; the call must not go through.
     Unknown(io::Error),
     /// There is a device, or it cannot be told what there is, and to learn more could mean to wait: for a disk, for
@@ -50,105 +51,74 @@ pub struct Node {
 /// With `wait` false, nothing that is not in the kernel's caches is asked for: no file system is, which the
 /// caller itself may serve.
 pub fn locate(tid: u32, request: &OpenRequest, wait: bool) -> Located {
-    match open_node(tid, request, wait) {
+    let found = match wait {
+        true => look_up(tid, request),
+        false => known(tid, request),
+    };
+    match found {
         Ok(handle) => examine(tid, request, &handle, wait).unwrap_or_else(|error| Located::Unknown(error.into())),
-        // The kernel says the same to the caller.
-        Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::NAMETOOLONG | Errno::ACCESS | Errno::BADF) => {
-            Located::NoVolume
-        }
-        Err(Errno::AGAIN) if !wait => Located::WouldWait,
+        Err(Errno::NOENT | Errno::NOTDIR) => Located::NoVolume,
+        Err(_) if !wait => Located::WouldWait,
+        Err(error @ (Errno::LOOP | Errno::NAMETOOLONG | Errno::ACCESS | Errno::BADF)) => Located::Refused(error),
         Err(error) => Located::Unknown(error.into()),
     }
 }
 
-/// A handle on a place, made without opening what is there.
-struct Handle {
-    node: OwnedFd,
-    /// Whether the way there may have left the caller's mount namespace.
-    crossed: bool,
+/// Where the lookup of a request begins.
+struct Origin {
+    root: OwnedFd,
+    /// Where a relative path starts; `None` for the root.
+    start: Option<OwnedFd>,
 }
 
-fn open_node(tid: u32, request: &OpenRequest, wait: bool) -> rustix::io::Result<Handle> {
-    let handle = OFlags::PATH | OFlags::CLOEXEC;
-    let path = as_the_caller(tid, &absolute(tid, request)?);
-    let root = rustix::fs::open(format!("/proc/{tid}/root"), handle | OFlags::DIRECTORY, Mode::empty())?;
-    let (resolve, lookups) = match wait {
-        true => (ResolveFlags::IN_ROOT, LOOKUPS),
-        false => (ResolveFlags::IN_ROOT | ResolveFlags::CACHED, 1),
+fn origin(tid: u32, request: &OpenRequest) -> rustix::io::Result<Origin> {
+    let directory = |path: String| rustix::fs::open(path, HANDLE | OFlags::DIRECTORY, Mode::empty());
+    let start = || match request.directory {
+        Some(descriptor) => directory(format!("/proc/{tid}/fd/{descriptor}")).map_err(|error| match error {
+            Errno::NOENT => Errno::BADF,
+            error => error,
+        }),
+        None => directory(format!("/proc/{tid}/cwd")),
     };
-    let lookup = || rustix::fs::openat2(&root, path.as_os_str(), handle, Mode::empty(), resolve);
-    let tried = (0..lookups).map(|_| lookup()).find(|outcome| !matches!(outcome, Err(Errno::AGAIN)));
-    match tried.unwrap_or(Err(Errno::AGAIN)) {
-        // A magic link of proc(5), which no lookup below a root follows. /proc is the same for both
-        // processes, so it can be followed from here. It is followed with the daemon's rights, and may
-        // lead to another process's files.
-        Err(Errno::XDEV) if wait => {
-            let node = rustix::fs::open(from_here(tid, &path), handle, Mode::empty())?;
-            Ok(Handle { node, crossed: true })
+    let root = match request.in_root {
+        true => start()?,
+        false => directory(format!("/proc/{tid}/root"))?,
+    };
+    let is_relative = !request.in_root && !request.path.starts_with(b"/");
+    Ok(Origin { root, start: is_relative.then(start).transpose()? })
+}
+
+/// What the kernel's caches alone tell, and the caller would be told as well.
+fn known(tid: u32, request: &OpenRequest) -> rustix::io::Result<Handle> {
+    let Origin { root, start } = origin(tid, request)?;
+    let path = OsStr::from_bytes(&request.path);
+    let look = |from: &OwnedFd, how| {
+        let node = rustix::fs::openat2(from, path, HANDLE, Mode::empty(), ResolveFlags::CACHED | how)?;
+        rustix::io::Result::Ok(Handle { node, crossed: start.is_some() })
+    };
+    match &start {
+        // It could lead up to the caller's root, where the kernel would stop.
+        Some(_) if request.path.split(|&byte| byte == b'/').any(|name| name == b"..") => Err(Errno::AGAIN),
+        Some(start) => look(start, ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS),
+        None => match look(&root, ResolveFlags::IN_ROOT) {
+            // Links of proc(5) mean the daemon here, which may have nothing where the caller has a device.
+            Err(Errno::NOENT | Errno::NOTDIR) => look(&root, ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS),
+            found => found,
+        },
+    }
+}
+
+fn look_up(tid: u32, request: &OpenRequest) -> rustix::io::Result<Handle> {
+    let Origin { root, start } = origin(tid, request)?;
+    let follow = || lookup::follow(tid, root.as_fd(), start.as_ref().unwrap_or(&root).as_fd(), &request.path);
+    match follow() {
+        // Root may do less than a user where a server says so (NFS with root_squash).
+        Err(Errno::ACCESS) => {
+            let user = file_system_user(tid).map_err(|_| Errno::ACCESS)?;
+            with_rights_of(&user, follow).unwrap_or(Err(Errno::ACCESS))
         }
-        Err(Errno::XDEV) => Err(Errno::AGAIN),
-        outcome => Ok(Handle { node: outcome?, crossed: false }),
+        found => found,
     }
-}
-
-/// The path of the request, relative ones completed.
-fn absolute(tid: u32, request: &OpenRequest) -> rustix::io::Result<Vec<u8>> {
-    let path = &request.path;
-    if path.is_empty() {
-        return Err(Errno::NOENT);
-    }
-    if path.starts_with(b"/") {
-        return Ok(path.clone());
-    }
-    let base = match request.directory {
-        Some(descriptor) => format!("/proc/{tid}/fd/{descriptor}"),
-        None => format!("/proc/{tid}/cwd"),
-    };
-    let mut absolute = rustix::fs::readlink(base, Vec::new()).map_err(|_| Errno::BADF)?.into_bytes();
-    absolute.push(b'/');
-    absolute.extend_from_slice(path);
-    Ok(absolute)
-}
-
-/// The path with what means the caller itself (`/proc/self`, `/dev/fd`, `/dev/stdin`) put so that it means
-/// the caller when the daemon looks it up.
-fn as_the_caller(tid: u32, path: &[u8]) -> OsString {
-    let mut names: Vec<&[u8]> = path.split(|&byte| byte == b'/').filter(|name| !matches!(*name, b"" | b".")).collect();
-    // What ends in a slash has to be a directory; that stays to be said.
-    if path.ends_with(b"/") || path.ends_with(b"/.") {
-        names.push(b"");
-    }
-    let thread = tid.to_string();
-    let thread = thread.as_bytes();
-    let mut replaced: Vec<&[u8]> = match names.as_slice() {
-        [b"proc", b"self" | b"thread-self", ..] => vec![b"proc", thread],
-        [b"dev", b"fd", ..] => vec![b"proc", thread, b"fd"],
-        [b"dev", b"stdin"] => vec![b"proc", thread, b"fd", b"0"],
-        [b"dev", b"stdout"] => vec![b"proc", thread, b"fd", b"1"],
-        [b"dev", b"stderr"] => vec![b"proc", thread, b"fd", b"2"],
-        _ => Vec::new(),
-    };
-    let rest = if replaced.is_empty() { 0 } else { 2 };
-    replaced.extend(names.iter().skip(rest));
-    let mut whole = Vec::with_capacity(path.len() + 16);
-    for name in replaced {
-        whole.push(b'/');
-        whole.extend_from_slice(name);
-    }
-    if whole.is_empty() {
-        whole.push(b'/');
-    }
-    OsString::from_vec(whole)
-}
-
-/// Where a path that crosses a magic link is followed from the daemon's side.
-fn from_here(tid: u32, path: &OsStr) -> OsString {
-    if path.as_bytes().starts_with(b"/proc/") {
-        return path.to_owned();
-    }
-    let mut below_root = format!("/proc/{tid}/root").into_bytes();
-    below_root.extend_from_slice(path.as_bytes());
-    OsString::from_vec(below_root)
 }
 
 fn examine(tid: u32, request: &OpenRequest, handle: &Handle, wait: bool) -> rustix::io::Result<Located> {
@@ -173,7 +143,7 @@ fn examine(tid: u32, request: &OpenRequest, handle: &Handle, wait: bool) -> rust
     let on_tmpfs = rustix::fs::fstatfs(node)?.f_type as i64 == TMPFS_MAGIC;
     let nodev = rustix::fs::fstatvfs(node)?.f_flag.contains(StatVfsMountFlags::NODEV);
     let owned = file_system_user(tid).is_ok_and(|user| {
-        may_open(user, status.stx_uid, u32::from(status.stx_mode), request.reads(), request.writes())
+        may_open(user.user, status.stx_uid, u32::from(status.stx_mode), request.reads(), request.writes())
     });
     let own_mount = !handle.crossed || has_mount(tid, status.stx_mnt_id).unwrap_or(false);
     Ok(Located::Device(Node { device, permitted: on_tmpfs && !nodev && owned && own_mount, passes_commands }))
@@ -213,12 +183,16 @@ pub fn is_no_device(error: &io::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::symlink;
+    use std::os::unix::process::CommandExt;
+
     use proptest::prelude::*;
 
     use super::*;
+    use crate::sys::credentials::FileSystemUser;
 
     fn request(path: &str) -> OpenRequest {
-        OpenRequest { directory: None, path: path.as_bytes().to_vec(), flags: OFlags::RDONLY }
+        OpenRequest { directory: None, in_root: false, path: path.as_bytes().to_vec(), flags: OFlags::RDONLY }
     }
 
     fn own(path: &str) -> Located {
@@ -250,27 +224,154 @@ mod tests {
         let directory = fs::File::open("/etc").unwrap();
         let mut wanted = request("passwd");
         wanted.directory = Some(std::os::fd::AsRawFd::as_raw_fd(&directory));
-        let node = open_node(std::process::id(), &wanted, true).unwrap().node;
+        let node = look_up(std::process::id(), &wanted).unwrap().node;
         let name =
             rustix::fs::readlink(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&node)), Vec::new());
         assert_eq!(name.unwrap().as_bytes(), b"/etc/passwd");
     }
 
+    /// A folder with the device `volcrypt-hostile` in it, and `link` to that.
+    fn folder_with_device() -> (tempfile::TempDir, DeviceNumber) {
+        let folder = tempfile::tempdir_in("/dev/shm").unwrap();
+        let node = folder.path().join("volcrypt-hostile");
+        let device = DeviceNumber { major: 250, minor: 77 };
+        let raw = rustix::fs::makedev(device.major, device.minor);
+        rustix::fs::mknodat(rustix::fs::CWD, &node, FileType::BlockDevice, Mode::RUSR | Mode::WUSR, raw)
+            .expect("run the tests as root");
+        symlink(&node, folder.path().join("link")).unwrap();
+        (folder, device)
+    }
+
     #[test]
     fn what_means_the_caller_never_means_the_daemon() {
-        for (path, meant) in [
-            ("/proc/self/fd/3", "/proc/7/fd/3"),
-            ("//proc/./thread-self/./root/x", "/proc/7/root/x"),
-            ("/dev/fd/3", "/proc/7/fd/3"),
-            ("/dev/fd/", "/proc/7/fd/"),
-            ("/dev/stderr", "/proc/7/fd/2"),
-            ("/dev/./sda/", "/dev/sda/"),
-            ("/dev/sda/.", "/dev/sda/"),
-            ("/a/../dev/fd/3", "/a/../dev/fd/3"),
-            ("/proc/selfish/x", "/proc/selfish/x"),
-            ("/", "/"),
+        let (folder, device) = folder_with_device();
+        // Its descriptor 0 is the folder; the daemon's is something else.
+        let mut caller = std::process::Command::new("sleep");
+        let mut caller = caller.arg("60").stdin(fs::File::open(folder.path()).unwrap()).spawn().unwrap();
+        symlink("/proc/self/fd/0", folder.path().join("own")).unwrap();
+        symlink("/proc/thread-self/fd/0/link", folder.path().join("thread")).unwrap();
+        let shown = folder.path().to_str().unwrap();
+        for (directory, path) in [
+            (None, "/proc/self/fd/0/volcrypt-hostile".to_owned()),
+            (None, "//proc/./thread-self/./fd/0/link".to_owned()),
+            (None, "/proc/self/task/../root/proc/self/cwd/../../../proc/self/fd/0/link".to_owned()),
+            (None, format!("/proc/self/task/{}/fd/0/link", caller.id())),
+            (None, "/dev/fd/0/link".to_owned()),
+            (None, "/dev/../dev/fd/0/link".to_owned()),
+            (None, "/dev/stdin/link".to_owned()),
+            (None, format!("{shown}/own/link")),
+            (None, format!("{shown}/thread")),
+            (Some(0), "own/own/link".to_owned()),
+            (Some(0), "thread".to_owned()),
         ] {
-            assert_eq!(as_the_caller(7, path.as_bytes()), meant, "{path}");
+            let wanted = OpenRequest { directory, ..request(&path) };
+            let located = locate(caller.id(), &wanted, true);
+            assert!(matches!(&located, Located::Device(node) if node.device == device), "{path}: {located:?}");
+            let located = locate(caller.id(), &wanted, false);
+            assert!(matches!(located, Located::WouldWait), "{path}: {located:?}");
+        }
+        caller.kill().unwrap();
+        caller.wait().unwrap();
+    }
+
+    #[test]
+    fn a_proc_of_other_processes_is_not_believed() {
+        let (folder, _device) = folder_with_device();
+        let mut unshare = std::process::Command::new("unshare");
+        let mut unshare = unshare
+            .args(["--pid", "--fork", "--kill-child", "--mount-proc", "sleep", "60"])
+            .stdin(fs::File::open(folder.path()).unwrap())
+            .spawn()
+            .unwrap();
+        let children = format!("/proc/{0}/task/{0}/children", unshare.id());
+        let caller = (0..1000).find_map(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            let child: u32 = fs::read_to_string(&children).ok()?.trim().parse().ok()?;
+            (fs::read_to_string(format!("/proc/{child}/comm")).ok()? == "sleep\n").then_some(child)
+        });
+        let caller = caller.expect("run the tests as root");
+        for path in ["/proc/self/fd/0/link", "/dev/fd/0/link"] {
+            let located = locate(caller, &request(path), false);
+            assert!(matches!(located, Located::WouldWait), "{path}: {located:?}");
+            let located = locate(caller, &request(path), true);
+            assert!(matches!(located, Located::Unknown(_)), "{path}: {located:?}");
+        }
+        unshare.kill().unwrap();
+        unshare.wait().unwrap();
+    }
+
+    #[test]
+    fn a_directory_without_a_name_is_a_start_as_well() {
+        let (folder, device) = folder_with_device();
+        let gone = folder.path().join("gone");
+        fs::create_dir(&gone).unwrap();
+        let removed = fs::File::open(&gone).unwrap();
+        fs::remove_dir(&gone).unwrap();
+        let mut deep = fs::File::open(folder.path()).unwrap();
+        let name = "x".repeat(200);
+        for _ in 0..25 {
+            rustix::fs::mkdirat(&deep, &name, Mode::RWXU).unwrap();
+            deep = rustix::fs::openat(&deep, &name, OFlags::DIRECTORY, Mode::empty()).unwrap().into();
+        }
+        for (directory, path) in [(removed, "../link".to_owned()), (deep, "../".repeat(25) + "volcrypt-hostile")] {
+            let number = Some(std::os::fd::AsRawFd::as_raw_fd(&directory));
+            let wanted = OpenRequest { directory: number, ..request(&path) };
+            let located = locate(std::process::id(), &wanted, true);
+            assert!(matches!(&located, Located::Device(node) if node.device == device), "{path}: {located:?}");
+            let located = locate(std::process::id(), &wanted, false);
+            assert!(!matches!(located, Located::NoVolume), "{path}: {located:?}");
+        }
+    }
+
+    #[test]
+    fn a_directory_may_be_the_root() {
+        let (folder, device) = folder_with_device();
+        symlink("/../volcrypt-hostile", folder.path().join("up")).unwrap();
+        let directory = fs::File::open(folder.path()).unwrap();
+        let number = Some(std::os::fd::AsRawFd::as_raw_fd(&directory));
+        for path in ["/volcrypt-hostile", "volcrypt-hostile", "up", "/../../up"] {
+            let wanted = OpenRequest { directory: number, in_root: true, ..request(path) };
+            let located = locate(std::process::id(), &wanted, true);
+            assert!(matches!(&located, Located::Device(node) if node.device == device), "{path}: {located:?}");
+            let located = locate(std::process::id(), &wanted, false);
+            assert!(!matches!(located, Located::NoVolume), "{path}: {located:?}");
+        }
+    }
+
+    /// The daemon's part is played by a thread without root's rights, as root has none on some file systems.
+    #[test]
+    fn where_the_daemon_may_not_go_the_callers_rights_count() {
+        let (folder, device) = folder_with_device();
+        let (owner, other) = (64055, 64058);
+        std::os::unix::fs::chown(folder.path(), Some(owner), None).expect("run the tests as root");
+        rustix::fs::chmod(folder.path(), Mode::RWXU).unwrap();
+        let path = folder.path().join("link").to_str().unwrap().to_owned();
+        let daemon = FileSystemUser { user: other, group: other, groups: Vec::new() };
+        let located_by = |user| {
+            let mut caller = std::process::Command::new("sleep").arg("60").uid(user).current_dir("/").spawn().unwrap();
+            let located = with_rights_of(&daemon, || locate(caller.id(), &request(&path), true)).unwrap();
+            caller.kill().unwrap();
+            caller.wait().unwrap();
+            located
+        };
+        let located = located_by(owner);
+        assert!(matches!(&located, Located::Device(node) if node.device == device), "{located:?}");
+        let located = located_by(other);
+        assert!(matches!(located, Located::Refused(Errno::ACCESS)), "{located:?}");
+    }
+
+    #[test]
+    fn what_the_kernel_would_refuse_is_refused_with_the_same_errno() {
+        let folder = tempfile::tempdir().unwrap();
+        symlink("loop", folder.path().join("loop")).unwrap();
+        let folder = folder.path().to_str().unwrap();
+        for (directory, path, errno) in [
+            (None, format!("{folder}/loop"), Errno::LOOP),
+            (None, format!("{folder}/{}", "x".repeat(256)), Errno::NAMETOOLONG),
+            (Some(i32::MAX), "x".to_owned(), Errno::BADF),
+        ] {
+            let located = locate(std::process::id(), &OpenRequest { directory, ..request(&path) }, true);
+            assert!(matches!(located, Located::Refused(error) if error == errno), "{path}: {located:?}");
         }
     }
 
@@ -289,7 +390,7 @@ mod tests {
         for path in
             [format!("/proc/self/fd/{number}"), format!("/dev/fd/{number}"), "/proc/self/root/etc/passwd".into()]
         {
-            let handle = open_node(std::process::id(), &request(&path), true);
+            let handle = look_up(std::process::id(), &request(&path));
             let Handle { node, crossed } = handle.unwrap_or_else(|error| panic!("{path}: {error}"));
             assert!(crossed, "{path}");
             let link = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&node));
@@ -342,7 +443,24 @@ mod tests {
         let joined = (start, pieces, end)
             .prop_map(|(start, pieces, end)| [start.as_bytes(), &pieces.join(&b'/'), end.as_bytes()].concat());
         let long = (4080_usize..4100).prop_map(|length| b"/dev/../".iter().copied().cycle().take(length).collect());
-        prop_oneof![8 => joined, 1 => long, 1 => prop::collection::vec(1_u8.., 0..300)]
+        prop_oneof![6 => joined, 1 => long, 1 => long_ways_to_the_device(), 1 => chains_of_links(), 1 => prop::collection::vec(1_u8.., 0..300)]
+    }
+
+    /// Paths of about the length that the kernel takes, which end at the device.
+    fn long_ways_to_the_device() -> impl Strategy<Value = Vec<u8>> {
+        let start = prop::sample::select(vec!["", "/dev/fd/FD/", "/proc/self/fd/FD/", "/proc/thread-self/fd/FD/"]);
+        let end = prop::sample::select(vec!["link", "volcrypt-hostile"]);
+        let way = prop::sample::select(vec!["./", "a\nb/../"]);
+        (start, way, end, 4060_usize..4100).prop_map(|(start, way, end, length)| {
+            let ways = (length - start.len() - end.len()) / way.len();
+            [start, &way.repeat(ways), end].concat().into_bytes()
+        })
+    }
+
+    /// Paths that lead to the device over about as many links as the kernel follows.
+    fn chains_of_links() -> impl Strategy<Value = Vec<u8>> {
+        let start = prop::sample::select(vec!["", "/dev/fd/FD/", "/proc/self/fd/FD/", "/proc/self/cwd/dev/fd/FD/"]);
+        (start, 34..42).prop_map(|(start, links)| format!("{start}chain{links}").into_bytes())
     }
 
     fn put_number(path: &[u8], number: i32) -> Vec<u8> {
@@ -357,25 +475,23 @@ mod tests {
         /// The kernel looks up what it is told; wherever it finds a block device one is found here as well.
         #[test]
         fn a_path_leads_where_it_leads_the_kernel(path in path_of_pieces()) {
-            let folder = tempfile::tempdir_in("/dev/shm").unwrap();
-            let node = folder.path().join("volcrypt-hostile");
-            let device = DeviceNumber { major: 250, minor: 77 };
-            let raw = rustix::fs::makedev(device.major, device.minor);
-            rustix::fs::mknodat(rustix::fs::CWD, &node, FileType::BlockDevice, Mode::RUSR | Mode::WUSR, raw)
-                .expect("run the tests as root");
-            std::os::unix::fs::symlink(&node, folder.path().join("link")).unwrap();
+            let (folder, device) = folder_with_device();
+            symlink("volcrypt-hostile", folder.path().join("chain1")).unwrap();
+            for link in 2..42 {
+                symlink(format!("chain{}", link - 1), folder.path().join(format!("chain{link}"))).unwrap();
+            }
             fs::create_dir(folder.path().join("a\nb")).unwrap();
             let directory = fs::File::open(folder.path()).unwrap();
             let number = std::os::fd::AsRawFd::as_raw_fd(&directory);
             let path = put_number(&path, number);
-            let wanted = OpenRequest { directory: Some(number), path: path.clone(), flags: OFlags::RDONLY };
+            let wanted = OpenRequest { directory: Some(number), in_root: false, path: path.clone(), flags: OFlags::RDONLY };
 
             let kernel = rustix::fs::statat(&directory, OsStr::from_bytes(&path), AtFlags::empty());
             let is_device = kernel.is_ok_and(|status| FileType::from_raw_mode(status.st_mode) == FileType::BlockDevice);
             let located = locate(std::process::id(), &wanted, true);
             match &located {
                 Located::Device(node) => prop_assert!(is_device && node.device == device),
-                Located::NoVolume | Located::Unknown(_) => prop_assert!(!is_device, "{located:?}"),
+                Located::NoVolume | Located::Refused(_) | Located::Unknown(_) => prop_assert!(!is_device, "{located:?}"),
                 Located::WouldWait => prop_assert!(false),
             }
             let cached = locate(std::process::id(), &wanted, false);

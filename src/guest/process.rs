@@ -4,13 +4,14 @@ use std::path::Path;
 
 use rustix::fs::{AtFlags, CWD, StatxFlags};
 
+use crate::sys::credentials::FileSystemUser;
 use crate::volume::DeviceNumber;
 
-/// The user by which the kernel judges what thread `tid` may open.
+/// By whose rights the kernel judges what thread `tid` may open.
 ///
 /// # Errors
 /// When the thread is gone.
-pub fn file_system_user(tid: u32) -> io::Result<u32> {
+pub fn file_system_user(tid: u32) -> io::Result<FileSystemUser> {
     let status = fs::read_to_string(format!("/proc/{tid}/status"))?;
     parse_file_system_user(&status)
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/status is not as proc(5) says"))
@@ -27,10 +28,14 @@ pub fn process_of(tid: u32) -> io::Result<u32> {
     process.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/status is not as proc(5) says"))
 }
 
-/// proc_pid_status(5): `Uid:` holds the real, effective, saved and file-system id.
-fn parse_file_system_user(status: &str) -> Option<u32> {
-    let line = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
-    line.split_whitespace().nth(3)?.parse().ok()
+/// proc_pid_status(5): `Uid:` and `Gid:` hold the real, effective, saved and file-system id.
+fn parse_file_system_user(status: &str) -> Option<FileSystemUser> {
+    let numbers = |name| -> Option<Vec<u32>> {
+        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+        line.split_whitespace().map(|number| number.parse().ok()).collect()
+    };
+    let (users, groups) = (numbers("Uid:")?, numbers("Gid:")?);
+    Some(FileSystemUser { user: *users.get(3)?, group: *groups.get(3)?, groups: numbers("Groups:")? })
 }
 
 /// Whether `user` may open a file of this owner and mode as its owner. Root may open anything. The
@@ -91,9 +96,11 @@ mod tests {
 
     #[test]
     fn the_file_system_id_counts() {
-        assert_eq!(parse_file_system_user("Name:\tqemu\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\n"), Some(4));
-        assert_eq!(parse_file_system_user("Uid:\t1\n"), None);
-        assert_eq!(file_system_user(std::process::id()).unwrap(), rustix::process::geteuid().as_raw());
+        let status = "Name:\tqemu\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\t9 10 \n";
+        let user = FileSystemUser { user: 4, group: 8, groups: vec![9, 10] };
+        assert_eq!(parse_file_system_user(status), Some(user));
+        assert_eq!(parse_file_system_user("Uid:\t1\nGid:\t1\nGroups:\t\n"), None);
+        assert_eq!(file_system_user(std::process::id()).unwrap().user, rustix::process::geteuid().as_raw());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 use std::io;
 
-use rustix::fs::OFlags;
+use rustix::fs::{OFlags, ResolveFlags};
 
 use crate::sys::memory;
 use crate::sys::seccomp::Notification;
@@ -17,6 +17,8 @@ pub struct OpenRequest {
     /// The directory a relative path starts at, as a descriptor of the caller; `None` for its
     /// working directory.
     pub directory: Option<i32>,
+    /// Whether that directory is the root of the lookup: `RESOLVE_IN_ROOT` of openat2(2).
+    pub in_root: bool,
     /// The path.
     pub path: Vec<u8>,
     /// The flags of open(2).
@@ -32,16 +34,21 @@ impl OpenRequest {
     /// might be able to read what the daemon was not.
     pub fn read(call: &Notification) -> io::Result<Self> {
         let [first, second, third, fourth, ..] = call.arguments;
-        let (directory, path, flags) = match call.number {
-            libc::SYS_open => (libc::AT_FDCWD, first, second),
-            libc::SYS_creat => (libc::AT_FDCWD, first, (libc::O_CREAT | libc::O_WRONLY | libc::O_TRUNC) as u64),
-            libc::SYS_openat => (first as i32, second, third),
-            libc::SYS_openat2 => (first as i32, second, read_how_flags(call.tid, third, fourth)?),
+        let plain = ResolveFlags::empty();
+        let (directory, path, flags, resolve) = match call.number {
+            libc::SYS_open => (libc::AT_FDCWD, first, second, plain),
+            libc::SYS_creat => (libc::AT_FDCWD, first, (libc::O_CREAT | libc::O_WRONLY | libc::O_TRUNC) as u64, plain),
+            libc::SYS_openat => (first as i32, second, third, plain),
+            libc::SYS_openat2 => {
+                let (flags, resolve) = read_how(call.tid, third, fourth)?;
+                (first as i32, second, flags, resolve)
+            }
             number => return Err(io::Error::other(format!("system call {number} opens no file"))),
         };
         let path = memory::read_c_string(call.tid, path, PATH_LIMIT)?;
         Ok(OpenRequest {
             directory: (directory != libc::AT_FDCWD).then_some(directory),
+            in_root: resolve.contains(ResolveFlags::IN_ROOT),
             path,
             flags: OFlags::from_bits_retain(flags as u32),
         })
@@ -76,14 +83,18 @@ impl OpenRequest {
     }
 }
 
-/// The flags in the `struct open_how` (openat2(2)) at `address`.
-fn read_how_flags(tid: u32, address: u64, size: u64) -> io::Result<u64> {
+/// What the `struct open_how` (openat2(2)) at `address` says: `flags`, `mode` and `resolve`, of 64 bits each.
+fn read_how(tid: u32, address: u64, size: u64) -> io::Result<(u64, ResolveFlags)> {
     if size < 24 {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
-    let mut flags = [0; 8];
-    match memory::read(tid, address, &mut flags)? {
-        8 => Ok(u64::from_ne_bytes(flags)),
+    let mut how = [0; 24];
+    match memory::read(tid, address, &mut how)? {
+        24 => {
+            let words = std::array::from_fn(|word| std::array::from_fn(|byte| how[word * 8 + byte]));
+            let [flags, _mode, resolve] = words.map(u64::from_ne_bytes);
+            Ok((flags, ResolveFlags::from_bits_retain(resolve)))
+        }
         _ => Err(io::Error::from_raw_os_error(libc::EFAULT)),
     }
 }
@@ -114,8 +125,19 @@ mod tests {
         for (number, arguments, flags) in cases {
             let request = OpenRequest::read(&call(number, arguments)).unwrap();
             let flags = OFlags::from_bits_retain(flags as u32);
-            assert_eq!(request, OpenRequest { directory: None, path: path.to_bytes().to_vec(), flags });
+            let path = path.to_bytes().to_vec();
+            assert_eq!(request, OpenRequest { directory: None, in_root: false, path, flags });
             assert!(request.writes());
+        }
+    }
+
+    #[test]
+    fn a_directory_that_is_the_root_is_told_from_one_that_is_not() {
+        for (resolve, in_root) in [(ResolveFlags::IN_ROOT, true), (ResolveFlags::BENEATH, false)] {
+            let how = [0, 0, resolve.bits()];
+            let arguments = [7, address(c"/sda"), how.as_ptr() as u64, 24, 0, 0];
+            let request = OpenRequest::read(&call(libc::SYS_openat2, arguments)).unwrap();
+            assert_eq!((request.directory, request.in_root), (Some(7), in_root));
         }
     }
 
@@ -138,7 +160,7 @@ mod tests {
     #[test]
     fn flags_that_would_create_or_cut_a_file_never_reach_a_device() {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::TRUNC | OFlags::DIRECT | OFlags::CLOEXEC;
-        let request = OpenRequest { directory: None, path: b"/dev/sda".to_vec(), flags };
+        let request = OpenRequest { directory: None, in_root: false, path: b"/dev/sda".to_vec(), flags };
         assert_eq!(request.device_flags(), OFlags::RDWR | OFlags::DIRECT);
     }
 }

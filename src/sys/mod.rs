@@ -2,6 +2,7 @@
 
 pub mod alarm;
 pub mod bpf;
+pub mod credentials;
 pub mod inherited;
 pub mod keyring;
 pub mod memory;

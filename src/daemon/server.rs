@@ -15,6 +15,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
+use rustix::io::Errno;
 
 use super::broker::{Broker, Verdict};
 use super::deadlines::Deadlines;
@@ -165,7 +166,17 @@ impl Server {
         let listener = guest.listener();
         let node = match locate(call.tid, request, true) {
             Located::NoVolume => return settle(listener.let_through(call.id)),
-            Located::Refused(errno) => return settle(listener.refuse(call.id, errno.raw_os_error())),
+            Located::Refused(errno) => {
+                if errno == Errno::ACCESS {
+                    let path = String::from_utf8_lossy(&request.path);
+                    tracing::error!(
+                        pid = guest.pid(),
+                        "{guest} was refused {path:?}: neither root nor its own user may look there (a FUSE file system needs \
+                         the option allow_other)"
+                    );
+                }
+                return settle(listener.refuse(call.id, errno.raw_os_error()));
+            }
             Located::WouldWait => return settle(listener.refuse(call.id, libc::EAGAIN)),
             Located::Device(node) => node,
             Located::Unknown(error) => {

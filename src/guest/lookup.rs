@@ -25,25 +25,27 @@ const PROC_MAGIC: i64 = 0x9fa0;
 /// Opening with these gives a handle on a place and leaves alone what is there.
 pub const HANDLE: OFlags = OFlags::PATH.union(OFlags::CLOEXEC);
 
-/// A handle on a place, made without opening what is there.
-pub struct Handle {
-    /// The place.
-    pub node: OwnedFd,
-    /// Whether the way there may have left the caller's mount namespace.
-    pub crossed: bool,
-}
-
-/// Follows `path` as thread `tid` would, whose root directory is `root`, from `start`.
+/// Follows `path` as thread `tid` would, whose root directory is `root`, from `start`. With `no_link`, not if there
+/// is a link where it ends. The result is a handle, made without opening what is there.
 ///
 /// # Errors
 /// Those of path_resolution(7), and `EPERM` when the path leads through a /proc that is for other processes than
 /// the daemon's.
-pub fn follow(tid: u32, root: BorrowedFd<'_>, start: BorrowedFd<'_>, path: &[u8]) -> rustix::io::Result<Handle> {
+pub fn follow(
+    tid: u32,
+    root: BorrowedFd<'_>,
+    start: BorrowedFd<'_>,
+    path: &[u8],
+    no_link: bool,
+) -> rustix::io::Result<OwnedFd> {
+    if path.is_empty() {
+        return Err(Errno::NOENT);
+    }
     if path.len() >= TOO_LONG {
         return Err(Errno::NAMETOOLONG);
     }
     let here = rustix::io::fcntl_dupfd_cloexec(start, 0)?;
-    let mut walk = Walk { root, here, crossed: true, left: Vec::new() };
+    let mut walk = Walk { root, here, left: Vec::new() };
     let mut links = 0;
     walk.turn_to(path)?;
     while let Some(name) = walk.left.pop() {
@@ -53,38 +55,34 @@ pub fn follow(tid: u32, root: BorrowedFd<'_>, start: BorrowedFd<'_>, path: &[u8]
         }
         match step(here, &name, walk.left.is_empty())? {
             Step::Place(next) => walk.here = next,
-            Step::Link(_) if links == LINKS => return Err(Errno::LOOP),
+            Step::Link(_) if links == LINKS || (no_link && walk.left.is_empty()) => return Err(Errno::LOOP),
             Step::Link(link) => {
                 links += 1;
                 match target(tid, here, &name, link.as_fd())? {
                     Target::Path(path) => walk.turn_to(&path)?,
-                    Target::Place(place) => {
-                        walk.here = place;
-                        walk.crossed = true;
-                    }
+                    Target::Place(place) => walk.here = place,
                 }
             }
         }
     }
-    Ok(Handle { node: walk.here, crossed: walk.crossed })
+    Ok(walk.here)
 }
 
 struct Walk<'a> {
     root: BorrowedFd<'a>,
     here: OwnedFd,
-    crossed: bool,
     /// The names that are still to come, the next one last.
     left: Vec<Vec<u8>>,
 }
 
 impl Walk<'_> {
     fn turn_to(&mut self, path: &[u8]) -> rustix::io::Result<()> {
+        // The kernel takes an empty link for none, and no file system but one that a process serves has any.
         if path.is_empty() {
-            return Err(Errno::NOENT);
+            return Err(Errno::PERM);
         }
         if path.starts_with(b"/") {
             self.here = rustix::io::fcntl_dupfd_cloexec(self.root, 0)?;
-            self.crossed = false;
         }
         // What ends in a slash has to be a directory.
         if path.ends_with(b"/") {

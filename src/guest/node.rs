@@ -8,7 +8,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatVfsMountFlag
 use rustix::io::Errno;
 
 use super::OpenRequest;
-use super::lookup::{self, HANDLE, Handle};
+use super::lookup::{self, HANDLE};
 use super::process::{file_system_user, may_open};
 use crate::sys::credentials::with_rights_of;
 use crate::volume::DeviceNumber;
@@ -51,15 +51,25 @@ pub struct Node {
 /// With `wait` false, nothing that is not in the kernel's caches is asked for: no file system is, which the
 /// caller itself may serve.
 pub fn locate(tid: u32, request: &OpenRequest, wait: bool) -> Located {
+    // Linux 7.2 opens a descriptor anew by an empty path, if it is asked to (O_EMPTYPATH).
+    if request.path.is_empty() {
+        return Located::Refused(Errno::NOENT);
+    }
+    let origin = match origin(tid, request) {
+        Ok(origin) => origin,
+        Err(_) if !wait => return Located::WouldWait,
+        Err(error @ (Errno::BADF | Errno::NOTDIR | Errno::ACCESS)) => return Located::Refused(error),
+        Err(error) => return Located::Unknown(error.into()),
+    };
     let found = match wait {
-        true => look_up(tid, request),
-        false => known(tid, request),
+        true => look_up(tid, &origin, request),
+        false => known(&origin, request),
     };
     match found {
-        Ok(handle) => examine(tid, request, &handle, wait).unwrap_or_else(|error| Located::Unknown(error.into())),
+        Ok(node) => examine(tid, request, &node, wait).unwrap_or_else(|error| Located::Unknown(error.into())),
         Err(Errno::NOENT | Errno::NOTDIR) => Located::NoVolume,
         Err(_) if !wait => Located::WouldWait,
-        Err(error @ (Errno::LOOP | Errno::NAMETOOLONG | Errno::ACCESS | Errno::BADF)) => Located::Refused(error),
+        Err(error @ (Errno::LOOP | Errno::NAMETOOLONG | Errno::ACCESS)) => Located::Refused(error),
         Err(error) => Located::Unknown(error.into()),
     }
 }
@@ -89,29 +99,40 @@ fn origin(tid: u32, request: &OpenRequest) -> rustix::io::Result<Origin> {
 }
 
 /// What the kernel's caches alone tell, and the caller would be told as well.
-fn known(tid: u32, request: &OpenRequest) -> rustix::io::Result<Handle> {
-    let Origin { root, start } = origin(tid, request)?;
+fn known(Origin { root, start }: &Origin, request: &OpenRequest) -> rustix::io::Result<OwnedFd> {
     let path = OsStr::from_bytes(&request.path);
-    let look = |from: &OwnedFd, how| {
-        let node = rustix::fs::openat2(from, path, HANDLE, Mode::empty(), ResolveFlags::CACHED | how)?;
-        rustix::io::Result::Ok(Handle { node, crossed: start.is_some() })
-    };
-    match &start {
+    let look = |from: &OwnedFd, how| rustix::fs::openat2(from, path, HANDLE, Mode::empty(), ResolveFlags::CACHED | how);
+    match start {
         // It could lead up to the caller's root, where the kernel would stop.
         Some(_) if request.path.split(|&byte| byte == b'/').any(|name| name == b"..") => Err(Errno::AGAIN),
         Some(start) => look(start, ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS),
-        None => match look(&root, ResolveFlags::IN_ROOT) {
-            // Links of proc(5) mean the daemon here, which may have nothing where the caller has a device.
-            Err(Errno::NOENT | Errno::NOTDIR) => look(&root, ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS),
-            found => found,
+        None => match look(root, ResolveFlags::IN_ROOT) {
+            Ok(node) if is_on_a_disk(&node) => Ok(node),
+            // Links of proc(5) mean the daemon here, which may have a file or nothing where the caller has a device.
+            Ok(_) | Err(Errno::NOENT | Errno::NOTDIR) => look(root, ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS),
+            refused => refused,
         },
     }
 }
 
-fn look_up(tid: u32, request: &OpenRequest) -> rustix::io::Result<Handle> {
-    let Origin { root, start } = origin(tid, request)?;
-    let follow = || lookup::follow(tid, root.as_fd(), start.as_ref().unwrap_or(&root).as_fd(), &request.path);
+/// Whether a file system on a block device has the place; proc(5) is none. Devices without a driver have the
+/// major number 0 (Documentation/admin-guide/devices.txt).
+fn is_on_a_disk(node: &OwnedFd) -> bool {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    rustix::fs::statx(node, c"", flags, StatxFlags::TYPE).is_ok_and(|status| status.stx_dev_major != 0)
+}
+
+fn look_up(tid: u32, Origin { root, start }: &Origin, request: &OpenRequest) -> rustix::io::Result<OwnedFd> {
+    let start = start.as_ref().unwrap_or(root);
+    let no_link = request.flags.contains(OFlags::NOFOLLOW) && !request.is_path_only();
+    let follow = || lookup::follow(tid, root.as_fd(), start.as_fd(), &request.path, no_link);
     match follow() {
+        // What is cached of an NFS server's folder is not valid any more. For a whole path the kernel asks the server.
+        Err(Errno::STALE) => {
+            let path = OsStr::from_bytes(&request.path);
+            let _ = rustix::fs::openat2(start, path, HANDLE, Mode::empty(), ResolveFlags::IN_ROOT);
+            follow()
+        }
         // Root may do less than a user where a server says so (NFS with root_squash).
         Err(Errno::ACCESS) => {
             let user = file_system_user(tid).map_err(|_| Errno::ACCESS)?;
@@ -121,8 +142,7 @@ fn look_up(tid: u32, request: &OpenRequest) -> rustix::io::Result<Handle> {
     }
 }
 
-fn examine(tid: u32, request: &OpenRequest, handle: &Handle, wait: bool) -> rustix::io::Result<Located> {
-    let node = &handle.node;
+fn examine(tid: u32, request: &OpenRequest, node: &OwnedFd, wait: bool) -> rustix::io::Result<Located> {
     // What the kernel knows already is enough: a type never changes, and asking a dead NFS server
     // would hang.
     let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
@@ -140,12 +160,16 @@ fn examine(tid: u32, request: &OpenRequest, handle: &Handle, wait: bool) -> rust
     if !wait {
         return Ok(Located::WouldWait);
     }
+    if let Some(errno) = request.excludes_devices() {
+        return Ok(Located::Refused(errno));
+    }
     let on_tmpfs = rustix::fs::fstatfs(node)?.f_type as i64 == TMPFS_MAGIC;
     let nodev = rustix::fs::fstatvfs(node)?.f_flag.contains(StatVfsMountFlags::NODEV);
     let owned = file_system_user(tid).is_ok_and(|user| {
         may_open(user.user, status.stx_uid, u32::from(status.stx_mode), request.reads(), request.writes())
     });
-    let own_mount = !handle.crossed || has_mount(tid, status.stx_mnt_id).unwrap_or(false);
+    // A path may lead into another guest's mounts, by a descriptor of a directory there.
+    let own_mount = has_mount(tid, status.stx_mnt_id).unwrap_or(false);
     Ok(Located::Device(Node { device, permitted: on_tmpfs && !nodev && owned && own_mount, passes_commands }))
 }
 
@@ -201,7 +225,7 @@ mod tests {
 
     #[test]
     fn files_and_nothing_are_no_block_devices() {
-        for path in ["/", "/etc/passwd", "/nowhere/at/all", "/etc/passwd/x", "", "/dev/null", "Cargo.toml"] {
+        for path in ["/", "/etc/passwd", "/nowhere/at/all", "/etc/passwd/x", "/dev/null", "Cargo.toml"] {
             assert!(matches!(own(path), Located::NoVolume), "{path}: {:?}", own(path));
         }
     }
@@ -224,7 +248,8 @@ mod tests {
         let directory = fs::File::open("/etc").unwrap();
         let mut wanted = request("passwd");
         wanted.directory = Some(std::os::fd::AsRawFd::as_raw_fd(&directory));
-        let node = look_up(std::process::id(), &wanted).unwrap().node;
+        let own = std::process::id();
+        let node = look_up(own, &origin(own, &wanted).unwrap(), &wanted).unwrap();
         let name =
             rustix::fs::readlink(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&node)), Vec::new());
         assert_eq!(name.unwrap().as_bytes(), b"/etc/passwd");
@@ -376,6 +401,84 @@ mod tests {
     }
 
     #[test]
+    fn an_empty_path_is_never_left_to_the_kernel() {
+        let (folder, _) = folder_with_device();
+        let device = rustix::fs::open(folder.path().join("link"), HANDLE, Mode::empty()).unwrap();
+        let directory = Some(std::os::fd::AsRawFd::as_raw_fd(&device));
+        for directory in [directory, None] {
+            for wait in [false, true] {
+                let located = locate(std::process::id(), &OpenRequest { directory, ..request("") }, wait);
+                assert!(matches!(located, Located::Refused(Errno::NOENT)), "{located:?}");
+            }
+        }
+        // A device is no directory to start at, and what that means is not left to the kernel either.
+        let located = locate(std::process::id(), &OpenRequest { directory, ..request("x") }, true);
+        assert!(matches!(located, Located::Refused(Errno::NOTDIR)), "{located:?}");
+    }
+
+    #[test]
+    fn flags_that_exclude_a_device_are_heeded() {
+        let (folder, device) = folder_with_device();
+        let shown = folder.path().to_str().unwrap();
+        let located = |name: &str, flags| {
+            locate(std::process::id(), &OpenRequest { flags, ..request(&format!("{shown}/{name}")) }, true)
+        };
+        for (name, flags, errno) in [
+            ("link", OFlags::NOFOLLOW, Errno::LOOP),
+            ("link", OFlags::CREATE | OFlags::EXCL, Errno::EXIST),
+            ("volcrypt-hostile", OFlags::CREATE | OFlags::EXCL, Errno::EXIST),
+            ("volcrypt-hostile", OFlags::DIRECTORY, Errno::NOTDIR),
+        ] {
+            let located = located(name, flags);
+            assert!(matches!(located, Located::Refused(error) if error == errno), "{name} {flags:?}: {located:?}");
+        }
+        for (name, flags) in [
+            ("volcrypt-hostile", OFlags::NOFOLLOW),
+            ("volcrypt-hostile", OFlags::CREATE),
+            ("link", OFlags::EXCL),
+            ("link", OFlags::NOFOLLOW | OFlags::PATH),
+        ] {
+            let located = located(name, flags);
+            assert!(
+                matches!(&located, Located::Device(node) if node.device == device),
+                "{name} {flags:?}: {located:?}"
+            );
+        }
+    }
+
+    /// It has another guest's directory open, which no mount of its own leads to.
+    #[test]
+    fn no_descriptor_leads_to_a_node_that_another_guest_was_given() {
+        let mut other = std::process::Command::new("unshare")
+            .args(["--mount", "--propagation", "private", "sh", "-c"])
+            .arg("mount -t tmpfs tmpfs /mnt && mknod /mnt/volcrypt-hostile b 250 77 && echo ready && read line")
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut ready = [0; 6];
+        io::Read::read_exact(other.stdout.as_mut().unwrap(), &mut ready).expect("run the tests as root");
+        let directory = fs::File::open(format!("/proc/{}/root/mnt", other.id())).unwrap();
+        let directory = Some(std::os::fd::AsRawFd::as_raw_fd(&directory));
+        let permitted = |caller, directory, in_root, path: &str| match locate(
+            caller,
+            &OpenRequest { directory, in_root, ..request(path) },
+            true,
+        ) {
+            Located::Device(node) => node.permitted,
+            located => panic!("{path}: {located:?}"),
+        };
+        let own = std::process::id();
+        for in_root in [false, true] {
+            assert!(!permitted(own, directory, in_root, "volcrypt-hostile"));
+        }
+        assert!(!permitted(own, directory, true, "/volcrypt-hostile"));
+        assert!(permitted(other.id(), None, false, "/mnt/volcrypt-hostile"));
+        drop(other.stdin.take());
+        other.wait().unwrap();
+    }
+
+    #[test]
     fn only_the_callers_own_mounts_count() {
         let own = std::process::id();
         let status = rustix::fs::statx(rustix::fs::CWD, c"/etc", AtFlags::empty(), StatxFlags::MNT_ID).unwrap();
@@ -390,9 +493,9 @@ mod tests {
         for path in
             [format!("/proc/self/fd/{number}"), format!("/dev/fd/{number}"), "/proc/self/root/etc/passwd".into()]
         {
-            let handle = look_up(std::process::id(), &request(&path));
-            let Handle { node, crossed } = handle.unwrap_or_else(|error| panic!("{path}: {error}"));
-            assert!(crossed, "{path}");
+            let (own, wanted) = (std::process::id(), request(&path));
+            let found = look_up(own, &origin(own, &wanted).unwrap(), &wanted);
+            let node = found.unwrap_or_else(|error| panic!("{path}: {error}"));
             let link = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&node));
             assert_eq!(rustix::fs::readlink(link, Vec::new()).unwrap().as_bytes(), b"/etc/passwd", "{path}");
             assert!(matches!(locate(std::process::id(), &request(&path), false), Located::WouldWait), "{path}");

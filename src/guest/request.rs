@@ -1,6 +1,7 @@
 use std::io;
 
 use rustix::fs::{OFlags, ResolveFlags};
+use rustix::io::Errno;
 
 use crate::sys::memory;
 use crate::sys::seccomp::Notification;
@@ -67,6 +68,16 @@ impl OpenRequest {
     /// Whether it asks for a mere handle on the path, with which nothing can be read or written.
     pub fn is_path_only(&self) -> bool {
         self.flags.contains(OFlags::PATH)
+    }
+
+    /// What the kernel would say if a device is there: the call asks for a directory, or for a new file.
+    pub fn excludes_devices(&self) -> Option<Errno> {
+        let wants = |flags| self.flags.contains(flags) && !self.is_path_only();
+        match () {
+            () if wants(OFlags::CREATE | OFlags::EXCL) => Some(Errno::EXIST),
+            () if wants(OFlags::DIRECTORY) => Some(Errno::NOTDIR),
+            () => None,
+        }
     }
 
     /// The flags that make sense for a block device that is there already.

@@ -3,6 +3,8 @@
 # LUNs of prot-paper: 0 and 1 are enrolled. The target plain is not protected.
 # machine: second
 
+image=/var/tmp/lab-paper.img
+
 case_a_definition_goes_there_and_back() {
     local folder
     folder=$(mktemp -d)
@@ -10,9 +12,9 @@ case_a_definition_goes_there_and_back() {
     volume_create paper 8 2
     target_create plain 8
     target_login plain
-    truncate -s 8M "$folder/image"
+    truncate -s 8M "$image"
     domain_define paper <(disk_xml "$(lun_path prot-paper 0)" sda serial-0) <(disk_xml "$(lun_path plain)" sdb) <(
-        echo "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='$folder/image'/>"
+        echo "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='$image'/>"
         echo "<target dev='sdc' bus='scsi'/></disk>"
     ) <(disk_xml "$(lun_device prot-paper 1)" sdd)
     virsh dumpxml --inactive paper >"$folder/before"
@@ -57,4 +59,5 @@ case_what_would_get_around_a_mapping_is_refused() {
     expect_fails volcrypt rewrite <<<"$lone"
     systemctl start volcryptd.socket volcryptd-control.socket volcryptd
     lab_reset
+    rm "$image"
 }

@@ -98,10 +98,10 @@ case_a_mapping_is_for_those_who_may_have_its_volume() {
     expect_contains "$OUTPUT" 'Permission denied' 'attaching the mapping to two'
     said_since "$since" 'volume prot-own-0 belongs to "p1" and domain two to "p2"' ||
         fail "the journal: $(journal_since "@$since")"
-    domain_define late <(disk_xml "$mapping" sda)
-    expect_fails domain_start late
-    expect_contains "$OUTPUT" 'volume prot-own-0 belongs to "p1" and domain late to nobody' 'virsh start'
-    domain_undefine late
+    domain_define namer <(disk_xml "$mapping" sda)
+    expect_fails domain_start namer
+    expect_contains "$OUTPUT" 'volume prot-own-0 belongs to "p1" and domain namer to nobody' 'virsh start'
+    domain_undefine namer
     volcrypt grant add prot-own-0 two --for 1h
     disk_attach two "$mapping" sdb
     qemu_io two sdb 'read -P 0xcd 0 64k' >/dev/null

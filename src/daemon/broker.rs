@@ -121,15 +121,11 @@ impl Broker {
     ) -> Result<Verdict, Refusal> {
         let config = self.config()?;
         let identity = self.devices.identify(device)?;
-        match config.decide(&identity, guest) {
-            Decision::Pass => {
-                self.check_not_enrolled(&config, &identity, guest)?;
-                self.use_mappings(&identity, permitted, guest)?;
-                Ok(Verdict::LetThrough)
-            }
-            Decision::Refuse(refusal) => Err(refusal),
-            Decision::Protect(protection) => {
-                self.use_mappings(&identity, permitted, guest)?;
+        let protection = self.protection(&config, &identity, guest)?;
+        self.use_mappings(&identity, permitted, guest)?;
+        match protection {
+            None => Ok(Verdict::LetThrough),
+            Some(protection) => {
                 let asker = Asker::current().known_as(guest.facts());
                 let opened = asker.ask(|| self.open_protected(&identity, &protection, permitted, flags, guest));
                 opened.map_err(|refusal| refusal.of(&protection.volume))
@@ -182,10 +178,9 @@ impl Broker {
     /// When `device` is protected.
     pub fn pass_commands(&self, device: DeviceNumber, guest: &dyn Requester) -> Result<Verdict, Refusal> {
         let (config, identity) = (self.config()?, self.devices.identify(device)?);
-        match config.decide(&identity, guest) {
-            Decision::Pass => self.check_not_enrolled(&config, &identity, guest).map(|()| Verdict::LetThrough),
-            Decision::Refuse(refusal) => Err(refusal),
-            Decision::Protect(protection) => Err(Refusal::new(
+        match self.protection(&config, &identity, guest)? {
+            None => Ok(Verdict::LetThrough),
+            Some(protection) => Err(Refusal::new(
                 Reason::NotAllowed,
                 format!(
                     "{identity} is the protected volume {}, and a SCSI host device would pass commands around its \
@@ -204,10 +199,9 @@ impl Broker {
     /// When it is protected and an open would be refused.
     pub fn make_ready(&self, identity: &Identity, domain: &Facts) -> Result<Ready, Refusal> {
         let config = self.config()?;
-        let volume = match config.decide(identity, domain) {
-            Decision::Pass => self.check_not_enrolled(&config, identity, domain).map(|()| None)?,
-            Decision::Refuse(refusal) => return Err(refusal),
-            Decision::Protect(protection) => {
+        let volume = match self.protection(&config, identity, domain)? {
+            None => None,
+            Some(protection) => {
                 let ready = self.record(identity, &protection, domain).and_then(|record| {
                     self.authorise(&record, domain)?;
                     self.key(&record)
@@ -224,10 +218,21 @@ impl Broker {
     /// When `requester` must not have the device.
     pub fn judge(&self, identity: &Identity, requester: &dyn Requester) -> Result<Option<VolumeId>, Refusal> {
         let config = self.config()?;
+        Ok(self.protection(&config, identity, requester)?.map(|protection| protection.volume))
+    }
+
+    /// How `identity` is protected from `requester`; nothing if it passes, which no enrolled volume does unless a
+    /// rule says so.
+    fn protection<'a>(
+        &self,
+        config: &'a Config,
+        identity: &Identity,
+        requester: &dyn Requester,
+    ) -> Result<Option<Protection<'a>>, Refusal> {
         match config.decide(identity, requester) {
-            Decision::Protect(protection) => Ok(Some(protection.volume)),
+            Decision::Protect(protection) => Ok(Some(protection)),
             Decision::Refuse(refusal) => Err(refusal),
-            Decision::Pass => self.check_not_enrolled(&config, identity, requester).map(|()| None),
+            Decision::Pass => self.check_not_enrolled(config, identity, requester).map(|()| None),
         }
     }
 

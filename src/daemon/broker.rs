@@ -1,6 +1,7 @@
 //! What is decided and done for a volume, whoever asks: a guest's open, the hook, or an operator.
 
 mod authorisation;
+mod copies;
 mod lifecycle;
 mod mapped;
 mod policy;
@@ -12,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::OFlags;
 
+pub use self::authorisation::Guest;
 use self::authorisation::known;
 use self::policy::Policy;
 use super::auditing::RefusalLimit;
@@ -60,8 +62,10 @@ pub struct Ready {
 /// What becomes of a block device that a guest opens.
 #[derive(Debug)]
 pub enum Verdict {
-    /// It is not protected.
+    /// Nothing encrypts it.
     LetThrough,
+    /// It is a mapping itself, or stands on one: it is let through.
+    OnMapping,
     /// It is protected: this is the opened mapping of the volume.
     Mapping(VolumeId, OwnedFd),
 }
@@ -122,8 +126,9 @@ impl Broker {
         let config = self.config()?;
         let identity = self.devices.identify(device)?;
         let protection = self.protection(&config, &identity, guest)?;
-        self.use_mappings(&identity, permitted, guest)?;
+        let on_mapping = self.use_mappings(&identity, permitted, guest)?;
         match protection {
+            None if on_mapping => Ok(Verdict::OnMapping),
             None => Ok(Verdict::LetThrough),
             Some(protection) => {
                 let asker = Asker::current().known_as(guest.facts());

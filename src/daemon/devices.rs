@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::guard::Guard;
-use crate::guest::{Domains, LibvirtState, processes, processes_with_open};
+use crate::guest::{Domains, LibvirtState, open_block_devices, processes, processes_with_open};
 use crate::refusal::Refusal;
 use crate::volume::{DeviceNumber, Identity, Portrait, Sysfs};
 
@@ -31,6 +31,9 @@ pub trait Devices: Send + Sync {
     /// # Errors
     /// `EBUSY` when something on the host has claimed it, `ENXIO` when its name is another device's.
     fn open_exclusively(&self, identity: &Identity) -> io::Result<File>;
+
+    /// The block devices that process `pid` has open, each as often as it has.
+    fn open_by(&self, pid: u32) -> Vec<DeviceNumber>;
 
     /// Who has a device open, in words, if anybody has for longer than a glance.
     fn user(&self, device: DeviceNumber) -> Option<String>;
@@ -69,6 +72,10 @@ impl Devices for HostDevices {
             }
             false => Err(io::Error::from_raw_os_error(libc::ENXIO)),
         }
+    }
+
+    fn open_by(&self, pid: u32) -> Vec<DeviceNumber> {
+        open_block_devices(pid).collect()
     }
 
     fn user(&self, device: DeviceNumber) -> Option<String> {

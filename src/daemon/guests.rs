@@ -2,7 +2,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, Timespec, epoll};
@@ -25,6 +25,7 @@ pub struct Guest {
     domains: Arc<dyn Domains>,
     name: OnceLock<String>,
     in_work: AtomicU32,
+    has_volumes: AtomicBool,
 }
 
 impl Guest {
@@ -52,6 +53,16 @@ impl Guest {
     /// The guest as the one who asks for something, whatever domain it may be.
     pub fn asker(&self) -> Asker {
         Asker { pid: Some(self.pid), by: Role::Guest, ..Asker::default() }
+    }
+
+    /// Whether it may have a protected volume open: one was given to it at some time.
+    pub fn may_have_volumes(&self) -> bool {
+        self.has_volumes.load(Ordering::Acquire)
+    }
+
+    /// Notes that it is given a protected volume, or may have been.
+    pub fn takes_volume(&self) {
+        self.has_volumes.store(true, Ordering::Release);
     }
 
     /// Whether a process that can make calls is left.
@@ -147,6 +158,7 @@ impl Guests {
             domains: Arc::clone(&self.domains),
             name: OnceLock::new(),
             in_work: AtomicU32::new(0),
+            has_volumes: AtomicBool::new(false),
         });
         all.guests.insert(number, Arc::clone(&guest));
         if let Err(error) = epoll::add(&self.epoll, guest.listener.as_fd(), guest.data(), ONE_CALL) {

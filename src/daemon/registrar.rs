@@ -17,6 +17,7 @@ use super::guests::Guests;
 use super::pool::Pool;
 use super::refused::{Refused, Whose};
 use super::service_manager;
+use crate::guest::open_block_devices;
 use crate::protocol::registration;
 use crate::sys::seccomp::Listener;
 use crate::sys::trace;
@@ -49,7 +50,11 @@ impl Registrar {
     pub fn take_up(&self, earlier: Vec<(u32, Listener)>) {
         for (pid, listener) in earlier {
             match self.guests.add(pid, listener) {
-                Ok(_) => {
+                Ok(guest) => {
+                    // The earlier daemon knew what it had given it.
+                    if open_block_devices(pid).next().is_some() {
+                        guest.takes_volume();
+                    }
                     tracing::info!(pid, "process {pid} goes on with this daemon");
                     interrupt_all(pid, opening_threads(pid), |tid| trace::interrupt(tid, INTERRUPT_DEADLINE));
                 }

@@ -17,14 +17,14 @@ use std::time::{Duration, Instant};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
-use super::broker::{Broker, Verdict};
+use super::broker::{self, Broker, Verdict};
 use super::deadlines::Deadlines;
 use super::guests::{Event, Guest, Guests};
 use super::pool::Pool;
 use super::receivers::{Receivers, Relief};
 use crate::audit::Kind;
 use crate::domain::Requester;
-use crate::guest::{Located, Node, OpenRequest, locate};
+use crate::guest::{Located, Node, OpenRequest, Written, locate, written_file};
 use crate::refusal::{Reason, Refusal};
 use crate::sys::seccomp::Notification;
 
@@ -144,7 +144,10 @@ impl Server {
                 return;
             }
         };
-        if let Located::NoVolume = locate(call.tid, &request, false) {
+        let may_copy = request.writes() && guest.may_have_volumes();
+        if let Located::NoVolume = locate(call.tid, &request, false)
+            && !may_copy
+        {
             return settle(guest.listener().let_through(call.id));
         }
         let Some(work) = guest.begin_work() else {
@@ -165,6 +168,7 @@ impl Server {
     fn decide(&self, guest: &Guest, call: &Notification, request: &OpenRequest) {
         let listener = guest.listener();
         let node = match locate(call.tid, request, true) {
+            Located::NoVolume if guest.may_have_volumes() => return self.decide_file(guest, call, request),
             Located::NoVolume => return settle(listener.let_through(call.id)),
             Located::Refused(errno) => {
                 if errno == Errno::ACCESS {
@@ -179,23 +183,40 @@ impl Server {
             }
             Located::WouldWait => return settle(listener.refuse(call.id, libc::EAGAIN)),
             Located::Device(node) => node,
-            Located::Unknown(error) => {
-                let path = String::from_utf8_lossy(&request.path);
-                tracing::error!(pid = guest.pid(), "it cannot be told what {path:?} is for {guest}: {error}");
-                return settle(listener.refuse(call.id, error.raw_os_error().unwrap_or(libc::EACCES)));
-            }
+            Located::Unknown(error) => return refuse_unknown(guest, call, request, &error),
         };
         // What was read of the thread's files means nothing if it was another thread's by then.
         if !listener.is_waiting(call.id) {
             return;
         }
         let requester = self.broker.guest(call.tid);
-        match guest.asker().ask(|| self.judge(&requester, &node, request)) {
+        match guest.asker().ask(|| self.judge(guest, &requester, &node, request)) {
             Ok(Verdict::LetThrough) => settle(listener.let_through(call.id)),
             // Where a volume is concerned it counts which domain asks.
             outcome => {
                 let asker = guest.asker().known_as(requester.facts());
                 asker.ask(|| self.carry_out(outcome, guest, call, request));
+            }
+        }
+    }
+
+    /// Decides on what is no device, for a guest that may have a protected volume.
+    fn decide_file(&self, guest: &Guest, call: &Notification, request: &OpenRequest) {
+        let listener = guest.listener();
+        let file = match written_file(call.tid, request) {
+            Ok(Some(file)) => file,
+            Ok(None) => return settle(listener.let_through(call.id)),
+            Err(error) => return refuse_unknown(guest, call, request, &error),
+        };
+        if !listener.is_waiting(call.id) {
+            return;
+        }
+        let requester = self.broker.guest(call.tid);
+        match guest.asker().ask(|| self.broker.check_written(Written::File(&file), &requester)) {
+            Ok(()) => settle(listener.let_through(call.id)),
+            Err(refusal) => {
+                let asker = guest.asker().known_as(requester.facts());
+                asker.ask(|| self.carry_out(Err(refusal), guest, call, request));
             }
         }
     }
@@ -206,7 +227,12 @@ impl Server {
         let path = String::from_utf8_lossy(&request.path);
         match outcome.and_then(|verdict| self.record(verdict, guest, call, &path)) {
             Ok(Verdict::LetThrough) => settle(listener.let_through(call.id)),
+            Ok(Verdict::OnMapping) => {
+                guest.takes_volume();
+                settle(listener.let_through(call.id));
+            }
             Ok(Verdict::Mapping(volume, mapping)) => {
+                guest.takes_volume();
                 let close_on_exec = request.flags.contains(OFlags::CLOEXEC);
                 match listener.inject(call.id, mapping.as_fd(), close_on_exec) {
                     Ok(()) => tracing::info!(
@@ -244,16 +270,32 @@ impl Server {
         Ok(verdict)
     }
 
-    fn judge(&self, guest: &dyn Requester, node: &Node, request: &OpenRequest) -> Result<Verdict, Refusal> {
+    fn judge(
+        &self,
+        guest: &Guest,
+        requester: &broker::Guest<'_>,
+        node: &Node,
+        request: &OpenRequest,
+    ) -> Result<Verdict, Refusal> {
         // A mere handle reads and writes nothing, and opening it for real comes by here again.
         if request.is_path_only() {
             return Ok(Verdict::LetThrough);
         }
-        match node.passes_commands {
-            true => self.broker.pass_commands(node.device, guest),
-            false => self.broker.open(node.device, node.permitted, request.device_flags(), guest),
+        if node.passes_commands {
+            return self.broker.pass_commands(node.device, requester);
         }
+        let verdict = self.broker.open(node.device, node.permitted, request.device_flags(), requester)?;
+        if matches!(verdict, Verdict::LetThrough) && request.writes() && guest.may_have_volumes() {
+            self.broker.check_written(Written::Device(node.device), requester)?;
+        }
+        Ok(verdict)
     }
+}
+
+fn refuse_unknown(guest: &Guest, call: &Notification, request: &OpenRequest, error: &io::Error) {
+    let path = String::from_utf8_lossy(&request.path);
+    tracing::error!(pid = guest.pid(), "it cannot be told what {path:?} is for {guest}: {error}");
+    settle(guest.listener().refuse(call.id, error.raw_os_error().unwrap_or(libc::EACCES)));
 }
 
 /// Has the next call of a guest reported when this one was dealt with, also when that panicked.

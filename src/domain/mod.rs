@@ -2,6 +2,7 @@
 
 mod adoption;
 mod facts;
+mod given;
 mod refusals;
 mod rewrite;
 mod splice;
@@ -9,6 +10,9 @@ mod xml;
 
 pub use adoption::{Adoption, METADATA_NAMESPACE, Release, adopt, release};
 pub use facts::{Facts, Nobody, Requester};
+pub use given::Given;
+#[cfg(test)]
+pub use given::given;
 pub use refusals::{in_disk, passes_commands, reached_by_qemu};
 pub use rewrite::{Judge, MAX_XML, OnMapping, Rewritten, rewrite, unrewrite};
 pub use xml::{Disk, Domain, InvalidXml, Source};

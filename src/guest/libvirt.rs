@@ -11,9 +11,9 @@ use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use roxmltree::Document;
+use roxmltree::{Document, Node};
 
-use crate::domain::{Domain, Facts};
+use crate::domain::{Domain, Facts, Given};
 
 /// Where libvirtd and virtqemud keep the state of running domains.
 const STATE: &str = "/run/libvirt/qemu";
@@ -27,6 +27,12 @@ pub trait Domains: Send + Sync {
     /// # Errors
     /// When what libvirt wrote down cannot be read or trusted.
     fn of(&self, pid: u32) -> io::Result<Option<Facts>>;
+
+    /// What libvirt has given to the domain that process `pid` runs; nothing if it knows of none.
+    ///
+    /// # Errors
+    /// Those of [`Domains::of`].
+    fn given(&self, pid: u32) -> io::Result<Vec<Given>>;
 }
 
 /// What libvirt wrote down on this host.
@@ -44,6 +50,17 @@ impl LibvirtState {
 
 impl Domains for LibvirtState {
     fn of(&self, pid: u32) -> io::Result<Option<Facts>> {
+        self.live(pid, |domain| Domain::from_element(domain).facts())
+    }
+
+    fn given(&self, pid: u32) -> io::Result<Vec<Given>> {
+        Ok(self.live(pid, Given::read)?.unwrap_or_default())
+    }
+}
+
+impl LibvirtState {
+    /// Reads the live `<domain>` of the domain whose process `pid` is.
+    fn live<T>(&self, pid: u32, read: impl FnOnce(&Node<'_, '_>) -> T) -> io::Result<Option<T>> {
         let Some(path) = self.status_file(pid)? else { return Ok(None) };
         let text = read_trusted(&path)?;
         let unreadable = |what: &str| io::Error::other(format!("{} {what}", path.display()));
@@ -59,11 +76,9 @@ impl Domains for LibvirtState {
         if !is_in_group_of(&groups, id) {
             return Ok(None);
         }
-        Ok(Some(Domain::from_element(&domain).facts()))
+        Ok(Some(read(&domain)))
     }
-}
 
-impl LibvirtState {
     /// The file about the domain whose process `pid` is.
     fn status_file(&self, pid: u32) -> io::Result<Option<PathBuf>> {
         let entries = match fs::read_dir(&self.state) {

@@ -25,8 +25,16 @@ const PROC_MAGIC: i64 = 0x9fa0;
 /// Opening with these gives a handle on a place and leaves alone what is there.
 pub const HANDLE: OFlags = OFlags::PATH.union(OFlags::CLOEXEC);
 
+/// Where a path ends.
+pub enum End {
+    /// A handle on what is there, made without opening it.
+    Place(OwnedFd),
+    /// Nothing is there, and it could be made: the folder, and the name in it.
+    Nothing(OwnedFd, Vec<u8>),
+}
+
 /// Follows `path` as thread `tid` would, whose root directory is `root`, from `start`. With `no_link`, not if there
-/// is a link where it ends. The result is a handle, made without opening what is there.
+/// is a link where it ends.
 ///
 /// # Errors
 /// Those of path_resolution(7), and `EPERM` when the path leads through a /proc that is for other processes than
@@ -37,7 +45,7 @@ pub fn follow(
     start: BorrowedFd<'_>,
     path: &[u8],
     no_link: bool,
-) -> rustix::io::Result<OwnedFd> {
+) -> rustix::io::Result<End> {
     if path.is_empty() {
         return Err(Errno::NOENT);
     }
@@ -53,7 +61,11 @@ pub fn follow(
         if name == b".." && is_same(here, root)? {
             continue;
         }
-        match step(here, &name, walk.left.is_empty())? {
+        let step = match step(here, &name, walk.left.is_empty()) {
+            Err(Errno::NOENT) if walk.left.is_empty() => return Ok(End::Nothing(walk.here, name)),
+            step => step?,
+        };
+        match step {
             Step::Place(next) => walk.here = next,
             Step::Link(_) if links == LINKS || (no_link && walk.left.is_empty()) => return Err(Errno::LOOP),
             Step::Link(link) => {
@@ -65,7 +77,7 @@ pub fn follow(
             }
         }
     }
-    Ok(walk.here)
+    Ok(End::Place(walk.here))
 }
 
 struct Walk<'a> {

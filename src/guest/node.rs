@@ -8,7 +8,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatVfsMountFlag
 use rustix::io::Errno;
 
 use super::OpenRequest;
-use super::lookup::{self, HANDLE};
+use super::lookup::{self, End, HANDLE};
 use super::process::{file_system_user, may_open};
 use crate::sys::credentials::with_rights_of;
 use crate::volume::DeviceNumber;
@@ -75,13 +75,13 @@ pub fn locate(tid: u32, request: &OpenRequest, wait: bool) -> Located {
 }
 
 /// Where the lookup of a request begins.
-struct Origin {
+pub(super) struct Origin {
     root: OwnedFd,
     /// Where a relative path starts; `None` for the root.
     start: Option<OwnedFd>,
 }
 
-fn origin(tid: u32, request: &OpenRequest) -> rustix::io::Result<Origin> {
+pub(super) fn origin(tid: u32, request: &OpenRequest) -> rustix::io::Result<Origin> {
     let directory = |path: String| rustix::fs::open(path, HANDLE | OFlags::DIRECTORY, Mode::empty());
     let start = || match request.directory {
         Some(descriptor) => directory(format!("/proc/{tid}/fd/{descriptor}")).map_err(|error| match error {
@@ -122,7 +122,15 @@ fn is_on_a_disk(node: &OwnedFd) -> bool {
     rustix::fs::statx(node, c"", flags, StatxFlags::TYPE).is_ok_and(|status| status.stx_dev_major != 0)
 }
 
-fn look_up(tid: u32, Origin { root, start }: &Origin, request: &OpenRequest) -> rustix::io::Result<OwnedFd> {
+fn look_up(tid: u32, origin: &Origin, request: &OpenRequest) -> rustix::io::Result<OwnedFd> {
+    match end(tid, origin, request)? {
+        End::Place(node) => Ok(node),
+        End::Nothing(..) => Err(Errno::NOENT),
+    }
+}
+
+/// Where the path of `request` ends.
+pub(super) fn end(tid: u32, Origin { root, start }: &Origin, request: &OpenRequest) -> rustix::io::Result<End> {
     let start = start.as_ref().unwrap_or(root);
     let no_link = request.flags.contains(OFlags::NOFOLLOW) && !request.is_path_only();
     let follow = || lookup::follow(tid, root.as_fd(), start.as_fd(), &request.path, no_link);

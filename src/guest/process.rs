@@ -2,7 +2,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, CWD, StatxFlags};
+use rustix::fs::{AtFlags, CWD, FileType, StatxFlags};
 
 use crate::sys::credentials::FileSystemUser;
 use crate::volume::DeviceNumber;
@@ -75,6 +75,15 @@ pub fn processes_with_open(pids: &[u32], device: DeviceNumber) -> Vec<u32> {
 
 /// The devices that process `pid` has open, each as often as it has. A process that is gone has none.
 pub fn open_devices(pid: u32) -> impl Iterator<Item = DeviceNumber> {
+    devices(pid).map(|(_, device)| device)
+}
+
+/// The block devices among them. A character device may have the same number.
+pub fn open_block_devices(pid: u32) -> impl Iterator<Item = DeviceNumber> {
+    devices(pid).filter(|(kind, _)| *kind == FileType::BlockDevice).map(|(_, device)| device)
+}
+
+fn devices(pid: u32) -> impl Iterator<Item = (FileType, DeviceNumber)> {
     let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
     descriptors.filter_map(|descriptor| {
         let place = descriptor.path();
@@ -83,11 +92,12 @@ pub fn open_devices(pid: u32) -> impl Iterator<Item = DeviceNumber> {
     })
 }
 
-/// The number of the device at `path`. It may be a process's own file system that serves the place, which
+/// Kind and number of the device at `path`. It may be a process's own file system that serves the place, which
 /// is not asked: what the kernel knows already is enough.
-fn device_at(path: &Path) -> rustix::io::Result<DeviceNumber> {
+fn device_at(path: &Path) -> rustix::io::Result<(FileType, DeviceNumber)> {
     let status = rustix::fs::statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::TYPE)?;
-    Ok(DeviceNumber { major: status.stx_rdev_major, minor: status.stx_rdev_minor })
+    let number = DeviceNumber { major: status.stx_rdev_major, minor: status.stx_rdev_minor };
+    Ok((FileType::from_raw_mode(status.stx_mode.into()), number))
 }
 
 #[cfg(test)]
@@ -119,9 +129,10 @@ mod tests {
 
     #[test]
     fn who_has_a_device_open_is_found() {
-        let number = |path| device_at(Path::new(path)).unwrap();
+        let number = |path| device_at(Path::new(path)).unwrap().1;
         let _null = fs::File::open("/dev/null").unwrap();
         let own = std::process::id();
+        assert!(!open_block_devices(own).any(|device| device == number("/dev/null")), "a character device");
         assert_eq!(processes_with_open(&[own, u32::MAX], number("/dev/null")), [own]);
         assert!(processes_with_open(&[own], number("/dev/full")).is_empty());
     }

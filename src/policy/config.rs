@@ -14,6 +14,7 @@ use super::guard::GuardConfig;
 use super::index::Index;
 use super::profile::{NAME_RULE, Profile, is_name};
 use super::rule::{Fit, Rule};
+use super::targets::PlaintextTargets;
 use crate::volume::Identity;
 
 /// Where the configuration is, unless a program is told otherwise.
@@ -139,6 +140,8 @@ pub struct PolicyConfig {
     pub unmatched_iscsi: Unmatched,
     /// Whether a volume's key may be written to a file.
     pub export_keys: bool,
+    /// Where guests with a protected volume may write what nothing encrypts, beside what libvirt gave them.
+    pub plaintext_targets: PlaintextTargets,
 }
 
 /// What becomes of devices that no rule matches.
@@ -346,7 +349,8 @@ fn hook(table: HookTable) -> Result<HookConfig, Fault> {
 fn policy(table: PolicyTable) -> Result<PolicyConfig, Fault> {
     let unmatched_iscsi =
         word("unmatched_iscsi", table.unmatched_iscsi, [("pass", Unmatched::Pass), ("deny", Unmatched::Deny)])?;
-    Ok(PolicyConfig { unmatched_iscsi, export_keys: table.export_keys })
+    let plaintext_targets = PlaintextTargets::new(table.plaintext_targets)?;
+    Ok(PolicyConfig { unmatched_iscsi, export_keys: table.export_keys, plaintext_targets })
 }
 
 fn audit(table: AuditTable) -> Result<AuditConfig, Fault> {

@@ -13,6 +13,7 @@ impl Config {
         }
         lines.extend(self.rules().iter().map(in_words));
         lines.extend(self.without_rule());
+        lines.extend(self.plaintext());
         lines.extend(self.unused_profiles());
         let comparison = self.compare_rules();
         lines.extend(comparison.overlaps.iter().map(|overlap| format!("Overlap: {overlap}.")));
@@ -117,6 +118,18 @@ impl Config {
         };
         let needed = !self.rules().is_empty() || self.policy.unmatched_iscsi == Unmatched::Deny;
         needed.then(|| format!("iSCSI volumes that no rule matches {what}."))
+    }
+
+    fn plaintext(&self) -> Option<String> {
+        let protects = self.rules().iter().any(|rule| rule.protect().is_some());
+        let patterns = self.policy.plaintext_targets.patterns().collect::<Vec<_>>().join(" or ");
+        let matching = if patterns.is_empty() { patterns } else { format!(", and to paths matching {patterns}") };
+        protects.then(|| {
+            format!(
+                "While a guest uses a protected volume, QEMU writes only to what libvirt started it with, to what a rule \
+                 protects or lets pass{matching}."
+            )
+        })
     }
 
     fn guard(&self) -> String {

@@ -50,6 +50,7 @@ pub(super) struct HookTable {
 pub(super) struct PolicyTable {
     pub(super) unmatched_iscsi: Option<Spanned<String>>,
     pub(super) export_keys: bool,
+    pub(super) plaintext_targets: Vec<Spanned<String>>,
 }
 
 #[derive(Deserialize, Default)]

@@ -13,6 +13,7 @@ mod multipath;
 mod pattern;
 mod profile;
 mod rule;
+mod targets;
 mod template;
 mod trace;
 
@@ -25,4 +26,5 @@ pub use error::ConfigError;
 pub use guard::GuardConfig;
 pub use profile::{KeySize, Profile, Provider, UnsupportedKeySize};
 pub use rule::{Action, Protect, Rule};
+pub use targets::PlaintextTargets;
 pub use trace::{Outcome, RuleTrace, Trace};

@@ -1,10 +1,11 @@
 //! Which domain may have which volume.
 
 use std::cell::OnceCell;
+use std::io;
 use std::sync::Arc;
 
 use super::{Broker, Vault, enrolled_device};
-use crate::domain::{Facts, Requester};
+use crate::domain::{Facts, Given, Requester};
 use crate::guest::{Domains, process_of};
 use crate::policy::Config;
 use crate::refusal::{Reason, Refusal};
@@ -22,10 +23,28 @@ pub struct Guest<'a> {
     facts: OnceCell<Option<Facts>>,
 }
 
+impl Guest<'_> {
+    /// The process that the thread belongs to.
+    ///
+    /// # Errors
+    /// When the thread is gone.
+    pub fn process(&self) -> io::Result<u32> {
+        process_of(self.tid)
+    }
+
+    /// What libvirt has given to the domain; nothing if there is none.
+    pub(super) fn given(&self) -> Vec<Given> {
+        self.process().and_then(|pid| self.domains.given(pid)).unwrap_or_else(|error| {
+            tracing::error!(tid = self.tid, "it cannot be told what libvirt has given to thread {}: {error}", self.tid);
+            Vec::new()
+        })
+    }
+}
+
 impl Requester for Guest<'_> {
     fn facts(&self) -> Option<&Facts> {
         let look_up = || {
-            process_of(self.tid).and_then(|pid| self.domains.of(pid)).unwrap_or_else(|error| {
+            self.process().and_then(|pid| self.domains.of(pid)).unwrap_or_else(|error| {
                 tracing::error!(tid = self.tid, "it cannot be told which domain thread {} runs: {error}", self.tid);
                 None
             })

@@ -21,14 +21,14 @@ impl Broker {
     }
 
     /// As [`Broker::check_mappings`] for a guest that opens `device`, and records each use. `permitted` says
-    /// whether the guest may open the device's node at all.
+    /// whether the guest may open the device's node at all. Tells whether there are any mappings.
     pub(super) fn use_mappings(
         &self,
         device: &Identity,
         permitted: bool,
         guest: &dyn Requester,
-    ) -> Result<(), Refusal> {
-        let Some((volume, _)) = device.own_mappings().into_iter().next() else { return Ok(()) };
+    ) -> Result<bool, Refusal> {
+        let Some((volume, _)) = device.own_mappings().into_iter().next() else { return Ok(false) };
         if !permitted {
             let sentence =
                 format!("{device} gives access to volume {volume}, and libvirt has not given it to this QEMU");
@@ -39,7 +39,7 @@ impl Broker {
             volumes.iter().try_for_each(|volume| self.record_use(Kind::KeyUsed, volume, &format!("opened as {device}")))
         })?;
         self.merge_audit_soon();
-        Ok(())
+        Ok(true)
     }
 
     fn check_mapping(

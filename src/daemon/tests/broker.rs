@@ -287,22 +287,9 @@ fn scsi_commands_reach_no_protected_volume() {
     assert!(matches!(broker.pass_commands(other, &vm()).unwrap(), Verdict::LetThrough));
 }
 
-/// Adds volcrypt's own mapping of volume `id` on `backing`.
-fn add_mapping(world: &World, id: &str, backing: DeviceNumber, minor: u32) -> DeviceNumber {
-    let number = world.add_volume("none", minor);
-    let below = world.identify(backing).unwrap();
-    world.change(number, |identity| {
-        let (name, uuid) = (format!("volcrypt-{id}"), format!("VOLCRYPT-PLAIN-{id}"));
-        identity.mapping = Some(crate::volume::Mapping { name, uuid });
-        (identity.iscsi, identity.lun, identity.wwid) = (None, None, None);
-        identity.underlying = vec![below];
-    });
-    number
-}
-
 /// Adds what stands on `below`.
 fn add_stack(world: &World, below: &[DeviceNumber], minor: u32) -> DeviceNumber {
-    let number = add_mapping(world, "x", below[0], minor);
+    let number = world.add_mapping("x", below[0], minor);
     let underlying = below.iter().map(|number| world.identify(*number).unwrap()).collect();
     world.change(number, |identity| {
         identity.mapping = Some(crate::volume::Mapping { name: "vg-lv".to_owned(), uuid: "LVM-x".to_owned() });
@@ -316,7 +303,7 @@ fn a_mapping_that_is_named_is_its_volume_and_goes_to_the_same_domains() {
     let world = World::new();
     let disk = world.add_volume("one", 0);
     let broker = world.broker(false);
-    let mapping = add_mapping(&world, "one", disk, 100);
+    let mapping = world.add_mapping("one", disk, 100);
     for device in [mapping, add_stack(&world, &[mapping], 101)] {
         let open = |guest: &Facts| broker.open(device, true, OFlags::RDWR, guest);
         let ready = |guest: &Facts| broker.make_ready(&world.identify(device).unwrap(), guest);
@@ -324,7 +311,7 @@ fn a_mapping_that_is_named_is_its_volume_and_goes_to_the_same_domains() {
             assert_eq!(refusal(open(&vm_of("p1"))).errno(), libc::ENOKEY);
             broker.enrol(disk, Some("p1")).unwrap();
         }
-        assert!(matches!(open(&vm_of("p1")).unwrap(), Verdict::LetThrough));
+        assert!(matches!(open(&vm_of("p1")).unwrap(), Verdict::OnMapping));
         let ready_one = ready(&vm_of("p1")).unwrap();
         assert_eq!((ready_one.volume, ready_one.mapped), (None, vec!["one".parse().unwrap()]));
 
@@ -362,7 +349,7 @@ fn a_mapping_on_another_device_than_was_enrolled_is_refused() {
     let broker = world.broker(false);
     broker.enrol(disk, None).unwrap();
     world.change(disk, |identity| identity.wwid = Some("naa.other".to_owned()));
-    let mapping = add_mapping(&world, "one", disk, 100);
+    let mapping = world.add_mapping("one", disk, 100);
     assert_eq!(refusal(broker.open(mapping, true, OFlags::RDWR, &vm())).errno(), libc::EMEDIUMTYPE);
 }
 
@@ -373,7 +360,7 @@ fn what_stands_on_two_mappings_is_for_who_may_have_both() {
     let broker = world.broker(false);
     broker.enrol(disks[0], Some("p1")).unwrap();
     broker.enrol(disks[1], Some("p2")).unwrap();
-    let mappings = [add_mapping(&world, "one", disks[0], 100), add_mapping(&world, "two", disks[1], 101)];
+    let mappings = [world.add_mapping("one", disks[0], 100), world.add_mapping("two", disks[1], 101)];
     let stack = add_stack(&world, &mappings, 102);
     for owner in ["p1", "p2"] {
         assert_eq!(refusal(broker.open(stack, true, OFlags::RDWR, &vm_of(owner))).errno(), libc::EACCES);
@@ -389,7 +376,7 @@ fn a_rule_that_denies_a_volume_denies_its_mapping() {
     let denying = "[[rules]]\nname = \"no\"\naction = \"deny\"\niscsi_target = '.*'\ndomain = 'vm'\n";
     let broker = world.broker_saying(false, "");
     broker.enrol(disk, None).unwrap();
-    let mapping = add_mapping(&world, "one", disk, 100);
+    let mapping = world.add_mapping("one", disk, 100);
     assert!(broker.open(mapping, true, OFlags::RDWR, &vm()).is_ok());
     let state = world.path().join("state");
     let rules = |rules: &str| world.broker_with(&format!("[key_manager]\ndirectory = {state:?}\n{rules}"));

@@ -4,6 +4,7 @@
 mod audit;
 mod broker;
 mod control;
+mod copies;
 mod hostile;
 mod lifecycle;
 mod prepare;
@@ -23,7 +24,7 @@ use tempfile::TempDir;
 
 use super::broker::Broker;
 use super::devices::Devices;
-use crate::domain::Facts;
+use crate::domain::{Facts, Given, given};
 use crate::encryptor::{Mapping, MappingSpec, VolumeEncryptor};
 use crate::guest::Domains;
 use crate::keys::Key;
@@ -57,6 +58,10 @@ struct World {
     in_use: bool,
     /// Which domain every process is.
     domain: Option<Facts>,
+    /// The block devices that every process has open.
+    open: Arc<Mutex<Vec<DeviceNumber>>>,
+    /// The live XML of the domain.
+    given: Arc<Mutex<String>>,
 }
 
 impl World {
@@ -71,6 +76,8 @@ impl World {
             mapped: false,
             in_use: false,
             domain: Some(vm()),
+            open: Arc::default(),
+            given: Arc::new(Mutex::new("<domain/>".to_owned())),
         }
     }
 
@@ -84,6 +91,19 @@ impl World {
         identity.wwid = Some(format!("naa.{minor}"));
         File::create(self.folder.path().join(&identity.name)).unwrap().set_len(SIZE).unwrap();
         self.devices.lock().unwrap().insert(number, identity);
+        number
+    }
+
+    /// Adds the mapping of volume `id` over `backing`.
+    fn add_mapping(&self, id: &str, backing: DeviceNumber, minor: u32) -> DeviceNumber {
+        let number = self.add_volume("none", minor);
+        let below = self.identify(backing).unwrap();
+        self.change(number, |identity| {
+            let (name, uuid) = (format!("volcrypt-{id}"), format!("VOLCRYPT-PLAIN-{id}"));
+            identity.mapping = Some(crate::volume::Mapping { name, uuid });
+            (identity.iscsi, identity.lun, identity.wwid) = (None, None, None);
+            identity.underlying = vec![below];
+        });
         number
     }
 
@@ -146,6 +166,10 @@ impl Devices for World {
         File::open(self.folder.path().join(&identity.name))
     }
 
+    fn open_by(&self, _pid: u32) -> Vec<DeviceNumber> {
+        self.open.lock().unwrap().clone()
+    }
+
     fn user(&self, _device: DeviceNumber) -> Option<String> {
         self.in_use.then(|| "process 1".to_owned())
     }
@@ -154,6 +178,10 @@ impl Devices for World {
 impl Domains for World {
     fn of(&self, _pid: u32) -> io::Result<Option<Facts>> {
         Ok(self.domain.clone())
+    }
+
+    fn given(&self, _pid: u32) -> io::Result<Vec<Given>> {
+        Ok(given(&self.given.lock().unwrap()))
     }
 }
 

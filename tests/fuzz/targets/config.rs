@@ -53,6 +53,7 @@ const KNOWN: [&str; 64] = [
     "[policy]\n",
     "unmatched_iscsi = ",
     "export_keys = ",
+    "plaintext_targets = ",
     "[hook]\n",
     "deadline = ",
     "when_daemon_unreachable = ",

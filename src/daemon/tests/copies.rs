@@ -1,0 +1,173 @@
+//! What a guest with a protected volume may write to.
+
+use std::path::PathBuf;
+
+use super::server::as_guest;
+use super::*;
+use crate::audit::{Entry, Kind};
+use crate::store::{AuditQuery, Store};
+
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// A guest that has the protected volume `one`, and its files, which are on a disk.
+struct Copier {
+    world: World,
+    node: Node,
+    files: TempDir,
+}
+
+impl Copier {
+    /// `minor` is the number of the volume's device; the next ones are free for the test.
+    fn new(minor: u32) -> Self {
+        let world = World::new();
+        let disk = world.add_volume("one", minor);
+        let mapping = world.add_mapping("one", disk, minor + 50);
+        world.open.lock().unwrap().push(mapping);
+        let files = tempfile::tempdir_in("/var/tmp").unwrap();
+        Copier { world, node: Node::new("/dev", disk), files }
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        let path = self.files.path().join(name);
+        std::fs::write(&path, "").unwrap();
+        path
+    }
+
+    /// The live XML has a disk with these sources.
+    fn gives(&self, sources: &[&Path]) {
+        let sources: String = sources.iter().map(|path| format!("<source dev='{}'/>", path.display())).collect();
+        *self.world.given.lock().unwrap() = format!("<domain><devices><disk>{sources}</disk></devices></domain>");
+    }
+
+    /// What comes of opening the paths for writing with the volume in use.
+    fn open(&self, more: &str, paths: &[&Path]) -> Vec<Option<i32>> {
+        let volume = self.node.0.clone();
+        let paths: Vec<_> = paths.iter().map(|path| path.to_path_buf()).collect();
+        as_guest(self.world.broker_saying(true, more), DEADLINE, move || {
+            let volume = OpenOptions::new().read(true).write(true).open(volume).unwrap();
+            let opened = paths.iter().map(|path| open_errno(path)).collect();
+            drop(volume);
+            opened
+        })
+    }
+
+    /// The refusals in the audit log, the oldest first. There has to be one; it comes after the answer.
+    fn refusals(&self) -> Vec<String> {
+        (0..1000)
+            .find_map(|_| {
+                std::thread::sleep(Duration::from_millis(10));
+                Some(self.recorded()).filter(|refusals| !refusals.is_empty())
+            })
+            .expect("a refusal has to be recorded")
+    }
+
+    fn recorded(&self) -> Vec<String> {
+        let store = Store::open(&self.world.path().join("state")).unwrap();
+        let entries = store.audit(&AuditQuery::default()).unwrap().entries.into_iter().rev();
+        let events = entries.map(|entry| match entry {
+            Entry::Record { record, .. } => record.event,
+            Entry::Damaged { damaged, .. } => panic!("{damaged}"),
+        });
+        events.filter(|event| event.kind == Kind::Refused).map(|event| event.detail).collect()
+    }
+}
+
+/// As QEMU opens an image, and as it makes one.
+fn open_errno(path: &Path) -> Option<i32> {
+    let opened = OpenOptions::new().read(true).write(true).create(!path.exists()).open(path);
+    opened.err().and_then(|error| error.raw_os_error())
+}
+
+const REFUSED: Option<i32> = Some(libc::EACCES);
+/// What the kernel says of a device that is simulated, when the open is left to it.
+const NO_DEVICE: Option<i32> = Some(libc::ENXIO);
+
+#[test]
+fn a_guest_with_a_protected_volume_writes_to_nothing_that_it_was_not_given() {
+    let copier = Copier::new(220);
+    let (own, other, link) = (copier.file("own"), copier.file("other"), copier.files.path().join("link"));
+    std::os::unix::fs::symlink(&own, &link).unwrap();
+    let made = copier.files.path().join("made");
+    copier.gives(&[&own]);
+    let opened = copier.open("", &[&own, &link, &other, Path::new("/dev/null")]);
+    assert_eq!(opened, [None, None, REFUSED, None]);
+    assert_eq!(copier.open("", &[&made]), [REFUSED]);
+    assert!(!made.exists());
+    assert_eq!(
+        copier.refusals()[0],
+        format!(
+            "QEMU of domain vm may not write to {}, which nothing encrypts, while it uses the protected volume one: a copy \
+             in clear could come to stand there; if it may, add its path to plaintext_targets in [policy], and run \
+             'systemctl reload volcryptd'",
+            other.display()
+        )
+    );
+}
+
+#[test]
+fn it_reads_what_it_likes_and_a_guest_without_a_volume_writes_as_ever() {
+    let copier = Copier::new(221);
+    let file = copier.file("file");
+    let (volume, path) = (copier.node.0.clone(), file.clone());
+    let read = as_guest(copier.world.broker(true), DEADLINE, move || {
+        let _volume = File::open(volume).unwrap();
+        File::open(path).is_ok()
+    });
+    assert!(read);
+    let path = file.clone();
+    assert_eq!(as_guest(copier.world.broker(true), DEADLINE, move || open_errno(&path)), None);
+    // It was detached.
+    copier.world.open.lock().unwrap().clear();
+    assert_eq!(copier.open("", &[&file]), [None]);
+}
+
+#[test]
+fn the_configuration_may_allow_a_file() {
+    let copier = Copier::new(222);
+    let (file, other) = (copier.file("a.qcow2"), copier.file("a.qcow2.old"));
+    let folder = copier.files.path().display().to_string();
+    let allow = |pattern: &str| format!("[policy]\nplaintext_targets = ['{folder}/x', '{pattern}']\n");
+    assert_eq!(copier.open(&allow(&format!("{folder}/.*\\.qcow2")), &[&file, &other]), [None, REFUSED]);
+    assert_eq!(copier.open(&allow(".*"), &[&file, &other]), [None, None]);
+}
+
+#[test]
+fn a_device_is_allowed_by_what_libvirt_gave_by_a_rule_or_by_its_path() {
+    let copier = Copier::new(223);
+    let device = copier.world.add_volume("plain", 224);
+    copier.world.change(device, |identity| identity.lun = Some(2));
+    let node = Node::new("/dev", device);
+    let rule = "[[rules]]\nname = \"backup\"\naction = \"pass\"\niscsi_target = '.*:volume-plain'\n";
+    for (more, opened) in [
+        ("", REFUSED),
+        (rule, NO_DEVICE),
+        ("[policy]\nplaintext_targets = ['/dev/sd224']\n", NO_DEVICE),
+        ("[policy]\nplaintext_targets = ['/dev/sd22']\n", REFUSED),
+    ] {
+        assert_eq!(copier.open(more, &[&node.0]), [opened], "{more}");
+    }
+    let refusals = copier.refusals();
+    assert!(refusals[0].contains("('volcrypt volume identify /dev/sd224' shows by what)"), "{refusals:?}");
+    copier.gives(&[&node.0]);
+    assert_eq!(copier.open("", &[&node.0]), [NO_DEVICE]);
+}
+
+#[test]
+fn an_overlay_of_a_protected_volume_is_given_to_nobody() {
+    let copier = Copier::new(225);
+    let (overlay, base) = (copier.file("overlay"), copier.file("base"));
+    copier.gives(&[&overlay, &copier.node.0.clone(), &base]);
+    assert_eq!(copier.open("", &[&overlay, &base]), [REFUSED, REFUSED]);
+    copier.gives(&[&overlay, &base]);
+    assert_eq!(copier.open("", &[&overlay, &base]), [None, None]);
+}
+
+#[test]
+fn all_volumes_of_the_guest_are_named() {
+    let copier = Copier::new(226);
+    let disk = copier.world.add_volume("two", 227);
+    let mapping = copier.world.add_mapping("two", disk, 278);
+    copier.world.open.lock().unwrap().push(mapping);
+    assert_eq!(copier.open("", &[&copier.file("file")]), [REFUSED]);
+    assert!(copier.refusals()[0].contains("while it uses the protected volumes one, two: "), "{:?}", copier.refusals());
+}

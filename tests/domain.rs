@@ -5,7 +5,7 @@ use std::fmt::Write;
 use std::fs;
 use std::path::Path;
 
-use volcrypt::domain::{Domain, Source};
+use volcrypt::domain::{Disk, Domain, Source};
 
 fn describe(xml: &str) -> String {
     let domain = match Domain::parse(xml) {
@@ -16,15 +16,24 @@ fn describe(xml: &str) -> String {
     let uuid = domain.uuid.unwrap_or("none".to_owned());
     let owner = domain.owner.map_or(String::new(), |owner| format!("owner: {owner}\n"));
     let mut text = format!("name: {}\nuuid: {uuid}\n{owner}emulator: {emulator}\n", domain.name);
-    for disk in domain.disks {
-        let source = match disk.source {
+    for disk in &domain.disks {
+        writeln!(text, "disk {} ({}): {}", disk.target, disk.device, images(disk)).unwrap();
+    }
+    text
+}
+
+/// The image of a disk, and those on which it stands.
+fn images(disk: &Disk) -> String {
+    let image = |source: &Source, is_looked_into| {
+        let source = match source {
             Source::Path(path) => format!("path {}", path.display()),
             Source::IscsiUnit { target, lun } => format!("LUN {lun} of {target}"),
             Source::Other => "other".to_owned(),
         };
-        writeln!(text, "disk {} ({}): {source}", disk.target, disk.device).unwrap();
-    }
-    text
+        if is_looked_into { source + " on what libvirt finds in it" } else { source }
+    };
+    let beneath = disk.beneath.iter().map(|layer| image(&layer.source, layer.is_looked_into));
+    std::iter::once(image(&disk.source, disk.is_looked_into)).chain(beneath).collect::<Vec<_>>().join(" on ")
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::broker::{Broker, Ready, no_such_device};
 use crate::audit::{Asker, Kind};
-use crate::domain::{Disk, Domain, Facts, Source, in_disk, passes_commands, quoted, reached_by_qemu};
+use crate::domain::{Disk, Domain, Facts, Source, in_disk, is_hidden, passes_commands, quoted, reached_by_qemu};
 use crate::guest::{block_device_at, is_no_device};
 use crate::policy::OtherEmulators;
 use crate::protocol::EMULATOR_DIRECTORY;
@@ -31,32 +31,43 @@ fn prepare_domain(broker: &Broker, name: &str, domain: &Domain) -> Result<(), Re
         Ok(_) => check_emulator(name, domain, "protected volumes attached to it")?,
         Err(fault) => check_emulator(name, domain, "protected volumes").map_err(|_| unknown_volumes(name, &fault))?,
     }
-    let facts = domain.facts();
     for disk in &domain.disks {
         let refused = |refusal: Refusal| in_disk(disk, &refusal);
-        match &disk.source {
-            Source::Path(path) => {
-                let ready = prepare_path(broker, path, &facts).map_err(refused)?;
-                for volume in &ready.mapped {
-                    let detail = format!("made ready for disk {} as {}", disk.target, path.display());
-                    broker.record_use(Kind::KeyUsed, volume, &detail).map_err(refused)?;
-                    broker.merge_audit_soon();
-                }
-                if let Some(volume) = ready.volume {
-                    check_disk(disk, &volume).map_err(|refusal| refused(refusal.of(&volume)))?;
-                    check_emulator(name, domain, &format!("the protected volume {volume}"))
-                        .map_err(|refusal| refusal.of(&volume))?;
-                    broker
-                        .record_use(Kind::KeyUsed, &volume, &format!("made ready for disk {}", disk.target))
-                        .map_err(refused)?;
-                    broker.merge_audit_soon();
-                    tracing::info!(domain = name, volume = %volume, "volume {volume} is ready for disk {} of domain {name}", disk.target);
-                }
-            }
-            Source::IscsiUnit { target, lun } => check_unit(broker, target, *lun, &facts).map_err(refused)?,
-            Source::Other => {}
+        prepare_image(broker, name, domain, disk, &disk.source, disk.is_looked_into).map_err(refused)?;
+        for layer in &disk.beneath {
+            prepare_image(broker, name, domain, disk, &layer.source, layer.is_looked_into).map_err(refused)?;
         }
     }
+    Ok(())
+}
+
+/// Makes one of the images that `disk` is made of ready.
+fn prepare_image(
+    broker: &Broker,
+    name: &str,
+    domain: &Domain,
+    disk: &Disk,
+    source: &Source,
+    is_looked_into: bool,
+) -> Result<(), Refusal> {
+    let facts = domain.facts();
+    let path = match source {
+        Source::Path(path) => path,
+        Source::IscsiUnit { target, lun } => return check_unit(broker, target, *lun, &facts),
+        Source::Other => return Ok(()),
+    };
+    let ready = prepare_path(broker, path, &facts)?;
+    for volume in &ready.mapped {
+        let detail = format!("made ready for disk {} as {}", disk.target, path.display());
+        broker.record_use(Kind::KeyUsed, volume, &detail)?;
+        broker.merge_audit_soon();
+    }
+    let Some(volume) = ready.volume else { return Ok(()) };
+    check_disk(disk, is_looked_into, &volume).map_err(|refusal| refusal.of(&volume))?;
+    check_emulator(name, domain, &format!("the protected volume {volume}")).map_err(|refusal| refusal.of(&volume))?;
+    broker.record_use(Kind::KeyUsed, &volume, &format!("made ready for disk {}", disk.target))?;
+    broker.merge_audit_soon();
+    tracing::info!(domain = name, volume = %volume, "volume {volume} is ready for disk {} of domain {name}", disk.target);
     Ok(())
 }
 
@@ -76,9 +87,10 @@ fn check_unit(broker: &Broker, target: &str, lun: u64, domain: &Facts) -> Result
     }
 }
 
-fn check_disk(disk: &Disk, volume: &VolumeId) -> Result<(), Refusal> {
+fn check_disk(disk: &Disk, is_looked_into: bool, volume: &VolumeId) -> Result<(), Refusal> {
     match disk.device.as_str() {
         "lun" => Err(passes_commands(volume)),
+        _ if is_looked_into => Err(is_hidden(volume)),
         _ => Ok(()),
     }
 }

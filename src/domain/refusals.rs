@@ -23,6 +23,18 @@ pub fn passes_commands(volume: &VolumeId) -> Refusal {
     )
 }
 
+/// libvirt looks into a protected volume to learn on which others the image there stands, and finds ciphertext.
+pub fn is_hidden(volume: &VolumeId) -> Refusal {
+    Refusal::new(
+        Reason::NotAllowed,
+        format!(
+            "libvirt cannot see on which image the one in the protected volume {volume} stands, and the guest would \
+             read zeros in the place of that: say it with <backingStore> in the disk's XML, where <backingStore/> stands \
+             for none"
+        ),
+    )
+}
+
 /// QEMU reaches a protected volume by its own iSCSI client: it never opens a device, so nothing would encrypt
 /// what it sends.
 pub fn reached_by_qemu(target: &str, lun: u64) -> Refusal {

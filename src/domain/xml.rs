@@ -37,6 +37,20 @@ pub struct Disk {
     pub device: String,
     /// Where its data is.
     pub source: Source,
+    /// Whether libvirt looks into the image to learn on which others it stands: see [`Layer::is_looked_into`].
+    pub is_looked_into: bool,
+    /// The images on which it stands, as far as the XML says so, from the top.
+    pub beneath: Vec<Layer>,
+}
+
+/// An image on which another one stands: a `<backingStore>`.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Layer {
+    /// Where its data is.
+    pub source: Source,
+    /// Whether libvirt looks into the image itself to learn on which others it stands. It does where the format
+    /// knows such things, as qcow2 does, and the XML does not say it; `<backingStore/>` says that there is none.
+    pub is_looked_into: bool,
 }
 
 /// Where a disk's data is.
@@ -107,9 +121,32 @@ impl Disk {
         Disk {
             target: target.to_owned(),
             device: disk.attribute("device").unwrap_or(disk.tag_name().name()).to_owned(),
-            source: child(disk, "source").map_or(Source::Other, |source| Source::read(&source)),
+            source: source_of(disk),
+            is_looked_into: is_looked_into(disk, "driver"),
+            beneath: std::iter::successors(layer(disk), layer).map(|layer| Layer::read(&layer)).collect(),
         }
     }
+}
+
+impl Layer {
+    fn read(layer: &Node<'_, '_>) -> Self {
+        Layer { source: source_of(layer), is_looked_into: is_looked_into(layer, "format") }
+    }
+}
+
+fn source_of(image: &Node<'_, '_>) -> Source {
+    child(image, "source").map_or(Source::Other, |source| Source::read(&source))
+}
+
+/// The image beneath a disk or another image. An empty element says that there is none.
+fn layer<'a, 'input>(image: &Node<'a, 'input>) -> Option<Node<'a, 'input>> {
+    child(image, "backingStore").filter(|layer| child(layer, "source").is_some())
+}
+
+/// `format` is the element whose `type` says the image's format.
+fn is_looked_into(image: &Node<'_, '_>, format: &'static str) -> bool {
+    let format = child(image, format).and_then(|format| format.attribute("type")).unwrap_or("raw");
+    format != "raw" && child(image, "backingStore").is_none()
 }
 
 impl Source {

@@ -173,3 +173,40 @@ proptest! {
         prop_assert!(!sentence.contains(char::is_control), "{sentence:?}");
     }
 }
+
+#[test]
+fn what_an_image_in_a_protected_volume_stands_on_has_to_be_said() {
+    let world = World::new();
+    let (top, base) = (world.add_volume("top", 27), world.add_volume("base", 28));
+    let (top, base) = (Node::new("/dev", top), Node::new("/dev", base));
+    let broker = world.broker(true);
+    let disk = |format: &str, backing: &str| {
+        let disk = format!(
+            "<disk type='block' device='disk'><driver name='qemu' type='{format}'/><source dev='{}'/>{backing}\
+             <target dev='sda' bus='scsi'/></disk>",
+            top.0.display()
+        );
+        prepare(&broker, "vm", &domain(WRAPPER, &disk)).map_err(|refusal| refusal.to_string())
+    };
+    let beneath = |format: &str, backing: &str| {
+        let base = base.0.display();
+        format!("<backingStore type='block'><format type='{format}'/><source dev='{base}'/>{backing}</backingStore>")
+    };
+    for (format, backing) in [
+        ("raw", String::new()),
+        ("qcow2", "<backingStore/>".to_owned()),
+        ("qcow2", beneath("raw", "")),
+        ("qcow2", beneath("qcow2", "<backingStore/>")),
+    ] {
+        assert_eq!(disk(format, &backing), Ok(()), "{format} {backing}");
+    }
+    for (backing, volume) in [(String::new(), "top"), (beneath("qcow2", ""), "base")] {
+        let sentence = disk("qcow2", &backing).unwrap_err();
+        let start =
+            format!("disk sda: libvirt cannot see on which image the one in the protected volume {volume} stands");
+        assert!(sentence.starts_with(&start), "{sentence}");
+    }
+    world.change(DeviceNumber { major: 250, minor: 28 }, |identity| identity.wwid = Some("naa.other".to_owned()));
+    let sentence = disk("qcow2", &beneath("raw", "")).unwrap_err();
+    assert!(sentence.contains("is not the device that volume base was enrolled on"), "{sentence}");
+}

@@ -87,8 +87,11 @@ fn devices(pid: u32) -> impl Iterator<Item = (FileType, DeviceNumber)> {
     let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
     descriptors.filter_map(|descriptor| {
         let place = descriptor.path();
-        let is_in_dev = fs::read_link(&place).is_ok_and(|target| target.starts_with("/dev"));
-        is_in_dev.then(|| device_at(&place).ok()).flatten()
+        // What has a name anywhere, and is no pipe or socket. The name of what a daemon gave is /dm-0 once that
+        // daemon is gone, and its mounts with it.
+        let is_named = fs::read_link(&place).is_ok_and(|target| target.is_absolute());
+        let device = is_named.then(|| device_at(&place).ok()).flatten();
+        device.filter(|(kind, _)| matches!(kind, FileType::BlockDevice | FileType::CharacterDevice))
     })
 }
 
@@ -135,6 +138,27 @@ mod tests {
         assert!(!open_block_devices(own).any(|device| device == number("/dev/null")), "a character device");
         assert_eq!(processes_with_open(&[own, u32::MAX], number("/dev/null")), [own]);
         assert!(processes_with_open(&[own], number("/dev/full")).is_empty());
+    }
+
+    /// As a mapping is that an earlier daemon gave to a guest.
+    #[test]
+    fn a_device_is_found_whose_mount_is_gone() {
+        let mut holder = std::process::Command::new("unshare")
+            .args(["--mount", "--propagation", "private", "sh", "-c"])
+            .arg(
+                "mount -t tmpfs tmpfs /mnt && mknod /mnt/zero c 1 5 && exec </mnt/zero && umount -l /mnt && echo ready && \
+                 exec sleep 60",
+            )
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut ready = [0; 6];
+        io::Read::read_exact(holder.stdout.as_mut().unwrap(), &mut ready).expect("run the tests as root");
+        let pid = holder.id();
+        let found: Vec<_> = open_devices(pid).collect();
+        holder.kill().unwrap();
+        holder.wait().unwrap();
+        assert!(found.contains(&DeviceNumber { major: 1, minor: 5 }), "{found:?}");
     }
 
     #[test]

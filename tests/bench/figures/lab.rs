@@ -63,6 +63,9 @@ pub fn figures(machine: &str, domain: &str, devices: &[&Path; 3]) -> Outcome<Vec
     let openers = Openers::start()?;
     let through = openers.medians(OPEN_ROUNDS, unprotected, unprotected)?;
     let injected = openers.medians(OPEN_ROUNDS, &node, protected)?;
+    // That guest has had a protected volume now.
+    let file = tempfile::NamedTempFile::new_in("/var/tmp")?;
+    let written = openers.medians_of_writing(OPEN_ROUNDS, file.path())?;
     drop(openers);
     ours.detach()?;
 
@@ -86,6 +89,13 @@ pub fn figures(machine: &str, domain: &str, devices: &[&Path; 3]) -> Outcome<Vec
             "bare open of the mapping",
             injected[0],
             open_aim,
+        ),
+        figure(
+            "open of a file for writing, after a protected volume",
+            written[1],
+            "bare open",
+            written[0],
+            Aim::OverUnlessEmulated(DEVICE_AIM),
         ),
     ];
     figures.extend(crate::audit::figures()?);

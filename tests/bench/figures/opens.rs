@@ -1,6 +1,6 @@
 //! Opens that go through the daemon, against opens that do not.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -28,11 +28,19 @@ pub fn figures() -> Outcome<Vec<Figure>> {
     let device = open_device()?;
     let [bare_file, guest_file] = openers.medians(ROUNDS, &file, &file)?;
     let [bare_device, guest_device] = openers.medians(ROUNDS, &device, &device)?;
+    let written = tempfile::NamedTempFile::new_in("/var/tmp")?;
+    let [bare_written, guest_written] = openers.medians_of_writing(ROUNDS, written.path())?;
     Ok(vec![
         Figure {
             what: "open of a file, let through".to_owned(),
             value: guest_file,
             compared: ("bare open".to_owned(), bare_file),
+            aim: Aim::Over(FILE_AIM),
+        },
+        Figure {
+            what: "open of a file for writing, without a protected volume".to_owned(),
+            value: guest_written,
+            compared: ("bare open".to_owned(), bare_written),
             aim: Aim::Over(FILE_AIM),
         },
         Figure {
@@ -61,8 +69,14 @@ pub struct Openers {
 }
 
 struct Opener {
-    orders: mpsc::Sender<PathBuf>,
+    orders: mpsc::Sender<Order>,
     times: mpsc::Receiver<Result<Vec<Duration>, String>>,
+}
+
+/// What to open, again and again.
+struct Order {
+    path: PathBuf,
+    for_writing: bool,
 }
 
 impl Openers {
@@ -73,10 +87,19 @@ impl Openers {
 
     /// The medians of a bare open of one path and of a guest's open of another.
     pub fn medians(&self, rounds: usize, bare: &Path, guest: &Path) -> Outcome<[Measured; 2]> {
+        self.carry_out(rounds, [bare, guest], false)
+    }
+
+    /// The medians of a bare open of a file for writing and of a guest's.
+    pub fn medians_of_writing(&self, rounds: usize, file: &Path) -> Outcome<[Measured; 2]> {
+        self.carry_out(rounds, [file, file], true)
+    }
+
+    fn carry_out(&self, rounds: usize, paths: [&Path; 2], for_writing: bool) -> Outcome<[Measured; 2]> {
         let mut times = [Vec::new(), Vec::new()];
         for _ in 0..rounds {
-            for ((opener, path), times) in self.threads.iter().zip([bare, guest]).zip(&mut times) {
-                opener.orders.send(path.to_owned())?;
+            for ((opener, path), times) in self.threads.iter().zip(paths).zip(&mut times) {
+                opener.orders.send(Order { path: path.to_owned(), for_writing })?;
                 times.extend(opener.times.recv()??);
             }
         }
@@ -86,13 +109,13 @@ impl Openers {
 
 impl Opener {
     fn start(prepare: fn() -> Result<(), String>) -> Outcome<Self> {
-        let (orders, to_do) = mpsc::channel::<PathBuf>();
+        let (orders, to_do) = mpsc::channel::<Order>();
         let (done, times) = mpsc::channel();
         let (prepared, is_prepared) = mpsc::channel();
         std::thread::Builder::new().name("opener".to_owned()).spawn(move || {
             let _ = prepared.send(prepare());
-            for path in to_do {
-                let _ = done.send((0..OPENS).map(|_| time_of_open(&path)).collect());
+            for order in to_do {
+                let _ = done.send((0..OPENS).map(|_| time_of_open(&order)).collect());
             }
         })?;
         is_prepared.recv()??;
@@ -108,9 +131,13 @@ fn register() -> Result<(), String> {
     registered.map_err(|error| format!("this thread cannot be registered with volcryptd: {error}"))
 }
 
-fn time_of_open(path: &Path) -> Result<Duration, String> {
+fn time_of_open(Order { path, for_writing }: &Order) -> Result<Duration, String> {
     let began = Instant::now();
-    let file = File::open(path).map_err(|error| format!("{} cannot be opened: {error}", path.display()))?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(*for_writing)
+        .open(path)
+        .map_err(|error| format!("{} cannot be opened: {error}", path.display()))?;
     let took = began.elapsed();
     drop(file);
     Ok(took)

@@ -32,8 +32,7 @@ fn images(disk: &Disk) -> String {
         };
         if is_looked_into { source + " on what libvirt finds in it" } else { source }
     };
-    let beneath = disk.beneath.iter().map(|layer| image(&layer.source, layer.is_looked_into));
-    std::iter::once(image(&disk.source, disk.is_looked_into)).chain(beneath).collect::<Vec<_>>().join(" on ")
+    disk.images().map(|(source, is_looked_into)| image(source, is_looked_into)).collect::<Vec<_>>().join(" on ")
 }
 
 #[test]

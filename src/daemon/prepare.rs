@@ -32,23 +32,20 @@ fn prepare_domain(broker: &Broker, name: &str, domain: &Domain) -> Result<(), Re
         Err(fault) => check_emulator(name, domain, "protected volumes").map_err(|_| unknown_volumes(name, &fault))?,
     }
     for disk in &domain.disks {
-        let refused = |refusal: Refusal| in_disk(disk, &refusal);
-        prepare_image(broker, name, domain, disk, &disk.source, disk.is_looked_into).map_err(refused)?;
-        for layer in &disk.beneath {
-            prepare_image(broker, name, domain, disk, &layer.source, layer.is_looked_into).map_err(refused)?;
+        for image in disk.images() {
+            prepare_image(broker, name, domain, disk, image).map_err(|refusal| in_disk(disk, &refusal))?;
         }
     }
     Ok(())
 }
 
-/// Makes one of the images that `disk` is made of ready.
+/// Makes one of the images that `disk` is made of ready; libvirt may look into it.
 fn prepare_image(
     broker: &Broker,
     name: &str,
     domain: &Domain,
     disk: &Disk,
-    source: &Source,
-    is_looked_into: bool,
+    (source, is_looked_into): (&Source, bool),
 ) -> Result<(), Refusal> {
     let facts = domain.facts();
     let path = match source {

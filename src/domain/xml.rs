@@ -126,6 +126,12 @@ impl Disk {
             beneath: std::iter::successors(layer(disk), layer).map(|layer| Layer::read(&layer)).collect(),
         }
     }
+
+    /// The images that it is made of, from the top, each with whether libvirt looks into it.
+    pub fn images(&self) -> impl Iterator<Item = (&Source, bool)> {
+        let beneath = self.beneath.iter().map(|layer| (&layer.source, layer.is_looked_into));
+        std::iter::once((&self.source, self.is_looked_into)).chain(beneath)
+    }
 }
 
 impl Layer {

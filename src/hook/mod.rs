@@ -84,8 +84,9 @@ fn ask(domain: &str, operation: HookOperation, xml: &str, hook: &HookConfig) -> 
 fn refuse_protected(config: &Config, domain: &str, xml: &str) -> Result<(), String> {
     let sysfs = Sysfs::system();
     let domain_xml = Domain::parse(xml).map_err(|error| error.to_string())?;
-    for disk in &domain_xml.disks {
-        let identity = match &disk.source {
+    for (disk, source) in domain_xml.disks.iter().flat_map(|disk| disk.images().map(move |(source, _)| (disk, source)))
+    {
+        let identity = match source {
             Source::Path(path) => match block_device_at(path) {
                 Ok(device) => sysfs.identify(device).map_err(|refusal| refusal.to_string())?,
                 Err(error) if is_no_device(&error) => {

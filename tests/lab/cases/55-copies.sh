@@ -235,8 +235,12 @@ case_what_a_guest_starts_with_is_its_own() {
     domain_destroy vm
     domain_undefine vm
     domain_define vm <(disk_xml "$(lun_path prot-copies 0)" sda) <(file_xml "$images/data.qcow2" sdb) \
-        <(disk_xml "$(lun_path plain 0)" sdc)
+        <(disk_xml "$(lun_path plain 0)" sdc) <(echo "<video><model type='vga'/></video>")
     domain_start vm
+    # QEMU writes it where libvirt keeps such things.
+    virsh --quiet screenshot vm "$images/screen.png" >/dev/null
+    [ -s "$images/screen.png" ] || fail 'there is no screenshot'
+    rm "$images/screen.png"
     goes_on
     qemu_io vm sdb 'write -P 0x11 0 64k'
     qemu_io vm sdc 'write -P 0x11 0 64k'

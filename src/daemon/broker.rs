@@ -5,6 +5,7 @@ mod copies;
 mod lifecycle;
 mod mapped;
 mod policy;
+mod readiness;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -16,6 +17,7 @@ use rustix::fs::OFlags;
 pub use self::authorisation::Guest;
 use self::authorisation::known;
 use self::policy::Policy;
+pub use self::readiness::Ready;
 use super::auditing::RefusalLimit;
 use super::devices::Devices;
 use super::uses::UseLimit;
@@ -48,15 +50,6 @@ pub struct Vault {
     pub store: Arc<Store>,
     /// Their keys.
     pub keys: Box<dyn KeyManager>,
-}
-
-/// A disk that can be opened, as the hook has to know it.
-#[derive(Debug, Default)]
-pub struct Ready {
-    /// The protected volume that it is.
-    pub volume: Option<VolumeId>,
-    /// The volumes whose mappings it is or stands on.
-    pub mapped: Vec<VolumeId>,
 }
 
 /// What becomes of a block device that a guest opens.
@@ -197,26 +190,6 @@ impl Broker {
         }
     }
 
-    /// Whether `identity` is protected, and if so, makes sure that `domain` can open it: the volume is
-    /// enrolled, the device is its own, the domain may have it, and its key is there and the right one.
-    ///
-    /// # Errors
-    /// When it is protected and an open would be refused.
-    pub fn make_ready(&self, identity: &Identity, domain: &Facts) -> Result<Ready, Refusal> {
-        let config = self.config()?;
-        let volume = match self.protection(&config, identity, domain)? {
-            None => None,
-            Some(protection) => {
-                let ready = self.record(identity, &protection, domain).and_then(|record| {
-                    self.authorise(&record, domain)?;
-                    self.key(&record)
-                });
-                ready.map(|_| Some(protection.volume.clone())).map_err(|refusal| refusal.of(&protection.volume))?
-            }
-        };
-        Ok(Ready { volume, mapped: self.check_mappings(identity, domain)? })
-    }
-
     /// Whether `identity` is protected from `requester`. Nothing is made ready, and the volume need not be enrolled.
     ///
     /// # Errors
@@ -305,12 +278,8 @@ impl Broker {
         domain: &Facts,
     ) -> Result<VolumeRecord, Refusal> {
         let volume = &protection.volume;
-        match self.vault()?.store.volume(volume)? {
-            Some(record) => {
-                self.check_state(identity, &record)?;
-                self.check_device(identity, &record)?;
-                Ok(record)
-            }
+        match self.present_record(identity, volume)? {
+            Some(record) => Ok(record),
             None if protection.create_keys => self.enrol_as(identity, protection, domain.owner.as_deref()),
             None => Err(Refusal::new(
                 Reason::NoKey,
@@ -321,6 +290,16 @@ impl Broker {
                 ),
             )),
         }
+    }
+
+    /// The record of the volume on `identity`, if it has one here: it may be used, and this is its device.
+    fn present_record(&self, identity: &Identity, volume: &VolumeId) -> Result<Option<VolumeRecord>, Refusal> {
+        let record = self.vault()?.store.volume(volume)?;
+        if let Some(record) = &record {
+            self.check_state(identity, record)?;
+            self.check_device(identity, record)?;
+        }
+        Ok(record)
     }
 
     fn enrol_as(

@@ -14,7 +14,7 @@ use super::broker::{Broker, no_such_device};
 use super::guests::Guests;
 use super::identify::identify;
 use super::pool::Pool;
-use super::{prepare, rewrite, status};
+use super::{incoming, prepare, rewrite, status};
 use crate::audit::{Asker, Kind};
 use crate::encryptor::Mapping;
 use crate::guest::block_device_at;
@@ -92,6 +92,18 @@ impl Control {
                     tracing::error!(domain, "domain {} may not start: {refusal}", printable(&domain))
                 })?;
                 Ok(Reply::Nothing)
+            }
+            Request::Hook { operation: HookOperation::Migrate, domain, xml } => {
+                let admitted = incoming::admit(&self.broker, &domain, &xml).inspect_err(|refusal| {
+                    tracing::error!(domain, "domain {} may not come from its host: {refusal}", printable(&domain))
+                })?;
+                Ok(admitted.map_or(Reply::Nothing, Reply::Xml))
+            }
+            Request::Hook { operation: HookOperation::Restore, domain, xml } => {
+                let restored = incoming::restore(&self.broker, &domain, &xml).inspect_err(|refusal| {
+                    tracing::error!(domain, "domain {} cannot be restored: {refusal}", printable(&domain))
+                })?;
+                Ok(restored.map_or(Reply::Nothing, Reply::Xml))
             }
             Request::Hook { operation: HookOperation::Stopped, .. } => {
                 sweep(&self.broker)?;

@@ -8,6 +8,8 @@ mod deadlines;
 mod devices;
 mod guests;
 mod identify;
+mod incoming;
+mod inspection;
 mod limit;
 mod pool;
 mod prepare;

@@ -1,9 +1,7 @@
 //! Points the disks of a domain's XML to their mappings, for an operator. Nothing is opened, enrolled or recorded.
 
-use std::io;
-use std::path::Path;
-
 use super::broker::{Broker, no_such_device};
+use super::incoming::may_be_a_volume;
 use crate::domain::{self, Facts, Nobody, Requester, Source};
 use crate::guest::{block_device_at, is_no_device};
 use crate::refusal::Refusal;
@@ -28,15 +26,10 @@ fn judge(broker: &Broker, domain: Option<&Facts>, source: &Source) -> Result<Opt
     match source {
         Source::Path(path) => match block_device_at(path) {
             Ok(device) => broker.judge(&broker.identify(device)?, requester),
-            Err(error) if is_no_device(&error) && !may_become_a_device(path, &error) => Ok(None),
+            Err(error) if is_no_device(&error) && !may_be_a_volume(path, &error) => Ok(None),
             Err(error) => Err(no_such_device(path, &error)),
         },
         Source::IscsiUnit { target, lun } => broker.judge(&Identity::of_iscsi_unit(target, *lun), requester),
         Source::Other => Ok(None),
     }
-}
-
-/// Whether a device that is protected could be at `path` later. A mapping that is not open at the moment is none.
-fn may_become_a_device(path: &Path, error: &io::Error) -> bool {
-    error.raw_os_error() != Some(libc::ENOTBLK) && path.starts_with("/dev") && VolumeId::of_mapping(path).is_none()
 }

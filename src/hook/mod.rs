@@ -2,10 +2,11 @@
 //!
 //! libvirt calls it with the domain's name, an operation, a sub-operation and an extra argument, and
 //! the domain's XML on standard input. What it writes to standard error is what `virsh` shows when
-//! it exits with an error. Its standard output would replace the domain's XML; it writes none.
+//! it exits with an error. Its standard output replaces the XML of a domain that comes from another host or from a
+//! file, if there is any, so nothing else is written there.
 
 use std::ffi::OsString;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -13,7 +14,7 @@ use crate::domain::{Domain, Requester, Source};
 use crate::guest::{block_device_at, is_no_device};
 use crate::policy::{Config, DEFAULT_PATH, Decision, HookConfig, WhenUnreachable};
 use crate::printable::printable;
-use crate::protocol::{CONTROL_SOCKET, CallError, ControlClient, HookOperation, MAX_MESSAGE, Request};
+use crate::protocol::{CONTROL_SOCKET, CallError, ControlClient, HookOperation, MAX_MESSAGE, Reply, Request};
 use crate::unguarded::Marker;
 use crate::volume::{Identity, Sysfs};
 
@@ -36,6 +37,12 @@ pub fn main() -> ExitCode {
 fn run(domain: &str, operation: &str, sub_operation: &str) -> Result<(), String> {
     match (operation, sub_operation) {
         ("prepare", "begin") => prepare(domain, &read_xml()?),
+        // virsh shows the sentence on the host that the domain is on.
+        ("migrate", "begin") => admit(domain, &read_xml()?).map_err(|sentence| format!("{}: {sentence}", this_host())),
+        ("restore", "begin") => {
+            restore(domain);
+            Ok(())
+        }
         ("release", "end") => {
             Marker::of_xml(&read_xml()?).remove();
             sweep(domain);
@@ -56,7 +63,7 @@ fn prepare(domain: &str, xml: &str) -> Result<(), String> {
     // With a faulty configuration the daemon is asked all the same: its refusal names the fault.
     let hook = config.as_ref().map(|config| config.hook.clone()).unwrap_or_default();
     match ask(domain, HookOperation::Prepare, xml, &hook) {
-        Ok(()) => Ok(()),
+        Ok(_) => Ok(()),
         Err(error) if error.is_daemon_down() && hook.when_daemon_unreachable == WhenUnreachable::StartUnprotected => {
             let config = config.map_err(|error| error.to_string())?;
             refuse_protected(&config, domain, xml).map_err(|sentence| format!("{sentence}; {error}"))?;
@@ -64,6 +71,49 @@ fn prepare(domain: &str, xml: &str) -> Result<(), String> {
         }
         Err(error) => Err(error.to_string()),
     }
+}
+
+/// Has the daemon look at a domain that comes from another host. libvirt asks again when it starts it here, so nothing is
+/// marked yet.
+fn admit(domain: &str, xml: &str) -> Result<(), String> {
+    let config = Config::load(Path::new(DEFAULT_PATH));
+    let hook = config.as_ref().map(|config| config.hook.clone()).unwrap_or_default();
+    match ask(domain, HookOperation::Migrate, xml, &hook) {
+        Ok(reply) => print(&reply),
+        Err(error) if error.is_daemon_down() && hook.when_daemon_unreachable == WhenUnreachable::StartUnprotected => {
+            let config = config.map_err(|error| error.to_string())?;
+            refuse_protected(&config, domain, xml).map_err(|sentence| format!("{sentence}; {error}"))
+        }
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Gives libvirt the XML of a domain that comes from a file, if it is to use another one.
+///
+/// Never fails, whatever is wrong: libvirt 11.3 takes a hook that fails before a managed save is restored for a success,
+/// says that the domain was started, and deletes the file. It asks before it starts QEMU as well (`prepare`), and what is
+/// refused then leaves the file.
+fn restore(domain: &str) {
+    let hook = Config::load(Path::new(DEFAULT_PATH)).map(|config| config.hook).unwrap_or_default();
+    let asked =
+        read_xml().and_then(|xml| ask(domain, HookOperation::Restore, &xml, &hook).map_err(|error| error.to_string()));
+    if let Err(sentence) = asked.and_then(|reply| print(&reply)) {
+        eprintln!("volcrypt: {}", printable(&sentence));
+    }
+}
+
+/// Hands libvirt another XML in the place of the one that it has, if there is one.
+fn print(reply: &Reply) -> Result<(), String> {
+    let Reply::Xml(xml) = reply else { return Ok(()) };
+    let mut output = io::stdout().lock();
+    let written = output.write_all(xml.as_bytes()).and_then(|()| output.flush());
+    written.map_err(|error| format!("libvirt does not take the domain's XML: {error}"))
+}
+
+/// The name of this host, as far as it has one.
+fn this_host() -> String {
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    format!("host {}", name.trim())
 }
 
 /// Mappings go away by themselves. This is for those that a dead daemon left half-way, and no reason
@@ -75,9 +125,9 @@ fn sweep(domain: &str) {
     }
 }
 
-fn ask(domain: &str, operation: HookOperation, xml: &str, hook: &HookConfig) -> Result<(), CallError> {
+fn ask(domain: &str, operation: HookOperation, xml: &str, hook: &HookConfig) -> Result<Reply, CallError> {
     let request = Request::Hook { operation, domain: domain.to_owned(), xml: xml.to_owned() };
-    ControlClient::connect(Path::new(CONTROL_SOCKET), hook.deadline)?.call(&request).map(drop)
+    ControlClient::connect(Path::new(CONTROL_SOCKET), hook.deadline)?.call(&request)
 }
 
 /// Decides without the daemon that a domain has no protected disk.

@@ -109,6 +109,10 @@ pub enum Request {
 pub enum HookOperation {
     /// Before libvirt makes anything of the domain.
     Prepare,
+    /// Before libvirt takes the domain from another host.
+    Migrate,
+    /// Before libvirt takes the domain from a file that it was saved to.
+    Restore,
     /// QEMU has ended; or libvirt has released everything of the domain.
     Stopped,
 }
@@ -149,7 +153,8 @@ pub enum Reply {
     AuditVerified(Verified),
     /// The answer to [`Request::Identify`].
     Identification(Identification),
-    /// The answer to [`Request::Rewrite`].
+    /// The answer to [`Request::Rewrite`]; and to a hook whose domain libvirt is to read from this in the place of
+    /// what it has.
     Xml(String),
 }
 

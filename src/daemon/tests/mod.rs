@@ -6,6 +6,7 @@ mod broker;
 mod control;
 mod copies;
 mod hostile;
+mod incoming;
 mod lifecycle;
 mod prepare;
 mod rewrite;

@@ -1,0 +1,161 @@
+//! Before a domain comes from another host: everything it needs is here, or it is refused with a sentence and runs on
+//! where it is.
+//!
+//! libvirt asks for its start as well once it has begun to take the domain. Only then is the use of a key recorded. A
+//! domain that comes from a file is left to that, because libvirt would delete the file of one that is refused before
+//! (see the hook).
+
+use std::collections::HashMap;
+use std::io;
+use std::path::Path;
+
+use super::broker::{Broker, Ready, no_such_device};
+use super::inspection::Inspection;
+use crate::audit::Asker;
+use crate::domain::{Adoption, Disk, Domain, Facts, InvalidXml, Source, adopt, in_disk, unrewrite};
+use crate::guest::{block_device_at, is_no_device};
+use crate::protocol::EMULATOR_DIRECTORY;
+use crate::refusal::{Reason, Refusal};
+use crate::volume::VolumeId;
+
+/// Whether the domain in `xml`, which comes from another host, can run here. What comes back, if anything does, is
+/// the XML that libvirt is to go on with: the same with the disks on their volumes that the other host had pointed to
+/// their mappings. A refusal is recorded.
+///
+/// # Errors
+/// When a protected disk is not here or could not be opened, or would be opened past its mapping.
+pub fn admit(broker: &Broker, name: &str, xml: &str) -> Result<Option<String>, Refusal> {
+    inspect(broker, name, xml, |_| true)
+}
+
+/// The XML with which libvirt is to restore the domain in `xml` from a file, if it is another: as for [`admit`]. What
+/// names no mapping is looked at when it starts.
+///
+/// # Errors
+/// As for [`admit`].
+pub fn restore(broker: &Broker, name: &str, xml: &str) -> Result<Option<String>, Refusal> {
+    inspect(broker, name, xml, |mapped| !mapped.is_empty())
+}
+
+fn inspect(
+    broker: &Broker,
+    name: &str,
+    xml: &str,
+    concerns: fn(&HashMap<String, VolumeId>) -> bool,
+) -> Result<Option<String>, Refusal> {
+    let domain = Domain::parse(xml).map_err(unreadable);
+    let uuid = domain.as_ref().ok().and_then(|domain| domain.uuid.clone());
+    Asker::hook(name, uuid.as_deref()).ask(|| {
+        let inspected = domain.and_then(|domain| match mapped(&domain) {
+            mapped if !concerns(&mapped) => Ok(None),
+            mapped if mapped.is_empty() => inspect_domain(broker, name, &domain, &mapped).map(|()| None),
+            mapped => {
+                let xml = off_mappings(xml)?;
+                let domain = Domain::parse(&xml).map_err(unreadable)?;
+                inspect_domain(broker, name, &domain, &mapped).map(|()| Some(xml))
+            }
+        });
+        inspected.inspect_err(|refusal| broker.record_refusal(refusal))
+    })
+}
+
+/// The volumes of the disks that name a mapping, by the disks' targets.
+fn mapped(domain: &Domain) -> HashMap<String, VolumeId> {
+    domain.disks.iter().filter_map(|disk| Some((disk.target.clone(), on_mapping(disk)?))).collect()
+}
+
+fn on_mapping(disk: &Disk) -> Option<VolumeId> {
+    match &disk.source {
+        Source::Path(path) => VolumeId::of_mapping(path),
+        _ => None,
+    }
+}
+
+/// The domain as a host with the wrapper runs it: its disks name their volumes, its emulator is the wrapper.
+fn off_mappings(xml: &str) -> Result<String, Refusal> {
+    let xml = unrewrite(xml)?;
+    match adopt(&xml).map_err(unreadable)? {
+        Adoption::Changed { xml, .. } => Ok(xml),
+        Adoption::Already => Ok(xml),
+    }
+}
+
+/// `mapped` has the volumes of those disks that named a mapping before.
+fn inspect_domain(
+    broker: &Broker,
+    name: &str,
+    domain: &Domain,
+    mapped: &HashMap<String, VolumeId>,
+) -> Result<(), Refusal> {
+    let rules = broker.config().is_ok_and(|config| !config.rules().is_empty());
+    let ready = |path: &Path, facts: &Facts| match block_device_at(path) {
+        Ok(device) => broker.check_ready(&broker.identify(device)?, facts),
+        Err(error) if is_no_device(&error) && !(rules && may_be_a_volume(path, &error)) => Ok(Ready::default()),
+        Err(error) => Err(no_such_device(path, &error)),
+    };
+    let inspection = Inspection { broker, name, domain, ready: &ready, remedy: &with_the_wrapper };
+    inspection.of_domain()?;
+    for disk in &domain.disks {
+        let refused = |refusal: Refusal| in_disk(disk, &refusal);
+        if let Some(volume) = on_mapping(disk) {
+            return Err(refused(no_note(&volume).of(&volume)));
+        }
+        // What can do without a medium loses it on the way, if it is not here.
+        if matches!(disk.device.as_str(), "cdrom" | "floppy") && is_missing(disk) {
+            continue;
+        }
+        let found = inspection.of_disk(disk)?.into_iter().next().unwrap_or_default();
+        match mapped.get(&disk.target) {
+            Some(volume) if found.volume.as_ref() != Some(volume) => {
+                return Err(refused(another(disk, volume, &found).of(volume)));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Whether a device that is protected could be expected at `path`, where none is.
+pub(super) fn may_be_a_volume(path: &Path, error: &io::Error) -> bool {
+    error.raw_os_error() != Some(libc::ENOTBLK) && path.starts_with("/dev") && VolumeId::of_mapping(path).is_none()
+}
+
+fn is_missing(disk: &Disk) -> bool {
+    matches!(&disk.source, Source::Path(path) if block_device_at(path).is_err_and(|error| is_no_device(&error)))
+}
+
+/// A domain that is not defined here cannot be adopted here; virsh takes another XML for either way it comes.
+fn with_the_wrapper(_: &str, emulator: &Path) -> String {
+    let program = emulator.file_name().unwrap_or_default();
+    format!("give virsh an XML (--xml) whose <emulator> is {EMULATOR_DIRECTORY}/{}", program.display())
+}
+
+fn no_note(volume: &VolumeId) -> Refusal {
+    Refusal::new(
+        Reason::NotAllowed,
+        format!(
+            "it is on {}, and no note in the domain's metadata says what its device was: give virsh an XML (--xml) that \
+             names the device of volume {volume}",
+            volume.mapping_path()
+        ),
+    )
+}
+
+fn another(disk: &Disk, volume: &VolumeId, found: &Ready) -> Refusal {
+    let path = match &disk.source {
+        Source::Path(path) => path.display().to_string(),
+        _ => "its source".to_owned(),
+    };
+    let found = found.volume.as_ref().map_or("no protected volume".to_owned(), |found| format!("volume {found}"));
+    Refusal::new(
+        Reason::NotAllowed,
+        format!(
+            "it is on volume {volume}, and {path} is {found} on this host: give virsh an XML (--xml) that names the \
+             volume's device here"
+        ),
+    )
+}
+
+fn unreadable(error: InvalidXml) -> Refusal {
+    Refusal::new(Reason::Configuration, error.to_string())
+}

@@ -1,0 +1,96 @@
+//! Looks at what a domain's XML asks for, before libvirt goes on with it: whether it starts here or comes here.
+
+use std::path::Path;
+
+use super::broker::{Broker, Ready};
+use crate::domain::{Disk, Domain, Facts, Source, in_disk, is_hidden, passes_commands, reached_by_qemu};
+use crate::policy::OtherEmulators;
+use crate::protocol::EMULATOR_DIRECTORY;
+use crate::refusal::{Reason, Refusal};
+use crate::volume::{Identity, VolumeId};
+
+/// The inspection of one domain.
+pub(super) struct Inspection<'a> {
+    pub(super) broker: &'a Broker,
+    pub(super) name: &'a str,
+    pub(super) domain: &'a Domain,
+    /// What is asked about the path of a disk.
+    pub(super) ready: &'a dyn Fn(&Path, &Facts) -> Result<Ready, Refusal>,
+    /// What to do about the domain of this name that runs this emulator and no wrapper.
+    pub(super) remedy: &'a dyn Fn(&str, &Path) -> String,
+}
+
+impl Inspection<'_> {
+    /// Whether the domain may run on this host at all.
+    pub(super) fn of_domain(&self) -> Result<(), Refusal> {
+        match self.broker.config() {
+            Ok(config) if config.rules().is_empty() || config.hook.other_emulators == OtherEmulators::Start => Ok(()),
+            Ok(_) => self.of_emulator("protected volumes attached to it"),
+            Err(fault) => self.of_emulator("protected volumes").map_err(|_| unknown_volumes(self.name, &fault)),
+        }
+    }
+
+    /// Whether the domain will get one of its disks, and nothing past its mappings: what was found of each of its
+    /// images, from the top.
+    pub(super) fn of_disk(&self, disk: &Disk) -> Result<Vec<Ready>, Refusal> {
+        disk.images().map(|(source, is_looked_into)| self.of_image(disk, source, is_looked_into)).collect()
+    }
+
+    fn of_image(&self, disk: &Disk, source: &Source, is_looked_into: bool) -> Result<Ready, Refusal> {
+        let ready = match source {
+            Source::Path(path) => (self.ready)(path, &self.domain.facts()),
+            Source::IscsiUnit { target, lun } => self.of_unit(target, *lun).map(|()| Ready::default()),
+            Source::Other => Ok(Ready::default()),
+        };
+        let ready = ready.map_err(|refusal| in_disk(disk, &refusal))?;
+        if let Some(volume) = &ready.volume {
+            check_disk(disk, is_looked_into, volume).map_err(|refusal| in_disk(disk, &refusal.of(volume)))?;
+            self.of_emulator(&format!("the protected volume {volume}")).map_err(|refusal| refusal.of(volume))?;
+        }
+        Ok(ready)
+    }
+
+    fn of_unit(&self, target: &str, lun: u64) -> Result<(), Refusal> {
+        match self.broker.judge(&Identity::of_iscsi_unit(target, lun), &self.domain.facts()) {
+            Ok(None) => Ok(()),
+            _ => Err(reached_by_qemu(target, lun)),
+        }
+    }
+
+    /// Whether the domain runs the wrapper. Any other emulator opens devices as they are; `what` it would
+    /// write to is for the sentence.
+    fn of_emulator(&self, what: &str) -> Result<(), Refusal> {
+        let Inspection { name, domain, .. } = self;
+        let emulator = domain.emulator.as_deref().unwrap_or(Path::new(""));
+        if emulator.parent() == Some(Path::new(EMULATOR_DIRECTORY)) {
+            return Ok(());
+        }
+        Err(Refusal::new(
+            Reason::NotAllowed,
+            format!(
+                "domain {name} runs the emulator {:?} and would write to {what} unencrypted: {}",
+                emulator.display().to_string(),
+                (self.remedy)(name, emulator)
+            ),
+        ))
+    }
+}
+
+fn check_disk(disk: &Disk, is_looked_into: bool, volume: &VolumeId) -> Result<(), Refusal> {
+    match disk.device.as_str() {
+        "lun" => Err(passes_commands(volume)),
+        _ if is_looked_into => Err(is_hidden(volume)),
+        _ => Ok(()),
+    }
+}
+
+/// The refusal of a domain that does not run the wrapper, while `fault` is wrong with the configuration.
+fn unknown_volumes(name: &str, fault: &Refusal) -> Refusal {
+    Refusal::new(
+        fault.reason(),
+        format!(
+            "domain {name} does not run volcrypt's wrapper, and with a faulty configuration nothing tells which volumes it \
+             would write to unencrypted: {fault}"
+        ),
+    )
+}

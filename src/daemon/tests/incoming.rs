@@ -1,0 +1,171 @@
+use super::super::incoming::{admit, restore};
+use super::super::prepare::prepare;
+use super::super::rewrite::rewrite;
+use super::*;
+use crate::audit::Entry;
+use crate::store::AuditQuery;
+
+const WRAPPER: &str = "/usr/libexec/volcrypt/emulators/qemu-system-x86_64";
+const BARE: &str = "/usr/bin/qemu-system-x86_64";
+
+fn disk(target: &str, path: &Path) -> String {
+    format!("<disk type='block' device='disk'><source dev='{}'/><target dev='{target}'/></disk>", path.display())
+}
+
+fn domain(emulator: &str, disks: &str) -> String {
+    format!("<domain type='kvm'><name>vm</name><devices><emulator>{emulator}</emulator>{disks}</devices></domain>")
+}
+
+fn refused(broker: &Broker, xml: &str) -> String {
+    admit(broker, "vm", xml).expect_err("this has to be refused").to_string()
+}
+
+/// What is in the audit log of each kind, the newest first.
+fn recorded(broker: &Broker) -> Vec<String> {
+    let page = broker.vault().unwrap().store.audit(&AuditQuery::default()).unwrap();
+    let kind = |entry| match entry {
+        Entry::Record { record, .. } => record.event.kind.to_string(),
+        Entry::Damaged { damaged, .. } => panic!("{damaged}"),
+    };
+    page.entries.into_iter().map(kind).collect()
+}
+
+#[test]
+fn a_domain_whose_disks_are_here_may_come_as_it_is() {
+    let world = World::new();
+    let device = world.add_volume("here", 70);
+    let node = Node::new("/dev", device);
+    let broker = world.broker(false);
+    broker.enrol(device, None).unwrap();
+    let image = disk("sdb", Path::new("/srv/nowhere.img"));
+    assert_eq!(admit(&broker, "vm", &domain(WRAPPER, &(disk("sda", &node.0) + &image))).unwrap(), None);
+    assert!(world.opened().is_empty(), "a mapping is made by QEMU's open only");
+    assert_eq!(recorded(&broker), ["enrolled"], "no key was used yet");
+}
+
+#[test]
+fn a_volume_that_looks_blank_is_not_enrolled_for_a_domain_that_comes() {
+    let world = World::new();
+    let node = Node::new("/dev", world.add_volume("elsewhere", 71));
+    let broker = world.broker(true);
+    let xml = domain(WRAPPER, &disk("sda", &node.0));
+    let sentence = refused(&broker, &xml);
+    assert!(sentence.starts_with("disk sda: volume elsewhere on /dev/sd71 has no key on this host"), "{sentence}");
+    assert!(sentence.contains("copy the key store"), "{sentence}");
+    assert!(broker.vault().unwrap().store.volumes().unwrap().is_empty());
+    assert_eq!(recorded(&broker), ["refused"]);
+    // One that starts is another matter.
+    prepare(&broker, "vm", &xml).unwrap();
+    assert_eq!(admit(&broker, "vm", &xml).unwrap(), None);
+}
+
+#[test]
+fn a_disk_that_is_not_here_is_named() {
+    let broker = World::new().broker(false);
+    let missing = disk("sda", Path::new("/dev/disk/by-path/none"));
+    let sentence = refused(&broker, &domain(WRAPPER, &missing));
+    assert_eq!(sentence, "disk sda: /dev/disk/by-path/none does not exist: log in to its target first");
+    // A drive goes on without its medium, and about anything else libvirt says its own.
+    let drive = missing.replace("device='disk'", "device='cdrom'");
+    for disks in [drive, disk("sda", Path::new("/srv/none")), disk("sda", Path::new("/dev/null"))] {
+        assert_eq!(admit(&broker, "vm", &domain(WRAPPER, &disks)).unwrap(), None, "{disks}");
+    }
+    assert_eq!(admit(&World::new().broker_with(""), "vm", &domain(BARE, &missing)).unwrap(), None);
+}
+
+#[test]
+fn what_would_refuse_its_start_refuses_a_domain_that_comes() {
+    let world = World::new();
+    let device = world.add_volume("mine", 72);
+    let node = Node::new("/dev", device);
+    let broker = world.broker(false);
+    let mine = disk("sda", &node.0);
+    broker.enrol(device, Some("p1")).unwrap();
+    let sentence = refused(&broker, &domain(WRAPPER, &mine));
+    assert!(sentence.starts_with("disk sda: volume mine belongs to \"p1\" and domain vm to nobody"), "{sentence}");
+    broker.set_owner(&"mine".parse().unwrap(), None).unwrap();
+
+    for disks in [&mine, ""] {
+        let sentence = refused(&broker, &domain(BARE, disks));
+        assert!(
+            sentence.contains("unencrypted: give virsh an XML (--xml)") && sentence.ends_with(WRAPPER),
+            "{sentence}"
+        );
+    }
+    let sentence = refused(&broker, &domain(WRAPPER, &mine.replace("device='disk'", "device='lun'")));
+    assert!(sentence.contains("device='lun'"), "{sentence}");
+    let unit = "<disk type='network'><source protocol='iscsi' name='iqn.2026-11.org.lab:volume-x/1'/></disk>";
+    assert!(refused(&broker, &domain(WRAPPER, unit)).contains("QEMU's own iSCSI client"));
+    assert!(refused(&world.broker_with("nonsense"), &domain(WRAPPER, &mine)).contains("volcrypt.toml:1:"));
+
+    broker.retire(&"mine".parse().unwrap()).unwrap();
+    assert!(refused(&broker, &domain(WRAPPER, &mine)).contains("volume mine is retired"));
+    for xml in ["", "<domain>", "<x/>"] {
+        assert!(refused(&broker, xml).starts_with("the domain's XML cannot be read: "));
+    }
+}
+
+#[test]
+fn a_domain_from_a_host_that_names_mappings_gets_its_volumes_and_the_wrapper() {
+    let world = World::new();
+    let devices = [world.add_volume("first", 73), world.add_volume("second", 74)];
+    let nodes = devices.map(|device| Node::new("/dev", device));
+    let broker = world.broker(false);
+    for device in devices {
+        broker.enrol(device, None).unwrap();
+    }
+    let disks = disk("sda", &nodes[0].0) + &disk("sdb", &nodes[1].0);
+    let there = rewrite(&broker, &domain(BARE, &disks)).unwrap();
+    assert!(there.contains("/dev/mapper/volcrypt-first") && there.contains("/dev/mapper/volcrypt-second"), "{there}");
+
+    let here = admit(&broker, "vm", &there).unwrap().expect("libvirt is to use another XML");
+    assert!(here.contains(&format!("<emulator>{WRAPPER}</emulator>{disks}</devices>")), "{here}");
+    assert!(here.contains(&format!("emulator=\"{BARE}\"")), "what it had is kept: {here}");
+    assert!(!here.contains("/dev/mapper") && !here.contains("volcrypt:disks"), "{here}");
+    assert_eq!(admit(&broker, "vm", &here).unwrap(), None, "it needs no more");
+
+    // The same path is another volume on this host.
+    let swapped = there.replace(&nodes[0].0.display().to_string(), &nodes[1].0.display().to_string());
+    let sentence = refused(&broker, &swapped);
+    assert!(
+        sentence.starts_with("disk sda: it is on volume first, and ") && sentence.contains("is volume second"),
+        "{sentence}"
+    );
+    let gone = there.replace(&nodes[0].0.display().to_string(), "/dev/null");
+    assert!(refused(&broker, &gone).contains("/dev/null is no protected volume on this host"));
+}
+
+#[test]
+fn a_mapping_of_which_nothing_says_what_it_is_does_not_come() {
+    let world = World::new();
+    let device = world.add_volume("noted", 75);
+    let node = Node::new("/dev", device);
+    let broker = world.broker(false);
+    broker.enrol(device, None).unwrap();
+    let mapped = disk("sdb", Path::new("/dev/mapper/volcrypt-other"));
+    let sentence = refused(&broker, &domain(WRAPPER, &mapped));
+    assert!(sentence.starts_with("disk sdb: it is on /dev/mapper/volcrypt-other, and no note"), "{sentence}");
+    assert!(sentence.contains("--xml") && sentence.contains("volume other"), "{sentence}");
+    // Nor does one beside another of which a note says it.
+    let beside = rewrite(&broker, &domain(WRAPPER, &disk("sda", &node.0)))
+        .unwrap()
+        .replace("</devices>", &(mapped + "</devices>"));
+    assert!(refused(&broker, &beside).starts_with("disk sdb: it is on /dev/mapper/volcrypt-other"));
+}
+
+#[test]
+fn what_is_restored_is_looked_at_when_it_starts_unless_it_names_mappings() {
+    let world = World::new();
+    let node = Node::new("/dev", world.add_volume("saved", 76));
+    let broker = world.broker(true);
+    let before = domain(WRAPPER, &disk("sda", &node.0));
+    let saved = rewrite(&broker, &before).unwrap();
+    for xml in [&before, "", "<domain>"] {
+        assert_eq!(restore(&broker, "vm", xml).ok().flatten(), None);
+    }
+    // It would be given another XML, and has no key.
+    assert!(restore(&broker, "vm", &saved).unwrap_err().to_string().contains("has no key on this host"));
+    assert!(broker.vault().unwrap().store.volumes().unwrap().is_empty());
+    broker.enrol(DeviceNumber { major: 250, minor: 76 }, None).unwrap();
+    assert_eq!(restore(&broker, "vm", &saved).unwrap().as_deref(), Some(before.as_str()));
+}

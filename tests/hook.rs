@@ -1,0 +1,47 @@
+//! libvirt's hook while no daemon listens: what it refuses, and that its standard output, which would be the domain's
+//! XML, stays empty.
+
+use std::io::Write;
+use std::process::{Command, Stdio};
+
+use assert_cmd::cargo::CommandCargoExt;
+
+/// Runs the hook as libvirt does; gives exit code, stdout and stderr.
+fn hook(operation: &str, sub_operation: &str, xml: &str) -> (i32, String, String) {
+    let mut hook = Command::cargo_bin("volcrypt-hook").unwrap();
+    hook.args(["vm", operation, sub_operation, "-"]);
+    let mut child = hook.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // A hook that does not read its input may be gone by now.
+    let _ = child.stdin.take().unwrap().write_all(xml.as_bytes());
+    let output = child.wait_with_output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+const DOMAIN: &str = "<domain type='kvm'><name>vm</name><devices/></domain>";
+
+#[test]
+fn a_domain_neither_starts_nor_comes_without_the_daemon() {
+    let (code, output, sentence) = hook("prepare", "begin", DOMAIN);
+    assert_eq!((code, output.as_str()), (1, ""));
+    assert!(sentence.starts_with("volcrypt: volcryptd cannot be reached on "), "{sentence}");
+    // virsh shows this one on another host.
+    let (code, output, sentence) = hook("migrate", "begin", DOMAIN);
+    assert_eq!((code, output.as_str()), (1, ""));
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    let expected = format!("volcrypt: host {}: volcryptd cannot be reached on ", host.trim());
+    assert!(sentence.starts_with(&expected) && sentence.trim_end().lines().count() == 1, "{sentence}");
+}
+
+/// libvirt deletes a managed save whose restoring a hook refuses, and kills a guest to which it reconnects.
+#[test]
+fn what_must_never_fail_does_not() {
+    for xml in [DOMAIN, "<domain>", ""] {
+        for (operation, sub_operation) in [("restore", "begin"), ("reconnect", "begin"), ("stopped", "end")] {
+            let (code, output, _) = hook(operation, sub_operation, xml);
+            assert_eq!((code, output.as_str()), (0, ""), "{operation} of {xml:?}");
+        }
+    }
+    let (_, _, sentence) = hook("restore", "begin", DOMAIN);
+    assert!(sentence.starts_with("volcrypt: volcryptd cannot be reached on "), "{sentence}");
+}

@@ -1,6 +1,7 @@
 use super::table::{Table, printable};
 use super::time::utc;
 use super::{CommandError, Daemon, Format, json};
+use crate::policy::Intercept;
 use crate::protocol::{GuardStatus, MappingStatus, Reply, Request, Status};
 
 pub(super) fn show(daemon: &Daemon<'_>, format: Format) -> Result<String, CommandError> {
@@ -30,6 +31,7 @@ fn describe(status: &Status) -> String {
         text.push_str(&mappings(&status.mappings));
     }
     text.push_str(&match status.guests.len() {
+        0 if status.intercept == Intercept::Xml => "Guests get to their mappings by the domain's XML.\n".to_owned(),
         0 => "No guest is guarded.\n".to_owned(),
         1 => "1 guest is guarded.\n".to_owned(),
         number => format!("{number} guests are guarded.\n"),
@@ -47,6 +49,12 @@ fn describe(status: &Status) -> String {
     text
 }
 
+/// Who has the mapping open, and for whom the daemon has.
+fn users(mapping: &MappingStatus) -> String {
+    let held = mapping.held_for.iter().map(|domain| format!("{domain} (held)"));
+    mapping.domains.iter().cloned().chain(held).collect::<Vec<_>>().join(",")
+}
+
 fn mappings(mappings: &[MappingStatus]) -> String {
     let mut table = Table::new(["VOLUME", "MAPPING", "BACKING", "FORMAT", "CIPHER", "DOMAINS", "SINCE"]);
     for mapping in mappings {
@@ -56,7 +64,7 @@ fn mappings(mappings: &[MappingStatus]) -> String {
             mapping.backing.clone(),
             mapping.format.clone(),
             mapping.cipher.clone(),
-            mapping.domains.join(","),
+            users(mapping),
             mapping.since.map(utc).unwrap_or_default(),
         ]);
     }
@@ -75,6 +83,7 @@ mod tests {
             key_store_error: None,
             mappings: vec![],
             guests: vec![],
+            intercept: Intercept::Open,
             guard: GuardStatus { on: true, cgroup: "machine.slice".into(), devices: 0, fault: None, all_because: None },
         }
     }
@@ -89,6 +98,7 @@ mod tests {
             cipher: "aes-xts-plain64".into(),
             open_count: 1,
             deferred_removal: true,
+            held_for: vec![],
             domains: domains.iter().map(|&domain| domain.to_owned()).collect(),
             since,
         }
@@ -100,6 +110,15 @@ mod tests {
             describe(&idle()),
             "No volume is mapped.\nNo guest is guarded.\nThe guard is on: 0 raw devices are shut for machine.slice.\n"
         );
+    }
+
+    #[test]
+    fn with_xml_it_says_who_a_mapping_is_held_for() {
+        let mut held = mapping(&["web1"], None);
+        held.held_for = vec!["web2".into()];
+        let text = describe(&Status { mappings: vec![held], intercept: Intercept::Xml, ..idle() });
+        assert!(text.contains("  web1,web2 (held)  "), "{text}");
+        assert!(text.contains("\nGuests get to their mappings by the domain's XML.\n"), "{text}");
     }
 
     #[test]

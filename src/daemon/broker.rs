@@ -2,6 +2,7 @@
 
 mod authorisation;
 mod copies;
+mod holding;
 mod lifecycle;
 mod mapped;
 mod policy;
@@ -16,10 +17,12 @@ use rustix::fs::OFlags;
 
 pub use self::authorisation::Guest;
 use self::authorisation::known;
+pub use self::holding::Finder;
 use self::policy::Policy;
 pub use self::readiness::Ready;
 use super::auditing::RefusalLimit;
 use super::devices::Devices;
+use super::holds::{HELD_FOR, Holds};
 use super::uses::UseLimit;
 use crate::audit::Asker;
 use crate::domain::{Facts, Nobody, Requester};
@@ -42,6 +45,7 @@ pub struct Broker {
     refusals: RefusalLimit,
     uses: Arc<UseLimit>,
     merging: Arc<AtomicBool>,
+    holds: Arc<Holds>,
 }
 
 /// The database and the key manager, once both could be opened.
@@ -75,7 +79,8 @@ impl Broker {
         let policy = Policy::new(config);
         let (vault, enrolling) = (Mutex::default(), VolumeLocks::default());
         let (refusals, uses, merging) = (RefusalLimit::default(), Arc::default(), Arc::default());
-        Broker { policy, devices, domains, encryptor, vault, enrolling, refusals, uses, merging }
+        let holds = Arc::new(Holds::new(HELD_FOR));
+        Broker { policy, devices, domains, encryptor, vault, enrolling, refusals, uses, merging, holds }
     }
 
     /// The maker of mappings.

@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::broker::{Broker, no_such_device};
 use super::guests::Guests;
@@ -76,13 +76,15 @@ impl Control {
         let request = serde_json::from_slice(&message)
             .map_err(|error| Refusal::new(Reason::Configuration, format!("volcryptd does not understand the request ({error}): hook, command and daemon must be of one version, so run 'systemctl restart volcryptd'")));
         let asker = Asker::operator(peer.pid.as_raw_nonzero().get() as u32, peer.uid.as_raw());
+        let begin = Instant::now();
         let response = match request.and_then(|request| asker.ask(|| self.carry_out(request, file))) {
             Ok(reply) => Response::Done(reply),
             Err(refusal) => Response::Refused { sentence: refusal.to_string(), errno: refusal.errno() },
         };
         let mut answer = serde_json::to_vec(&response)?;
         answer.push(b'\n');
-        (&*stream).write_all(&answer)
+        // The hook may have given up, and libvirt have ended what was prepared before it was.
+        (&*stream).write_all(&answer).inspect_err(|_| self.broker.holds().undo_since(begin))
     }
 
     fn carry_out(&self, request: Request, file: Option<OwnedFd>) -> Result<Reply, Refusal> {
@@ -105,7 +107,12 @@ impl Control {
                 })?;
                 Ok(restored.map_or(Reply::Nothing, Reply::Xml))
             }
-            Request::Hook { operation: HookOperation::Stopped, .. } => {
+            Request::Hook { operation: HookOperation::Started, domain, .. } => {
+                self.broker.holds().started(&domain);
+                Ok(Reply::Nothing)
+            }
+            Request::Hook { operation: HookOperation::Stopped, domain, .. } => {
+                self.broker.holds().ended(&domain);
                 sweep(&self.broker)?;
                 Ok(Reply::Nothing)
             }
@@ -164,7 +171,7 @@ impl Control {
         let mappings: HashMap<&VolumeId, &Mapping> =
             mappings.iter().map(|mapping| (&mapping.volume, mapping)).collect();
         // Of what is not mapped nobody need be asked.
-        let users = LazyCell::new(|| status::domains_by_device(&status::registered(&self.guests)));
+        let users = LazyCell::new(|| status::domains_by_device(&status::everybody(&self.guests)));
         let with_users = |record: VolumeRecord| {
             let mapping = mappings.get(&record.id);
             let domains = mapping.and_then(|mapping| users.get(&mapping.device).cloned()).unwrap_or_default();

@@ -1,16 +1,22 @@
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::guard::Guard;
-use crate::guest::{Domains, LibvirtState, open_block_devices, processes, processes_with_open};
+use crate::guard::{Guard, Shown};
+use crate::guest::{Domains, LibvirtState, block_device_at, open_block_devices, processes, processes_with_open};
 use crate::refusal::Refusal;
 use crate::volume::{DeviceNumber, Identity, Portrait, Sysfs};
 
 /// How long a process may have a device open without being its user.
 const GLANCE: Duration = Duration::from_secs(3);
+
+/// How long udev may take to name a new mapping. On a host on which many devices appear at once that is seconds.
+const NAMED_WITHIN: Duration = Duration::from_secs(10);
+/// Where udev keeps what it knows of devices.
+const UDEV_DATA: &str = "/run/udev/data";
 
 /// The block devices of a host.
 pub trait Devices: Send + Sync {
@@ -34,6 +40,22 @@ pub trait Devices: Send + Sync {
 
     /// The block devices that process `pid` has open, each as often as it has.
     fn open_by(&self, pid: u32) -> Vec<DeviceNumber>;
+
+    /// Every block device.
+    ///
+    /// # Errors
+    /// When sysfs cannot be read.
+    fn all(&self) -> io::Result<Vec<DeviceNumber>>;
+
+    /// Waits until `path` leads to `device`. If it is new since then (microseconds of the monotonic clock), also
+    /// until udev has seen that: what it does about an earlier device of the same number and name is done by then.
+    ///
+    /// # Errors
+    /// `TimedOut` when udev takes too long.
+    fn await_name(&self, path: &Path, device: DeviceNumber, since: Option<u64>) -> io::Result<()>;
+
+    /// Why guests could open raw devices of protected volumes, if the guard does not keep them from it.
+    fn guard_fault(&self) -> Option<String>;
 
     /// Who has a device open, in words, if anybody has for longer than a glance.
     fn user(&self, device: DeviceNumber) -> Option<String>;
@@ -78,6 +100,29 @@ impl Devices for HostDevices {
         open_block_devices(pid).collect()
     }
 
+    fn all(&self) -> io::Result<Vec<DeviceNumber>> {
+        Shown::here().block_devices()
+    }
+
+    fn await_name(&self, path: &Path, device: DeviceNumber, since: Option<u64>) -> io::Result<()> {
+        let end = Instant::now() + NAMED_WITHIN;
+        let mut pause = Duration::from_millis(1);
+        loop {
+            if block_device_at(path).is_ok_and(|number| number == device) && udev_has_seen(device, since) {
+                return Ok(());
+            }
+            if Instant::now() > end {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(20));
+        }
+    }
+
+    fn guard_fault(&self) -> Option<String> {
+        self.guard.status().fault
+    }
+
     fn user(&self, device: DeviceNumber) -> Option<String> {
         // udev opens a new device for a moment.
         let end = Instant::now() + GLANCE;
@@ -92,5 +137,32 @@ impl Devices for HostDevices {
             }
             std::thread::sleep(Duration::from_millis(100));
         }
+    }
+}
+
+/// Whether udev first saw `device` after `since`. Its database has the time in a line `I:…`
+/// (sd_device_get_usec_initialized(3)), and the whole entry goes with the device.
+fn udev_has_seen(device: DeviceNumber, since: Option<u64>) -> bool {
+    let Some(since) = since else { return true };
+    match fs::read_to_string(format!("{UDEV_DATA}/b{device}")) {
+        Ok(entry) => first_seen(&entry).is_some_and(|seen| seen >= since),
+        // Without udev it is somebody else who makes the names.
+        Err(_) => !Path::new(UDEV_DATA).exists(),
+    }
+}
+
+fn first_seen(entry: &str) -> Option<u64> {
+    entry.lines().find_map(|line| line.strip_prefix("I:"))?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn udev_says_when_it_first_saw_a_device() {
+        let entry = "S:mapper/volcrypt-a\nI:73512345\nE:DM_NAME=volcrypt-a\nE:I:9=x\nG:systemd\nV:1\n";
+        assert_eq!(first_seen(entry), Some(73_512_345));
+        assert_eq!(first_seen("E:X=I:1\nI:soon\n"), None);
     }
 }

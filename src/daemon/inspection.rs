@@ -39,22 +39,19 @@ impl Inspection<'_> {
     fn of_image(&self, disk: &Disk, source: &Source, is_looked_into: bool) -> Result<Ready, Refusal> {
         let ready = match source {
             Source::Path(path) => (self.ready)(path, &self.domain.facts()),
-            Source::IscsiUnit { target, lun } => self.of_unit(target, *lun).map(|()| Ready::default()),
+            Source::IscsiUnit { target, lun } => {
+                check_unit(self.broker, target, *lun, &self.domain.facts()).map(|()| Ready::default())
+            }
             Source::Other => Ok(Ready::default()),
         };
         let ready = ready.map_err(|refusal| in_disk(disk, &refusal))?;
         if let Some(volume) = &ready.volume {
-            check_disk(disk, is_looked_into, volume).map_err(|refusal| in_disk(disk, &refusal.of(volume)))?;
+            let hidden = if is_looked_into { Err(is_hidden(volume)) } else { Ok(()) };
+            let checked = check_commands(disk, volume).and(hidden);
+            checked.map_err(|refusal| in_disk(disk, &refusal.of(volume)))?;
             self.of_emulator(&format!("the protected volume {volume}")).map_err(|refusal| refusal.of(volume))?;
         }
         Ok(ready)
-    }
-
-    fn of_unit(&self, target: &str, lun: u64) -> Result<(), Refusal> {
-        match self.broker.judge(&Identity::of_iscsi_unit(target, lun), &self.domain.facts()) {
-            Ok(None) => Ok(()),
-            _ => Err(reached_by_qemu(target, lun)),
-        }
     }
 
     /// Whether the domain runs the wrapper. Any other emulator opens devices as they are; `what` it would
@@ -76,10 +73,18 @@ impl Inspection<'_> {
     }
 }
 
-fn check_disk(disk: &Disk, is_looked_into: bool, volume: &VolumeId) -> Result<(), Refusal> {
+/// Whether a unit that QEMU reaches by itself is protected.
+pub(super) fn check_unit(broker: &Broker, target: &str, lun: u64, domain: &Facts) -> Result<(), Refusal> {
+    match broker.judge(&Identity::of_iscsi_unit(target, lun), domain) {
+        Ok(None) => Ok(()),
+        _ => Err(reached_by_qemu(target, lun)),
+    }
+}
+
+/// Whether a disk of a protected volume passes no commands around its encryption.
+pub(super) fn check_commands(disk: &Disk, volume: &VolumeId) -> Result<(), Refusal> {
     match disk.device.as_str() {
         "lun" => Err(passes_commands(volume)),
-        _ if is_looked_into => Err(is_hidden(volume)),
         _ => Ok(()),
     }
 }

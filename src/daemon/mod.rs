@@ -3,10 +3,12 @@
 mod arrivals;
 mod auditing;
 mod broker;
+mod by_xml;
 mod control;
 mod deadlines;
 mod devices;
 mod guests;
+mod holds;
 mod identify;
 mod incoming;
 mod inspection;
@@ -115,6 +117,8 @@ fn run(options: &Options) -> io::Result<()> {
         let guard = Arc::clone(&guard);
         Box::new(move || guard.status())
     });
+    let keeper = Arc::clone(broker.holds());
+    start("holds", move || keeper.keep())?;
     start("control", move || control.serve(&control_socket, &Pool::new(MOST_CLIENTS)))?;
     let watched = Arc::clone(&guard);
     start("guard", move || guard::watch(&watched))?;

@@ -3,10 +3,11 @@
 use std::path::Path;
 
 use super::broker::{Broker, Ready, no_such_device};
-use super::inspection::Inspection;
+use super::{by_xml, inspection::Inspection};
 use crate::audit::{Asker, Kind};
-use crate::domain::{Domain, Facts, Source, in_disk, quoted};
+use crate::domain::{Domain, Facts, Source, in_disk, quoted, sources_before};
 use crate::guest::{block_device_at, is_no_device};
+use crate::policy::Intercept;
 use crate::refusal::{Reason, Refusal};
 
 /// Makes every protected disk of the domain in `xml` ready for QEMU's open, or refuses; either is
@@ -18,7 +19,12 @@ pub fn prepare(broker: &Broker, name: &str, xml: &str) -> Result<(), Refusal> {
     let domain = Domain::parse(xml).map_err(|error| Refusal::new(Reason::Configuration, error.to_string()));
     let uuid = domain.as_ref().ok().and_then(|domain| domain.uuid.clone());
     Asker::hook(name, uuid.as_deref()).ask(|| {
-        let prepared = domain.and_then(|domain| prepare_domain(broker, name, &domain));
+        let prepared = domain.and_then(|domain| match broker.config() {
+            Ok(config) if config.hook.intercept == Intercept::Xml => {
+                by_xml::prepare(broker, &config, name, &domain, &sources_before(xml).unwrap_or_default())
+            }
+            _ => prepare_domain(broker, name, &domain),
+        });
         prepared.inspect_err(|refusal| broker.record_refusal(refusal))
     })
 }

@@ -9,27 +9,29 @@ use rustix::fs::{AtFlags, StatxFlags};
 use super::broker::Broker;
 use super::guests::Guests;
 use crate::encryptor::{Mapping, device_path};
-use crate::guest::open_devices;
+use crate::guest::{LibvirtState, open_devices};
 use crate::protocol::{GuardStatus, GuestStatus, MappingStatus, Status};
 use crate::refusal::Refusal;
-use crate::volume::DeviceNumber;
+use crate::volume::{DeviceNumber, VolumeId};
 
 /// The daemon's whole state.
 ///
 /// # Errors
 /// When device-mapper does not answer.
 pub fn status(broker: &Broker, guests: &Guests, guard: GuardStatus) -> Result<Status, Refusal> {
-    let guests = registered(guests);
+    let registered = registered(guests);
     let mappings = broker.encryptor().mappings()?;
+    let held = broker.holds().by_volume();
     // With nothing mapped nobody need be asked.
-    let domains = LazyCell::new(|| domains_by_device(&guests));
-    let mappings = mappings.into_iter().map(|mapping| describe(broker, mapping, &domains)).collect();
+    let domains = LazyCell::new(|| domains_by_device(&everybody(guests)));
+    let mappings = mappings.into_iter().map(|mapping| describe(broker, mapping, &domains, &held)).collect();
     Ok(Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         configuration_error: broker.configuration_error(),
         key_store_error: broker.vault().err().map(|error| error.to_string()),
         mappings,
-        guests,
+        guests: registered,
+        intercept: broker.config().map(|config| config.hook.intercept).unwrap_or_default(),
         guard,
     })
 }
@@ -38,6 +40,17 @@ pub fn status(broker: &Broker, guests: &Guests, guard: GuardStatus) -> Result<St
 pub fn registered(guests: &Guests) -> Vec<GuestStatus> {
     let guests = guests.list().into_iter();
     guests.map(|guest| GuestStatus { pid: guest.pid(), domain: guest.domain().map(str::to_owned) }).collect()
+}
+
+/// Every guest, also those that run without the wrapper.
+pub fn everybody(guests: &Guests) -> Vec<GuestStatus> {
+    let mut everybody = registered(guests);
+    for (pid, name) in LibvirtState::system().running() {
+        if everybody.iter().all(|guest| guest.pid != pid) {
+            everybody.push(GuestStatus { pid, domain: Some(name) });
+        }
+    }
+    everybody
 }
 
 /// Which domains have which device open, in the order of `guests`. Each guest's descriptors are read once.
@@ -52,7 +65,12 @@ pub fn domains_by_device(guests: &[GuestStatus]) -> HashMap<DeviceNumber, Vec<St
     domains
 }
 
-fn describe(broker: &Broker, mapping: Mapping, domains: &HashMap<DeviceNumber, Vec<String>>) -> MappingStatus {
+fn describe(
+    broker: &Broker,
+    mapping: Mapping,
+    domains: &HashMap<DeviceNumber, Vec<String>>,
+    held: &HashMap<VolumeId, Vec<String>>,
+) -> MappingStatus {
     let domains = domains.get(&mapping.device).cloned().unwrap_or_default();
     let device = device_path(mapping.device);
     let backing = mapping.backing.map(|number| match broker.identify(number) {
@@ -61,6 +79,7 @@ fn describe(broker: &Broker, mapping: Mapping, domains: &HashMap<DeviceNumber, V
     });
     MappingStatus {
         since: made_at(&device),
+        held_for: held.get(&mapping.volume).cloned().unwrap_or_default(),
         volume: mapping.volume,
         name: mapping.name,
         backing: backing.unwrap_or_default(),

@@ -18,6 +18,7 @@ mod encoding;
 mod note;
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 
 use roxmltree::{Document, Node};
 
@@ -112,6 +113,22 @@ pub fn unrewrite(xml: &str) -> Result<String, Refusal> {
     }
 }
 
+/// Where the volumes of a rewritten domain were before, as its note says it.
+///
+/// # Errors
+/// [`Reason::Configuration`] when `xml` cannot be read or the note is damaged.
+pub fn sources_before(xml: &str) -> Result<HashMap<VolumeId, PathBuf>, Refusal> {
+    let document = parse(xml)?;
+    let Some(element) = note::find(&document.root_element())? else { return Ok(HashMap::new()) };
+    let entries = note::Note::read(&element)?.entries.into_iter();
+    // What stood between quotes has its references still.
+    let unescaped = |text: &str| {
+        let element = format!("<a b=\"{}\"/>", text.replace('"', "&quot;"));
+        Document::parse(&element).ok()?.root_element().attribute("b").map(PathBuf::from)
+    };
+    Ok(entries.filter_map(|entry| Some((entry.volume, unescaped(entry.before.path())?))).collect())
+}
+
 /// The work on one document.
 struct Rewriting<'a> {
     xml: &'a str,
@@ -171,19 +188,25 @@ impl Rewriting<'_> {
 }
 
 fn parse(xml: &str) -> Result<Document<'_>, Refusal> {
+    let document = parse_any(xml)?;
+    let root = document.root_element();
+    match is(&root, "domain") || is(&root, "disk") {
+        true => Ok(document),
+        false => Err(unreadable(InvalidXml::root(&root, "neither libvirt's <domain> nor a <disk>"))),
+    }
+}
+
+fn parse_any(xml: &str) -> Result<Document<'_>, Refusal> {
     if xml.len() > MAX_XML {
         return Err(Refusal::new(Reason::Configuration, format!("the XML is longer than {MAX_XML} bytes")));
     }
-    let document = check_encoding(xml)
-        .and_then(|()| Document::parse(xml).map_err(|error| InvalidXml(error.to_string())))
-        .and_then(|document| {
-            let root = document.root_element();
-            match is(&root, "domain") || is(&root, "disk") {
-                true => Ok(document),
-                false => Err(InvalidXml::root(&root, "neither libvirt's <domain> nor a <disk>")),
-            }
-        });
-    document.map_err(|error| Refusal::new(Reason::Configuration, error.to_string()))
+    let document =
+        check_encoding(xml).and_then(|()| Document::parse(xml).map_err(|error| InvalidXml(error.to_string())));
+    document.map_err(unreadable)
+}
+
+fn unreadable(error: InvalidXml) -> Refusal {
+    Refusal::new(Reason::Configuration, error.to_string())
 }
 
 /// Elements that are none of libvirt's today, and could be taken for one.

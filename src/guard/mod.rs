@@ -24,7 +24,7 @@ pub use self::watchlist::Rules;
 
 use self::book::Book;
 use self::kernel::{Attachment, KernelTable};
-use self::sysfs::Shown;
+pub use self::sysfs::Shown;
 use self::uevent::Subject;
 use self::watchlist::{Watchlist, unguarded};
 use crate::policy::GuardConfig;

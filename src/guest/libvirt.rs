@@ -79,6 +79,16 @@ impl LibvirtState {
         Ok(Some(read(&domain)))
     }
 
+    /// The process and the name of every running domain, as far as they can be told.
+    pub fn running(&self) -> Vec<(u32, String)> {
+        let Ok(entries) = fs::read_dir(&self.state) else { return Vec::new() };
+        let running = |path: PathBuf| {
+            let name = path.file_name()?.to_str()?.strip_suffix(".pid")?.to_owned();
+            Some((read_trusted(&path).ok()?.trim_end().parse().ok()?, name))
+        };
+        entries.flatten().filter_map(|entry| running(entry.path())).collect()
+    }
+
     /// The file about the domain whose process `pid` is.
     fn status_file(&self, pid: u32) -> io::Result<Option<PathBuf>> {
         let entries = match fs::read_dir(&self.state) {
@@ -168,6 +178,16 @@ mod tests {
         let facts = Host::new(42, &status(42), SCOPE).of(42).unwrap().unwrap();
         assert_eq!((facts.name.as_str(), facts.owner.as_deref()), ("vm", Some("p1")));
         assert_eq!(facts.uuid.as_deref(), Some("0b1f7c1e-1111-4222-8333-444455556666"));
+    }
+
+    #[test]
+    fn running_domains_are_those_with_a_process() {
+        let host = Host::new(42, "", "");
+        host.write("half.pid", "");
+        let state = LibvirtState { state: host.0.path().join("state"), proc: "/proc".into() };
+        let mut running = state.running();
+        running.sort();
+        assert_eq!(running, [(41, "other".to_owned()), (42, "vm".to_owned())]);
     }
 
     #[test]

@@ -12,11 +12,11 @@ use std::process::ExitCode;
 
 use crate::domain::{Domain, Requester, Source};
 use crate::guest::{block_device_at, is_no_device};
-use crate::policy::{Config, DEFAULT_PATH, Decision, HookConfig, WhenUnreachable};
+use crate::policy::{Config, DEFAULT_PATH, Decision, HookConfig, Intercept, WhenUnreachable};
 use crate::printable::printable;
 use crate::protocol::{CONTROL_SOCKET, CallError, ControlClient, HookOperation, MAX_MESSAGE, Reply, Request};
 use crate::unguarded::Marker;
-use crate::volume::{Identity, Sysfs};
+use crate::volume::{Identity, Sysfs, VolumeId};
 
 /// Runs the hook.
 pub fn main() -> ExitCode {
@@ -50,6 +50,10 @@ fn run(domain: &str, operation: &str, sub_operation: &str) -> Result<(), String>
         }
         ("stopped", "end") => {
             sweep(domain);
+            Ok(())
+        }
+        ("started", "begin") => {
+            started(domain);
             Ok(())
         }
         _ => Ok(()),
@@ -125,6 +129,17 @@ fn sweep(domain: &str) {
     }
 }
 
+/// Tells the daemon that QEMU has opened its mappings. What it would go on holding ends in time by itself, and no
+/// guest may be killed for that, which is what libvirt does when this operation fails.
+fn started(domain: &str) {
+    let hook = Config::load(Path::new(DEFAULT_PATH)).map(|config| config.hook).unwrap_or_default();
+    if hook.intercept == Intercept::Xml
+        && let Err(error) = ask(domain, HookOperation::Started, "", &hook)
+    {
+        eprintln!("volcrypt: {}", printable(&error.to_string()));
+    }
+}
+
 fn ask(domain: &str, operation: HookOperation, xml: &str, hook: &HookConfig) -> Result<Reply, CallError> {
     let request = Request::Hook { operation, domain: domain.to_owned(), xml: xml.to_owned() };
     ControlClient::connect(Path::new(CONTROL_SOCKET), hook.deadline)?.call(&request)
@@ -137,6 +152,10 @@ fn refuse_protected(config: &Config, domain: &str, xml: &str) -> Result<(), Stri
     for (disk, source) in domain_xml.disks.iter().flat_map(|disk| disk.images().map(move |(source, _)| (disk, source)))
     {
         let identity = match source {
+            // Only the daemon makes it.
+            Source::Path(path) if VolumeId::of_mapping(path).is_some() => {
+                return Err(format!("disk {} of domain {domain} is protected and cannot be opened now", disk.target));
+            }
             Source::Path(path) => match block_device_at(path) {
                 Ok(device) => sysfs.identify(device).map_err(|refusal| refusal.to_string())?,
                 Err(error) if is_no_device(&error) => {

@@ -6,6 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 use super::error::{ConfigError, Fault};
@@ -89,6 +90,8 @@ pub struct DaemonConfig {
 /// The section `[hook]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HookConfig {
+    /// How guests get to their mappings.
+    pub intercept: Intercept,
     /// What becomes of domains that start while the daemon cannot be reached.
     pub when_daemon_unreachable: WhenUnreachable,
     /// What becomes of domains that run another emulator than the wrapper, once there are rules.
@@ -126,6 +129,7 @@ impl Default for DaemonConfig {
 impl Default for HookConfig {
     fn default() -> Self {
         HookConfig {
+            intercept: Intercept::Open,
             when_daemon_unreachable: WhenUnreachable::Refuse,
             other_emulators: OtherEmulators::Refuse,
             deadline: Duration::from_secs(DEFAULT_HOOK_DEADLINE),
@@ -151,6 +155,17 @@ pub enum Unmatched {
     Pass,
     /// No guest may have them.
     Deny,
+}
+
+/// How guests get to the mappings of their volumes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Intercept {
+    /// The wrapper has QEMU's opens answered; the domains' XML stays as it is.
+    #[default]
+    Open,
+    /// The domains' XML names the mappings, and the daemon holds each of them open until QEMU has it.
+    Xml,
 }
 
 /// What becomes of domains that run another emulator than the wrapper.
@@ -337,13 +352,14 @@ fn hook(table: HookTable) -> Result<HookConfig, Fault> {
         table.when_daemon_unreachable,
         [("refuse", WhenUnreachable::Refuse), ("start-unprotected", WhenUnreachable::StartUnprotected)],
     )?;
+    let intercept = word("intercept", table.intercept, [("open", Intercept::Open), ("xml", Intercept::Xml)])?;
     let other_emulators = word(
         "other_emulators",
         table.other_emulators,
         [("refuse", OtherEmulators::Refuse), ("start", OtherEmulators::Start)],
     )?;
     let deadline = seconds("deadline_seconds", table.deadline_seconds, DEFAULT_HOOK_DEADLINE, 1..=300)?;
-    Ok(HookConfig { when_daemon_unreachable, other_emulators, deadline })
+    Ok(HookConfig { intercept, when_daemon_unreachable, other_emulators, deadline })
 }
 
 fn policy(table: PolicyTable) -> Result<PolicyConfig, Fault> {

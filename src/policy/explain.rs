@@ -1,11 +1,12 @@
 use super::compare::Comparison;
-use super::config::{Config, KeyManagerConfig, OtherEmulators, Unmatched, WhenUnreachable, WhenUnwritable};
+use super::config::{Config, Intercept, KeyManagerConfig, OtherEmulators, Unmatched, WhenUnreachable, WhenUnwritable};
 use super::rule::{Action, Rule};
 
 impl Config {
     /// The configuration in plain words, a line for each setting, with overlaps and warnings at the end.
     pub fn explain(&self) -> String {
         let mut lines = vec![self.keys(), self.deadlines(), self.users(), self.without_daemon(), self.without_audit()];
+        lines.extend(self.by_xml());
         lines.extend(self.without_wrapper());
         lines.push(self.guard());
         if !self.rules().iter().any(|rule| rule.protect().is_some()) {
@@ -40,6 +41,13 @@ impl Config {
                 "keys are in clear text in {}; this protects nothing from who can read it",
                 file.display()
             ));
+        }
+        if self.hook.intercept == Intercept::Xml && !self.guard.enabled {
+            warnings.push(
+                "with intercept = \"xml\" and the guard off, nothing keeps a guest from a protected volume's own device; set \
+                 enabled = true in [guard]"
+                    .to_owned(),
+            );
         }
         for (index, rule) in self.rules().iter().enumerate() {
             let name = rule.name();
@@ -99,9 +107,28 @@ impl Config {
         format!("While the audit log cannot be written, {what}.")
     }
 
+    fn by_xml(&self) -> Option<String> {
+        (self.hook.intercept == Intercept::Xml).then(|| {
+            "Disks get to their mappings by the domain's XML, which 'volcrypt domain rewrite' and 'volcrypt attach-device' \
+             see to, whatever the emulator is."
+                .to_owned()
+        })
+    }
+
     fn without_wrapper(&self) -> Option<String> {
+        if self.hook.intercept == Intercept::Xml && self.guard.enabled {
+            return None;
+        }
         // Nothing is asked of a domain where nothing is protected.
         (!self.rules().is_empty()).then(|| match self.hook.other_emulators {
+            OtherEmulators::Refuse if self.hook.intercept == Intercept::Xml => {
+                "No domain starts without the guard.".to_owned()
+            }
+            OtherEmulators::Start if self.hook.intercept == Intercept::Xml => {
+                "Without the guard, domains start unless they have a protected disk, and protected volumes that are \
+                 attached to them later past volcrypt are written in clear."
+                    .to_owned()
+            }
             OtherEmulators::Refuse => "Domains that run another emulator than the wrapper do not start.".to_owned(),
             OtherEmulators::Start => format!(
                 "Domains that run another emulator than the wrapper start unless they have a protected disk, and \

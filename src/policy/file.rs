@@ -40,6 +40,7 @@ pub(super) struct DaemonTable {
 #[derive(Deserialize, Default)]
 #[serde(default, deny_unknown_fields)]
 pub(super) struct HookTable {
+    pub(super) intercept: Option<Spanned<String>>,
     pub(super) when_daemon_unreachable: Option<Spanned<String>>,
     pub(super) other_emulators: Option<Spanned<String>>,
     pub(super) deadline_seconds: Option<Spanned<i64>>,

@@ -18,8 +18,8 @@ mod template;
 mod trace;
 
 pub use config::{
-    AuditConfig, Config, DEFAULT_DIRECTORY, DEFAULT_PATH, DaemonConfig, HookConfig, KeyManagerConfig, OtherEmulators,
-    PolicyConfig, Unmatched, WhenUnreachable, WhenUnwritable,
+    AuditConfig, Config, DEFAULT_DIRECTORY, DEFAULT_PATH, DaemonConfig, HookConfig, Intercept, KeyManagerConfig,
+    OtherEmulators, PolicyConfig, Unmatched, WhenUnreachable, WhenUnwritable,
 };
 pub use decision::{Decision, Protection};
 pub use error::ConfigError;

@@ -14,6 +14,7 @@ use super::Identification;
 use super::registration::receive_with_descriptors;
 use crate::audit::Link;
 use crate::keys::KeyInfo;
+use crate::policy::Intercept;
 use crate::store::{AuditPage, AuditQuery, Grant, Verified, VolumeRecord};
 use crate::volume::VolumeId;
 
@@ -113,6 +114,8 @@ pub enum HookOperation {
     Migrate,
     /// Before libvirt takes the domain from a file that it was saved to.
     Restore,
+    /// QEMU runs, and has open what it was started with.
+    Started,
     /// QEMU has ended; or libvirt has released everything of the domain.
     Stopped,
 }
@@ -171,6 +174,9 @@ pub struct Status {
     pub mappings: Vec<MappingStatus>,
     /// Every QEMU whose opens the daemon answers.
     pub guests: Vec<GuestStatus>,
+    /// How guests get to their mappings.
+    #[serde(default)]
+    pub intercept: Intercept,
     /// What keeps other QEMUs from protected volumes.
     pub guard: GuardStatus,
 }
@@ -212,6 +218,9 @@ pub struct MappingStatus {
     pub deferred_removal: bool,
     /// The domains whose QEMU has it open.
     pub domains: Vec<String>,
+    /// The domains that it is held for until their QEMU has opened it.
+    #[serde(default)]
+    pub held_for: Vec<String>,
     /// When it was made, in seconds since 1970-01-01 UTC.
     pub since: Option<i64>,
 }

@@ -5,6 +5,7 @@ use roxmltree::{Document, Node};
 use super::host::Host;
 use super::{EMULATORS, Finding};
 use crate::domain::quoted;
+use crate::policy::Intercept;
 use crate::protocol::{GuardStatus, Status};
 
 const OLDEST_LIBVIRT: u32 = 9_000_000;
@@ -30,7 +31,12 @@ pub struct DomainView {
 }
 
 /// libvirt itself, then every domain that the daemon does not guard, or will not after its next start.
-pub(super) fn check(host: &Host, view: Result<LibvirtView, String>, status: Option<&Status>) -> Vec<Finding> {
+pub(super) fn check(
+    host: &Host,
+    view: Result<LibvirtView, String>,
+    status: Option<&Status>,
+    intercept: Intercept,
+) -> Vec<Finding> {
     let view = match view {
         Ok(view) => view,
         Err(error) => {
@@ -42,6 +48,12 @@ pub(super) fn check(host: &Host, view: Result<LibvirtView, String>, status: Opti
         }
     };
     let mut findings = vec![version(view.version)];
+    // What they run does not matter.
+    if intercept == Intercept::Xml {
+        let outside = |status| view.domains.iter().filter_map(move |domain| outside_the_guard(host, domain, status));
+        findings.extend(status.filter(|status| status.guard.on).into_iter().flat_map(outside));
+        return findings;
+    }
     // Without the daemon's answer nothing can be said of running guests; that it is missing is a
     // finding of its own.
     if let Some(status) = status {
@@ -92,6 +104,23 @@ fn running(host: &Host, domain: &DomainView, status: &Status) -> Option<Finding>
     ))
 }
 
+/// A domain that runs where the guard does not count.
+fn outside_the_guard(host: &Host, domain: &DomainView, status: &Status) -> Option<Finding> {
+    domain.running.as_ref()?;
+    let pid = pid(host, &domain.name)?;
+    (!is_kept_out(host, pid, &status.guard)).then(|| {
+        Finding::warn(
+            "guests",
+            format!(
+                "domain {} runs outside of {}, where the guard is: protected volumes that are attached to it past volcrypt \
+                 are NOT encrypted",
+                domain.name, status.guard.cgroup
+            ),
+            "set cgroup in [guard] to the one that all guests run in",
+        )
+    })
+}
+
 /// Whether the guard keeps this process from raw devices: it is on, and the process is in its cgroup or
 /// below. proc_pid_cgroup(5): cgroup v2 has the line `0::/PATH`.
 fn is_kept_out(host: &Host, pid: u32, guard: &GuardStatus) -> bool {
@@ -137,6 +166,7 @@ mod tests {
             key_store_error: None,
             mappings: vec![],
             guests: pids.iter().map(|&pid| GuestStatus { pid, domain: None }).collect(),
+            intercept: Intercept::Open,
             guard: GuardStatus { on: true, cgroup: "machine.slice".into(), devices: 0, fault: None, all_because: None },
         }
     }
@@ -156,7 +186,8 @@ mod tests {
     #[test]
     fn a_guest_that_registered_is_guarded() {
         let (_root, host) = host(&[("/run/libvirt/qemu/web1.pid", "42")]);
-        let findings = check(&host, view(Some(xml(WRAPPER)), Some(xml(None))), Some(&status(&[7, 42])));
+        let findings =
+            check(&host, view(Some(xml(WRAPPER)), Some(xml(None))), Some(&status(&[7, 42])), Intercept::Open);
         assert!(findings.iter().all(|finding| finding.verdict() == Verdict::Ok), "{findings:?}");
         assert_eq!(findings.len(), 2);
     }
@@ -164,7 +195,7 @@ mod tests {
     #[test]
     fn a_guest_that_did_not_register_is_a_warning_with_its_emulator() {
         let (_root, host) = host(&[("/run/libvirt/qemu/web1.pid", "42\n")]);
-        let findings = check(&host, view(Some(xml(PLAIN)), Some(xml(PLAIN))), Some(&status(&[7])));
+        let findings = check(&host, view(Some(xml(PLAIN)), Some(xml(PLAIN))), Some(&status(&[7])), Intercept::Open);
         let text: Vec<String> = findings[1..].iter().map(Finding::to_string).collect();
         assert_eq!(
             text,
@@ -181,14 +212,24 @@ mod tests {
     #[test]
     fn without_the_daemon_no_running_guest_is_judged() {
         let (_root, host) = host(&[]);
-        let findings = check(&host, view(Some(xml(WRAPPER)), None), None);
+        let findings = check(&host, view(Some(xml(WRAPPER)), None), None, Intercept::Open);
         assert_eq!(findings.len(), 1);
+    }
+
+    #[test]
+    fn with_xml_it_counts_whether_a_guest_is_where_the_guard_is() {
+        for (cgroup, number) in [("0::/machine.slice/machine-qemu.scope\n", 1), ("0::/user.slice\n", 2)] {
+            let (_root, host) = host(&[("/run/libvirt/qemu/web1.pid", "42"), ("/proc/42/cgroup", cgroup)]);
+            let findings = check(&host, view(Some(xml(PLAIN)), None), Some(&status(&[])), Intercept::Xml);
+            assert_eq!(findings.len(), number, "{findings:?}");
+            assert!(findings[1..].iter().all(|finding| finding.to_string().contains("runs outside of machine.slice")));
+        }
     }
 
     #[test]
     fn libvirt_has_to_answer_and_to_be_new_enough() {
         let (_root, host) = host(&[]);
-        assert_eq!(check(&host, Err("no socket".into()), None)[0].verdict(), Verdict::Fail);
+        assert_eq!(check(&host, Err("no socket".into()), None, Intercept::Open)[0].verdict(), Verdict::Fail);
         assert_eq!(version(9_000_000).verdict(), Verdict::Ok);
         assert_eq!(
             version(8_010_000).to_string(),
@@ -218,7 +259,7 @@ mod tests {
             let (_root, host) = host(&[("/run/libvirt/qemu/web1.pid", "42"), ("/proc/42/cgroup", cgroup)]);
             let mut status = status(&[7]);
             status.guard.on = on;
-            let findings = check(&host, view(Some(xml(PLAIN)), None), Some(&status));
+            let findings = check(&host, view(Some(xml(PLAIN)), None), Some(&status), Intercept::Open);
             assert!(findings[1].to_string().contains(consequence), "{cgroup}: {}", findings[1]);
         }
     }

@@ -9,7 +9,7 @@ use self::host::Host;
 use super::status;
 use super::table::printable;
 use super::{CommandError, DEADLINE, Daemon, Outcome};
-use crate::policy::Config;
+use crate::policy::{Config, Intercept};
 use crate::protocol::{GuardStatus, Status};
 
 mod apparmor;
@@ -40,13 +40,18 @@ pub(super) fn examine(config: &Path, daemon: &Daemon<'_>, survey: Survey) -> Out
         service::descriptor_store(),
     ];
     let status = status.ok();
+    let intercept = status.as_ref().map(|status| status.intercept);
+    let intercept =
+        intercept.or_else(|| Config::load(config).ok().map(|config| config.hook.intercept)).unwrap_or_default();
     findings.extend(status.as_ref().into_iter().flat_map(daemon_errors));
     findings.extend(status.as_ref().map(guard));
-    findings.extend(host.emulator_links());
-    findings.extend(host.libvirt_path());
+    if intercept == Intercept::Open {
+        findings.extend(host.emulator_links());
+        findings.extend(host.libvirt_path());
+    }
     findings.push(host.hook());
     findings.extend(host.apparmor());
-    findings.extend(guests::check(&host, survey_in_time(survey), status.as_ref()));
+    findings.extend(guests::check(&host, survey_in_time(survey), status.as_ref(), intercept));
     report(&findings)
 }
 
@@ -165,6 +170,13 @@ fn guard(status: &Status) -> Finding {
         // A sentence and what to do.
         Some(fault) => {
             let (what, remedy) = fault.split_once(": ").unwrap_or((fault, "journalctl -u volcryptd shows more"));
+            if status.intercept == Intercept::Xml {
+                let sentence = format!(
+                    "it is off, and with intercept = \"xml\" nothing else keeps guests from opening protected volumes in \
+                     clear, so their domains do not start: {what}"
+                );
+                return Finding::fail("guard", sentence, remedy);
+            }
             let sentence =
                 format!("it is off, so guests without the wrapper could open protected volumes in clear: {what}");
             Finding::warn("guard", sentence, remedy)
@@ -193,6 +205,7 @@ mod tests {
             key_store_error: None,
             mappings: vec![],
             guests: vec![],
+            intercept: Intercept::Open,
             guard: GuardStatus { on: true, cgroup: "machine.slice".into(), devices: 2, fault: None, all_because: None },
         }
     }
@@ -223,6 +236,15 @@ mod tests {
             "warn  guard: it is off, so guests without the wrapper could open protected volumes in clear: there is no \
              cgroup /x; to mend it: run this"
         );
+    }
+
+    #[test]
+    fn with_xml_a_guard_that_is_off_fails() {
+        let fault = Some("there is no cgroup /x: run this".to_owned());
+        let guard = GuardStatus { on: false, fault, ..GuardStatus::default() };
+        let finding = super::guard(&Status { guard, intercept: Intercept::Xml, ..status("x") });
+        assert_eq!((finding.verdict, finding.remedy.as_deref()), (Verdict::Fail, Some("run this")));
+        assert_eq!(super::guard(&Status { intercept: Intercept::Xml, ..status("x") }).verdict, Verdict::Ok);
     }
 
     #[test]

@@ -49,7 +49,7 @@ fn texts(records: &[Record]) -> Vec<String> {
 }
 
 /// Lets the log take no record more.
-fn fill(broker: &Broker) {
+pub(super) fn fill(broker: &Broker) {
     let vault = broker.vault().unwrap();
     vault.store.fill_disk(true);
     while vault.store.append_audit(Event::new(Kind::KeyUsed, &"filler".parse().unwrap(), "")).is_ok() {}

@@ -3,6 +3,7 @@
 
 mod audit;
 mod broker;
+mod by_xml;
 mod control;
 mod copies;
 mod hostile;
@@ -57,6 +58,8 @@ struct World {
     delay: Duration,
     mapped: bool,
     in_use: bool,
+    /// Why the guard is off.
+    guard_fault: Option<&'static str>,
     /// Which domain every process is.
     domain: Option<Facts>,
     /// The block devices that every process has open.
@@ -76,6 +79,7 @@ impl World {
             delay: Duration::ZERO,
             mapped: false,
             in_use: false,
+            guard_fault: None,
             domain: Some(vm()),
             open: Arc::default(),
             given: Arc::new(Mutex::new("<domain/>".to_owned())),
@@ -169,6 +173,20 @@ impl Devices for World {
 
     fn open_by(&self, _pid: u32) -> Vec<DeviceNumber> {
         self.open.lock().unwrap().clone()
+    }
+
+    fn all(&self) -> io::Result<Vec<DeviceNumber>> {
+        let mut all: Vec<_> = self.devices.lock().unwrap().keys().copied().collect();
+        all.sort();
+        Ok(all)
+    }
+
+    fn await_name(&self, _path: &Path, _device: DeviceNumber, _since: Option<u64>) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn guard_fault(&self) -> Option<String> {
+        self.guard_fault.map(str::to_owned)
     }
 
     fn user(&self, _device: DeviceNumber) -> Option<String> {

@@ -182,3 +182,15 @@ fn a_note_that_was_not_written_here_gets_nothing_else_in() {
     let quoted = forged(r#"file="/srv/a.img""#, r#"file="' x='&quot;""#).unwrap();
     assert!(quoted.contains(r#"file='&apos; x=&apos;"'"#), "{quoted}");
 }
+
+#[test]
+fn the_note_says_where_a_volume_was() {
+    assert!(sources_before(&domain(DISK)).unwrap().is_empty());
+    let note = sources_before(&rewritten(&domain(DISK))).unwrap();
+    assert_eq!(note, HashMap::from([("a".parse().unwrap(), PathBuf::from("/dev/sda"))]));
+    // As libvirt reads it, whatever stood between the quotes.
+    let disk = DISK.replace("'/dev/sda'", "\"/dev/&apos;a&amp;&#x22;\"");
+    let any = |_: Option<&Facts>, _: &Source| Ok(Some("b".parse().unwrap()));
+    let xml = rewrite(&domain(&disk), &any).unwrap().xml;
+    assert_eq!(sources_before(&xml).unwrap(), HashMap::from([("b".parse().unwrap(), PathBuf::from("/dev/'a&\""))]));
+}

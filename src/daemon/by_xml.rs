@@ -1,0 +1,121 @@
+//! Domains whose XML names their mappings (`intercept = "xml"`): what such a domain needs before it starts.
+//!
+//! Nothing stands between QEMU and what it opens here. So a protected volume may be named by its mapping only, and
+//! the guard has to keep its own device shut, which is what a disk that was attached past volcrypt would open.
+
+use std::cell::OnceCell;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use super::broker::{Broker, Finder, no_such_device};
+use super::holds::Mapped;
+use super::inspection::{check_commands, check_unit};
+use crate::domain::{Disk, Domain, Facts, Source, in_disk, quoted};
+use crate::guest::{block_device_at, is_no_device};
+use crate::policy::{Config, OtherEmulators};
+use crate::refusal::{Reason, Refusal};
+use crate::volume::VolumeId;
+
+/// Makes the mappings that `domain` names and holds them until it has started. `once_at` is where its volumes were
+/// before its XML was rewritten.
+///
+/// # Errors
+/// When one of them cannot be made or must not be opened, when a disk names a protected volume by anything but its
+/// mapping, and when the guard is off.
+pub fn prepare(
+    broker: &Broker,
+    config: &Config,
+    name: &str,
+    domain: &Domain,
+    once_at: &HashMap<VolumeId, PathBuf>,
+) -> Result<(), Refusal> {
+    if !config.rules().is_empty() && config.hook.other_emulators == OtherEmulators::Refuse {
+        check_guard(broker, name)?;
+    }
+    let facts = domain.facts();
+    let finder = Finder::new(broker, config, &facts);
+    let preparation = Preparation { broker, name, facts: &facts, finder, once_at, guard: OnceCell::new() };
+    let mut mapped = Vec::new();
+    for disk in &domain.disks {
+        // libvirt looks into the mapping here, so it sees on what the image there stands.
+        for (source, _) in disk.images() {
+            mapped.extend(preparation.image(disk, source).map_err(|refusal| in_disk(disk, &refusal))?);
+        }
+    }
+    broker.holds().hold(name, mapped);
+    Ok(())
+}
+
+struct Preparation<'a> {
+    broker: &'a Broker,
+    name: &'a str,
+    facts: &'a Facts,
+    finder: Finder<'a>,
+    once_at: &'a HashMap<VolumeId, PathBuf>,
+    /// What came of asking for the guard.
+    guard: OnceCell<Result<(), Refusal>>,
+}
+
+impl Preparation<'_> {
+    fn image(&self, disk: &Disk, source: &Source) -> Result<Vec<Mapped>, Refusal> {
+        let path = match source {
+            Source::Path(path) => path,
+            Source::IscsiUnit { target, lun } => {
+                return check_unit(self.broker, target, *lun, self.facts).map(|()| Vec::new());
+            }
+            Source::Other => return Ok(Vec::new()),
+        };
+        if let Some(volume) = VolumeId::of_mapping(path) {
+            return Ok(vec![self.mapping(disk, &volume)?]);
+        }
+        let device = match block_device_at(path) {
+            Ok(number) => self.broker.identify(number)?,
+            // An image file, which no rule protects; or nothing yet, about which libvirt says its own.
+            Err(error) if is_no_device(&error) => return Ok(Vec::new()),
+            Err(error) => return Err(no_such_device(path, &error)),
+        };
+        if let Some(volume) = self.broker.judge(&device, self.facts)? {
+            return Err(named_by_its_device(self.name, path, &volume));
+        }
+        // A mapping that is there already for somebody else, under another name, or what stands on one.
+        device.own_mappings().iter().map(|(volume, _)| self.mapping(disk, volume)).collect()
+    }
+
+    fn mapping(&self, disk: &Disk, volume: &VolumeId) -> Result<Mapped, Refusal> {
+        check_commands(disk, volume).map_err(|refusal| refusal.of(volume))?;
+        let guard = self.guard.get_or_init(|| check_guard(self.broker, self.name));
+        guard.clone().map_err(|refusal| refusal.of(volume))?;
+        let device = self.finder.find(volume, self.once_at.get(volume))?;
+        let mapped = self.broker.map(&device, self.facts, &format!("mapped for disk {}", disk.target))?;
+        tracing::info!(
+            domain = self.name, volume = %volume,
+            "the mapping of volume {volume} is there for disk {} of domain {}", disk.target.escape_debug(), self.name
+        );
+        Ok(mapped)
+    }
+}
+
+/// Whether raw devices of protected volumes are shut to `domain`.
+pub fn check_guard(broker: &Broker, domain: &str) -> Result<(), Refusal> {
+    match broker.guard_fault() {
+        None => Ok(()),
+        Some(fault) => Err(Refusal::new(
+            Reason::NotAllowed,
+            format!(
+                "with intercept = \"xml\" the guard alone keeps domain {domain} from the raw devices of protected volumes, \
+                 and it is off: {fault}"
+            ),
+        )),
+    }
+}
+
+fn named_by_its_device(name: &str, path: &Path, volume: &VolumeId) -> Refusal {
+    let sentence = format!(
+        "{} is the protected volume {volume}, and with intercept = \"xml\" a domain has to name {}: run 'volcrypt \
+         domain rewrite {}'",
+        path.display(),
+        volume.mapping_path(),
+        quoted(name)
+    );
+    Refusal::new(Reason::NotAllowed, sentence).of(volume)
+}

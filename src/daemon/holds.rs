@@ -1,0 +1,186 @@
+//! Mappings that are kept open until a guest's QEMU has them open (`intercept = "xml"`).
+//!
+//! A mapping goes at its last close, and here nobody hands QEMU a descriptor: it opens the mapping by its name, some
+//! time after that was made for it. The descriptors stand in no file. If the daemon ends meanwhile, the kernel
+//! removes the mapping, libvirt finds nothing to open, and nothing is left.
+
+use std::collections::HashMap;
+use std::os::fd::OwnedFd;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
+use std::time::{Duration, Instant};
+
+use crate::volume::VolumeId;
+
+/// How long a mapping is held for who never says that it is not needed any more. Between its hook and QEMU's open
+/// libvirt may have minutes of work, with host devices to reset and storage that answers late.
+pub const HELD_FOR: Duration = Duration::from_secs(600);
+
+/// A mapping that was made and is open.
+pub type Mapped = (VolumeId, OwnedFd);
+
+/// The mappings that are held.
+pub struct Holds {
+    limit: Duration,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    held: Vec<Held>,
+}
+
+struct Held {
+    domain: String,
+    volume: VolumeId,
+    /// The thread that works on the request, and since when it is held.
+    by: (ThreadId, Instant),
+    _mapping: OwnedFd,
+}
+
+impl Holds {
+    /// Holds nothing yet, and nothing for longer than `limit`.
+    pub fn new(limit: Duration) -> Self {
+        Holds { limit, state: Mutex::default(), changed: Condvar::new() }
+    }
+
+    /// Holds `mappings` for `domain`.
+    pub fn hold(&self, domain: &str, mappings: Vec<Mapped>) {
+        let by = (thread::current().id(), Instant::now());
+        let held = |(volume, mapping): Mapped| Held { domain: domain.to_owned(), volume, by, _mapping: mapping };
+        self.state().held.extend(mappings.into_iter().map(held));
+        self.changed.notify_one();
+    }
+
+    /// Drops what this thread has held since `begin`: whoever asked for it was gone before the answer came.
+    pub fn undo_since(&self, begin: Instant) {
+        let own = thread::current().id();
+        self.drop_if(|held| held.by.0 == own && held.by.1 >= begin);
+    }
+
+    /// `domain` has started: its QEMU has open what it was started with.
+    pub fn started(&self, domain: &str) {
+        self.drop_if(|held| held.domain == domain);
+    }
+
+    /// `domain` has ended, and with it everybody who could open anything for it.
+    pub fn ended(&self, domain: &str) {
+        self.drop_if(|held| held.domain == domain);
+    }
+
+    /// For which domains each volume is held.
+    pub fn by_volume(&self) -> HashMap<VolumeId, Vec<String>> {
+        let mut domains: HashMap<_, Vec<_>> = HashMap::new();
+        for held in &self.state().held {
+            let domains = domains.entry(held.volume.clone()).or_default();
+            if !domains.contains(&held.domain) {
+                domains.push(held.domain.clone());
+            }
+        }
+        domains
+    }
+
+    /// Drops what is held for too long; never returns.
+    pub fn keep(&self) -> ! {
+        let mut state = self.state();
+        loop {
+            let now = Instant::now();
+            state = match state.held.iter().map(|held| held.by.1 + self.limit).min() {
+                None => self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
+                Some(due) if due > now => {
+                    self.changed.wait_timeout(state, due - now).unwrap_or_else(PoisonError::into_inner).0
+                }
+                Some(_) => {
+                    let late: Vec<Held> = state.held.extract_if(.., |held| held.by.1 + self.limit <= now).collect();
+                    drop(state);
+                    for Held { domain, volume, .. } in &late {
+                        tracing::warn!(
+                            domain, volume = %volume,
+                            "the mapping of volume {volume} is no longer held for domain {domain}, which should have \
+                             opened it long ago"
+                        );
+                    }
+                    drop(late);
+                    self.state()
+                }
+            };
+        }
+    }
+
+    fn drop_if(&self, condition: impl Fn(&Held) -> bool) {
+        // Closing may have the kernel remove mappings, for which nobody else need wait.
+        let dropped: Vec<Held> = self.state().held.extract_if(.., |held| condition(held)).collect();
+        drop(dropped);
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{PipeReader, PipeWriter, Read};
+    use std::sync::Arc;
+
+    /// A descriptor, and what tells when it was closed.
+    fn mapping(volume: &str) -> (PipeReader, Mapped) {
+        let (reader, writer): (PipeReader, PipeWriter) = std::io::pipe().unwrap();
+        (reader, (id(volume), writer.into()))
+    }
+
+    fn id(volume: &str) -> VolumeId {
+        volume.parse().unwrap()
+    }
+
+    fn is_closed(reader: &PipeReader) -> bool {
+        rustix::io::ioctl_fionbio(reader, true).unwrap();
+        (&mut &*reader).read(&mut [0]).is_ok_and(|length| length == 0)
+    }
+
+    #[test]
+    fn a_hold_ends_with_the_start_or_the_end_of_its_domain() {
+        let holds = Holds::new(HELD_FOR);
+        let (start, by_start) = mapping("a");
+        let (other, by_other) = mapping("a");
+        holds.hold("web", vec![by_start]);
+        holds.hold("db", vec![by_other]);
+        assert_eq!(holds.by_volume()[&id("a")], ["web", "db"]);
+        holds.started("web");
+        assert_eq!([&start, &other].map(is_closed), [true, false]);
+        holds.ended("db");
+        assert!(is_closed(&other) && holds.by_volume().is_empty());
+    }
+
+    #[test]
+    fn one_request_is_undone_and_no_other() {
+        let holds = Holds::new(HELD_FOR);
+        let (earlier, by_earlier) = mapping("a");
+        let (other, by_other) = mapping("a");
+        let (own, by_own) = mapping("a");
+        holds.hold("web", vec![by_earlier]);
+        let begin = Instant::now();
+        thread::scope(|scope| {
+            scope.spawn(|| holds.hold("web", vec![by_other]));
+        });
+        holds.hold("web", vec![by_own]);
+        holds.undo_since(begin);
+        assert_eq!([&earlier, &other, &own].map(is_closed), [false, false, true]);
+    }
+
+    #[test]
+    fn nothing_is_held_for_ever() {
+        let holds = Arc::new(Holds::new(Duration::from_millis(20)));
+        let keeper = Arc::clone(&holds);
+        thread::spawn(move || keeper.keep());
+        let (mut reader, by_start) = mapping("a");
+        holds.hold("web", vec![by_start]);
+        // Ends when it was closed.
+        assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+        while !holds.by_volume().is_empty() {
+            thread::yield_now();
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! Domains whose XML names their mappings.
+
+use super::super::prepare::prepare;
+use super::audit::fill;
+use super::*;
+use crate::audit::{Entry, Kind};
+use crate::store::AuditQuery;
+
+pub(super) const XML: &str = "[hook]\nintercept = \"xml\"\n";
+
+fn disk(path: &str) -> String {
+    format!("<disk type='block' device='disk'><source dev='{path}'/><target dev='sda'/></disk>")
+}
+
+fn on_mapping(volume: &str) -> String {
+    disk(&format!("/dev/mapper/volcrypt-{volume}"))
+}
+
+/// Without an emulator, for it does not matter.
+pub(super) fn domain(disks: &[&str]) -> String {
+    format!("<domain type='kvm'><name>vm</name><devices>{}</devices></domain>", disks.concat())
+}
+
+/// The same with a note of where a volume was.
+fn noted(domain: &str, volume: &str, path: &str) -> String {
+    let note = format!(
+        "<metadata><volcrypt:disks xmlns:volcrypt='https://volcrypt.org/xmlns/libvirt/disks/1'>\
+         <volcrypt:disk volume='{volume}' dev='{path}'/></volcrypt:disks></metadata><devices>"
+    );
+    domain.replacen("<devices>", &note, 1)
+}
+
+fn refused(broker: &Broker, xml: &str) -> String {
+    let sentence = prepare(broker, "vm", xml).expect_err("this has to be refused").to_string();
+    assert!(broker.holds().by_volume().is_empty(), "something is held for a domain that may not start");
+    sentence
+}
+
+fn held(broker: &Broker) -> Vec<String> {
+    let mut held: Vec<_> = broker
+        .holds()
+        .by_volume()
+        .into_iter()
+        .map(|(volume, domains)| format!("{volume}: {}", domains.join(",")))
+        .collect();
+    held.sort();
+    held
+}
+
+#[test]
+fn the_mappings_that_a_domain_names_are_held_until_it_has_started() {
+    let world = World::new();
+    let broker = world.broker_saying(false, XML);
+    for (volume, minor) in [("one", 80), ("two", 81)] {
+        broker.enrol(world.add_volume(volume, minor), None).unwrap();
+    }
+    prepare(&broker, "vm", &domain(&[&on_mapping("one"), &on_mapping("two"), &disk("/dev/null")])).unwrap();
+    assert_eq!(world.opened(), ["250:80", "250:81"]);
+    assert_eq!(held(&broker), ["one: vm", "two: vm"]);
+    broker.holds().started("other");
+    assert_eq!(held(&broker).len(), 2);
+    broker.holds().started("vm");
+    assert!(held(&broker).is_empty());
+
+    let recorded = broker.vault().unwrap().store.audit(&AuditQuery::default()).unwrap().entries;
+    let uses: Vec<_> = recorded
+        .into_iter()
+        .filter_map(|entry| match entry {
+            Entry::Record { record, .. } if record.event.kind == Kind::KeyUsed => Some(record.event),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(uses.len(), 2);
+    assert!(uses.iter().all(|event| event.asker.domain.as_deref() == Some("vm")), "{uses:?}");
+    assert_eq!(uses[1].detail, "mapped for disk sda");
+}
+
+#[test]
+fn a_volume_without_its_record_is_not_mapped() {
+    let world = World::new();
+    let broker = world.broker_saying(false, XML);
+    broker.enrol(world.add_volume("unsaid", 82), None).unwrap();
+    fill(&broker);
+    let sentence = refused(&broker, &domain(&[&on_mapping("unsaid")]));
+    assert!(sentence.contains("the audit log cannot be written"), "{sentence}");
+    assert!(world.opened().is_empty());
+}
+
+#[test]
+fn a_protected_volume_by_its_own_device_is_refused() {
+    let world = World::new();
+    let number = world.add_volume("raw", 83);
+    let node = Node::new("/dev", number);
+    let broker = world.broker_saying(true, XML);
+    let sentence = refused(&broker, &domain(&[&disk(&node.0.display().to_string())]));
+    assert!(sentence.starts_with(&format!("disk sda: {} is the protected volume raw", node.0.display())), "{sentence}");
+    assert!(sentence.ends_with("run 'volcrypt domain rewrite vm'"), "{sentence}");
+    // Though its rule would have it enrolled.
+    assert!(broker.vault().unwrap().store.volumes().unwrap().is_empty());
+
+    broker.enrol(number, None).unwrap();
+    let lun = on_mapping("raw").replace("device='disk'", "device='lun'");
+    assert!(refused(&broker, &domain(&[&lun])).contains("device='lun' passes SCSI commands"));
+    let unit = "<disk type='network'><source protocol='iscsi' name='iqn.2026-11.org.lab:volume-x/1'/></disk>";
+    assert!(refused(&broker, &domain(&[unit])).contains("QEMU's own iSCSI client"));
+}
+
+#[test]
+fn one_disk_that_is_refused_leaves_none_held() {
+    let world = World::new();
+    let broker = world.broker_saying(false, XML);
+    broker.enrol(world.add_volume("good", 84), None).unwrap();
+    world.add_volume("keyless", 85);
+    let sentence = refused(&broker, &domain(&[&on_mapping("good"), &on_mapping("keyless")]));
+    assert!(sentence.contains("volume keyless on /dev/sd85 has no key"), "{sentence}");
+    assert_eq!(world.opened(), ["250:84"]);
+}
+
+#[test]
+fn a_volume_is_for_its_owners_domains_only() {
+    let world = World::new();
+    let broker = world.broker_saying(false, XML);
+    broker.enrol(world.add_volume("theirs", 86), Some("p1")).unwrap();
+    let sentence = refused(&broker, &domain(&[&on_mapping("theirs")]));
+    assert!(sentence.contains("belongs to \"p1\" and domain vm to nobody"), "{sentence}");
+    let owner = "<metadata><owner xmlns='https://volcrypt.org/xmlns/libvirt/owner/1'>p1</owner></metadata><devices>";
+    prepare(&broker, "vm", &domain(&[&on_mapping("theirs")]).replacen("<devices>", owner, 1)).unwrap();
+    assert_eq!(held(&broker), ["theirs: vm"]);
+}
+
+#[test]
+fn without_the_guard_no_domain_starts() {
+    let world = World { guard_fault: Some("there is no cgroup: run this"), ..World::new() };
+    let number = world.add_volume("open", 87);
+    let (image, mapped) = (domain(&[&disk("/dev/null")]), domain(&[&on_mapping("open")]));
+    let strict = world.broker_saying(false, XML);
+    strict.enrol(number, None).unwrap();
+    for xml in [&image, &mapped] {
+        let sentence = refused(&strict, xml);
+        assert!(sentence.contains("and it is off: there is no cgroup: run this"), "{sentence}");
+    }
+    let lax = world.broker_saying(false, &format!("{XML}other_emulators = \"start\"\n"));
+    prepare(&lax, "vm", &image).unwrap();
+    assert!(refused(&lax, &mapped).contains("and it is off"));
+    // Where nothing is protected, nothing is asked.
+    prepare(&world.broker_with(XML), "vm", &image).unwrap();
+    assert!(world.opened().is_empty());
+}
+
+#[test]
+fn a_volumes_device_is_found_by_what_the_rules_call_it() {
+    let world = World::new();
+    let broker = world.broker_saying(false, XML);
+    let sentence = refused(&broker, &domain(&[&on_mapping("far")]));
+    assert!(sentence.contains("no block device of this host is protected as volume far for domain vm"), "{sentence}");
+    assert!(sentence.contains("log in to its target, or"), "{sentence}");
+    let first = world.add_volume("far", 88);
+    broker.enrol(first, None).unwrap();
+    prepare(&broker, "vm", &domain(&[&on_mapping("far")])).unwrap();
+    broker.holds().ended("vm");
+    world.devices.lock().unwrap().remove(&first);
+    let sentence = refused(&broker, &domain(&[&on_mapping("far")]));
+    assert!(sentence.contains("log in to its target iqn.2026-11.org.lab:volume-far"), "{sentence}");
+}
+
+#[test]
+fn of_two_devices_that_are_one_volume_the_noted_one_is_taken() {
+    let mut world = World::new();
+    let broker = world.broker_saying(false, XML);
+    let (first, second) = (world.add_volume("twice", 89), world.add_volume("twice", 90));
+    world.change(second, |identity| identity.wwid = Some("naa.89".to_owned()));
+    broker.enrol(first, None).unwrap();
+    let xml = domain(&[&on_mapping("twice")]);
+    assert!(refused(&broker, &xml).contains("both /dev/sd89 and /dev/sd90 lead to volume twice"));
+    let node = Node::new("/dev", second);
+    let at = node.0.display().to_string();
+    prepare(&broker, "vm", &noted(&xml, "twice", &at)).unwrap();
+    assert_eq!(world.opened(), ["250:90"]);
+    // What is there now is another volume.
+    world
+        .change(second, |identity| identity.iscsi.as_mut().unwrap().target = "iqn.2026-11.org.lab:volume-x".to_owned());
+    prepare(&broker, "vm", &noted(&xml, "twice", &at)).unwrap();
+    assert_eq!(world.opened(), ["250:90", "250:89"]);
+    // A damaged note is no more than none.
+    prepare(&broker, "vm", &noted(&xml, "../", &at)).unwrap();
+
+    // What is mapped already decides by itself.
+    let same = Identity { number: second, ..world.identify(first).unwrap() };
+    world.change(second, |identity| *identity = same);
+    world.devices.lock().unwrap().remove(&first);
+    world.mapped = true;
+    let broker = world.broker_saying(false, XML);
+    prepare(&broker, "vm", &xml).unwrap();
+    assert_eq!(world.opened().last().unwrap(), "250:90");
+}
+
+#[test]
+fn a_path_of_a_multipath_map_is_not_the_volume() {
+    let world = World::new();
+    let broker = world.broker_saying(false, XML);
+    let (path, map) = (world.add_volume("map", 91), world.add_volume("map", 92));
+    broker.enrol(path, None).unwrap();
+    let names = crate::volume::Mapping { name: "mpatha".to_owned(), uuid: "mpath-3".to_owned() };
+    world.change(path, |identity| identity.path_of = Some(names.clone()));
+    let beneath = world.identify(path).unwrap();
+    world.change(map, |identity| {
+        (identity.mapping, identity.underlying) = (Some(names), vec![beneath]);
+        identity.wwid = Some("naa.91".to_owned());
+    });
+    let node = Node::new("/dev", path);
+    let xml = noted(&domain(&[&on_mapping("map")]), "map", &node.0.display().to_string());
+    prepare(&broker, "vm", &xml).unwrap();
+    assert_eq!(world.opened(), ["250:92"]);
+}
+
+#[test]
+fn a_faulty_configuration_starts_nothing_without_the_wrapper() {
+    let world = World::new();
+    let sentence = refused(&world.broker_with("nonsense"), &domain(&[&on_mapping("any")]));
+    assert!(sentence.contains("does not run volcrypt's wrapper"), "{sentence}");
+}

@@ -33,7 +33,7 @@ pub enum Command {
     /// Let domains have volumes of another owner for a time
     #[command(subcommand)]
     Grant(GrantCommand),
-    /// Give domains the wrapper as their emulator
+    /// Give domains the wrapper as their emulator, or their disks' mappings as their sources
     #[command(subcommand)]
     Domain(DomainCommand),
     /// Point the protected disks of a domain to their mappings, in its XML
@@ -176,6 +176,16 @@ pub enum DomainCommand {
     },
     /// Give an adopted domain its emulator back
     Release {
+        /// The domain's name
+        name: String,
+    },
+    /// Point a domain's protected disks to their mappings, from its next start on
+    Rewrite {
+        /// The domain's name
+        name: String,
+    },
+    /// Give the disks of a rewritten domain their sources back
+    Unrewrite {
         /// The domain's name
         name: String,
     },

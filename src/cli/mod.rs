@@ -110,6 +110,8 @@ pub fn run(arguments: &Arguments, socket: &Path, libvirt: Libvirt) -> Result<Out
         }
         Command::Domain(DomainCommand::Adopt { name }) => domain::adopt_domain(name, libvirt.look, libvirt.define)?,
         Command::Domain(DomainCommand::Release { name }) => domain::release_domain(name, libvirt.look, libvirt.define)?,
+        Command::Domain(DomainCommand::Rewrite { name }) => domain::rewrite_domain(daemon, name, libvirt)?,
+        Command::Domain(DomainCommand::Unrewrite { name }) => domain::unrewrite_domain(name, libvirt)?,
         Command::Rewrite { reverse: false } => rewrite::forward(daemon, io::stdin().lock())?,
         Command::Rewrite { reverse: true } => rewrite::reverse(io::stdin().lock())?,
         Command::Doctor => return Ok(doctor::examine(&arguments.config, daemon, libvirt.survey)),

@@ -68,6 +68,8 @@ fn run(arguments: &[&str], socket: &Path) -> Result<Outcome, String> {
         survey: no_libvirt,
         look: |_| Err("libvirt is not part of this test".into()),
         define: |_| Err("libvirt is not part of this test".into()),
+        find: |_| Err("libvirt is not part of this test".into()),
+        change: |_, _, _, _| Err("libvirt is not part of this test".into()),
     };
     cli::run(&arguments, socket, libvirt).map_err(|error| error.to_string())
 }
@@ -164,6 +166,22 @@ fn a_broken_configuration_is_one_sentence_that_names_the_line() {
     assert_eq!((code, stdout.as_str()), (1, ""));
     assert!(stderr.starts_with(&format!("volcrypt: {}:2: ", path.display())), "{stderr}");
     assert_eq!(stderr.lines().count(), 1, "{stderr}");
+}
+
+#[test]
+fn where_virshs_commands_are_meant_the_exit_codes_are_virshs() {
+    for (arguments, expected) in [
+        (["attach-device", "--help"].as_slice(), 0),
+        (&["attach-device", "vm", "/nowhere", "--frobnicate"], 1),
+        (&["detach-device", "vm"], 1),
+        (&["attach-device", "vm", "/nowhere", "--live", "--current"], 1),
+        (&["attach-device", "vm", "/nowhere"], 1),
+        (&["status", "--frobnicate"], 2),
+    ] {
+        let (code, stdout, stderr) = volcrypt(arguments);
+        assert_eq!(code, expected, "{arguments:?}: {stderr}");
+        assert_eq!((stdout.is_empty(), stderr.is_empty()), (code != 0, code == 0), "{arguments:?}");
+    }
 }
 
 #[test]

@@ -1,4 +1,4 @@
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
@@ -12,11 +12,31 @@ use crate::volume::VolumeId;
 #[command(name = "volcrypt", version)]
 pub struct Arguments {
     /// The configuration file
-    #[arg(long, value_name = "FILE", global = true, default_value = crate::policy::DEFAULT_PATH)]
+    #[arg(long, value_name = "FILE", default_value = crate::policy::DEFAULT_PATH)]
     pub config: PathBuf,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+}
+
+impl Arguments {
+    /// The configuration file, which may be named before and after the command.
+    pub fn configuration(&self) -> &Path {
+        let after = match &self.command {
+            Command::Config(ConfigCommand::Check(named)) | Command::Doctor(named) => named.config.as_deref(),
+            Command::Policy(PolicyCommand::Test { named, .. }) => named.config.as_deref(),
+            _ => None,
+        };
+        after.unwrap_or(&self.config)
+    }
+}
+
+/// The configuration file, named after a command that reads it. To others, `--config` may mean something else.
+#[derive(Args, Clone, Debug)]
+pub struct Configuration {
+    /// The configuration file
+    #[arg(id = "configuration", long = "config", value_name = "FILE")]
+    pub config: Option<PathBuf>,
 }
 
 /// What the operator can ask for.
@@ -46,6 +66,29 @@ pub enum Command {
         #[arg(long)]
         reverse: bool,
     },
+    /// Attach a device to a domain, as 'virsh attach-device' does, with its protected disk on its mapping
+    ///
+    /// With intercept = "xml" in the configuration, the mapping of a protected disk is made, libvirt is given the disk
+    /// with the mapping for its source, and if libvirt refuses it, nothing is left. Every other device, and with
+    /// intercept = "open" every device, is given to libvirt as it is. Options and their meaning are virsh's: without
+    /// any, a running domain gets the device until it ends.
+    AttachDevice(DeviceArguments),
+    /// Detach a device from a domain, as 'virsh detach-device' does
+    ///
+    /// The file may hold the XML that was given to attach-device, or what 'virsh dumpxml' shows of the device. Waits
+    /// until the mapping of a protected disk is gone.
+    DetachDevice(DeviceArguments),
+    /// Hold a disk's mapping for a domain, for programs that have libvirt attach it themselves
+    ///
+    /// Reads the XML of a device from standard input and writes what libvirt is to be given to standard output. A
+    /// mapping is held until --release, until the domain ends, or for 10 minutes.
+    Hold {
+        /// The domain's name, id or UUID
+        domain: String,
+        /// Hold the mapping of this device no longer
+        #[arg(long)]
+        release: bool,
+    },
     /// Look at what was done with keys and volumes, and for whom
     #[command(subcommand)]
     Audit(AuditCommand),
@@ -56,7 +99,7 @@ pub enum Command {
     #[command(subcommand)]
     Policy(PolicyCommand),
     /// Check what this host needs, and say how to mend what is wrong
-    Doctor,
+    Doctor(Configuration),
 }
 
 /// `volcrypt volume`.
@@ -163,6 +206,9 @@ pub enum PolicyCommand {
         /// Whom the domain belongs to
         #[arg(long, requires = "domain")]
         owner: Option<String>,
+        #[command(flatten)]
+        #[allow(missing_docs)]
+        named: Configuration,
     },
 }
 
@@ -220,7 +266,28 @@ pub enum AuditCommand {
 #[derive(Debug, Subcommand)]
 pub enum ConfigCommand {
     /// Check the configuration file and say what it means
-    Check,
+    Check(Configuration),
+}
+
+/// `volcrypt attach-device` and `volcrypt detach-device`.
+#[derive(Args, Clone, Debug)]
+pub struct DeviceArguments {
+    /// The domain's name, id or UUID
+    pub domain: String,
+    /// The file with the device's XML; it may be /dev/stdin
+    pub file: PathBuf,
+    /// Change the running domain
+    #[arg(long)]
+    pub live: bool,
+    /// Change what libvirt keeps for the domain's next start
+    #[arg(long)]
+    pub config: bool,
+    /// Change the domain as it is now: the running one, or what libvirt keeps of one that does not run
+    #[arg(long)]
+    pub current: bool,
+    /// As --config, and --live as well if the domain runs
+    #[arg(long)]
+    pub persistent: bool,
 }
 
 /// How to print what was found.
@@ -246,9 +313,9 @@ mod tests {
         for line in
             [["volcrypt", "--config", "/x", "config", "check"], ["volcrypt", "config", "check", "--config", "/x"]]
         {
-            assert_eq!(Arguments::try_parse_from(line).unwrap().config, PathBuf::from("/x"));
+            assert_eq!(Arguments::try_parse_from(line).unwrap().configuration(), Path::new("/x"));
         }
         let usual = Arguments::try_parse_from(["volcrypt", "status"]).unwrap();
-        assert_eq!(usual.config, PathBuf::from("/etc/volcrypt/volcrypt.toml"));
+        assert_eq!(usual.configuration(), Path::new("/etc/volcrypt/volcrypt.toml"));
     }
 }

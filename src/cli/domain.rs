@@ -217,6 +217,8 @@ mod tests {
                 KEPT.set(Some(xml.to_owned()));
                 Ok(())
             },
+            find: |_| Ok(None),
+            change: |_, _, _, _| Ok(()),
         }
     }
 

@@ -25,6 +25,13 @@ pub enum CommandError {
         /// What the system said.
         source: io::Error,
     },
+    /// A file could not be read.
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// There is nothing at a path, or nobody can tell what.
     Place {
         /// The path.
@@ -79,6 +86,9 @@ impl fmt::Display for CommandError {
             CommandError::Domain(sentence) => f.write_str(&printable(sentence)),
             CommandError::Place { path, source } => {
                 write!(f, "{} cannot be looked at ({source}): name a device or an image file", path.display())
+            }
+            CommandError::Unreadable { path, source } => {
+                write!(f, "{} cannot be read ({source}): name a file with the device's XML", path.display())
             }
             CommandError::Output(source) => write!(f, "the output cannot be written ({source})"),
         }

@@ -5,6 +5,7 @@
 //! What it knows of libvirt comes in from outside as [`Libvirt`], because linking libvirt
 //! takes a process fourteen milliseconds to start and only this one command can afford that.
 
+use std::ffi::OsStr;
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
@@ -20,6 +21,7 @@ use crate::store::AuditQuery;
 
 mod arguments;
 mod audit;
+mod device;
 pub mod doctor;
 mod domain;
 mod error;
@@ -34,9 +36,10 @@ mod time;
 mod volume;
 
 pub use arguments::{
-    Arguments, AuditCommand, Command, ConfigCommand, DomainCommand, Format, GrantCommand, KeyCommand, PolicyCommand,
-    VolumeCommand,
+    Arguments, AuditCommand, Command, ConfigCommand, Configuration, DeviceArguments, DomainCommand, Format,
+    GrantCommand, KeyCommand, PolicyCommand, VolumeCommand,
 };
+pub use device::{Affect, Change, Find, Found, Operation};
 pub use domain::{Define, Definition, Look};
 pub use error::CommandError;
 
@@ -53,11 +56,22 @@ pub struct Libvirt {
     pub look: Look,
     /// Changes a domain's definition.
     pub define: Define,
+    /// Asks for a domain by whatever it is called.
+    pub find: Find,
+    /// Attaches and detaches devices.
+    pub change: Change,
 }
 
 /// The program `volcrypt`; `libvirt` is how libvirt is asked.
 pub fn main(libvirt: Libvirt) -> ExitCode {
-    let arguments = Arguments::parse();
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // As for every other output, nobody is left to be told.
+            let _ = error.print();
+            return ExitCode::from(usage_code(error.exit_code(), std::env::args_os().nth(1).as_deref()));
+        }
+    };
     let outcome = run(&arguments, Path::new(CONTROL_SOCKET), libvirt).and_then(|outcome| {
         write_out(&mut io::stdout().lock(), &outcome.text).map_err(CommandError::Output)?;
         Ok(outcome.code)
@@ -69,6 +83,16 @@ pub fn main(libvirt: Libvirt) -> ExitCode {
             let _ = writeln!(io::stderr(), "volcrypt: {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// The exit code for a command line that makes no sense. Where virsh's commands are meant it is virsh's.
+fn usage_code(code: i32, command: Option<&OsStr>) -> u8 {
+    let is_virshs = command.is_some_and(|command| command == "attach-device" || command == "detach-device");
+    match (code, is_virshs) {
+        (0, _) => 0,
+        (_, true) => 1,
+        (_, false) => 2,
     }
 }
 
@@ -101,20 +125,24 @@ pub fn run(arguments: &Arguments, socket: &Path, libvirt: Libvirt) -> Result<Out
             audit::show(daemon, query, *limit, *format)?
         }
         Command::Audit(AuditCommand::Verify) => return audit::verify(daemon),
-        Command::Config(ConfigCommand::Check) => {
-            Config::load(&arguments.config).map_err(CommandError::Configuration)?.explain()
+        Command::Config(ConfigCommand::Check(_)) => {
+            Config::load(arguments.configuration()).map_err(CommandError::Configuration)?.explain()
         }
-        Command::Policy(PolicyCommand::Test { device, domain, owner }) => {
+        Command::Policy(PolicyCommand::Test { device, domain, owner, .. }) => {
             let domain = domain.clone().map(|name| Facts { name, uuid: None, owner: owner.clone() });
-            policy::test(&arguments.config, device, domain)?
+            policy::test(arguments.configuration(), device, domain)?
         }
         Command::Domain(DomainCommand::Adopt { name }) => domain::adopt_domain(name, libvirt.look, libvirt.define)?,
         Command::Domain(DomainCommand::Release { name }) => domain::release_domain(name, libvirt.look, libvirt.define)?,
         Command::Domain(DomainCommand::Rewrite { name }) => domain::rewrite_domain(daemon, name, libvirt)?,
         Command::Domain(DomainCommand::Unrewrite { name }) => domain::unrewrite_domain(name, libvirt)?,
+        Command::AttachDevice(arguments) => device::attach(daemon, arguments, libvirt)?,
+        Command::DetachDevice(arguments) => device::detach(daemon, arguments, libvirt)?,
+        Command::Hold { domain, release: false } => device::hold(daemon, domain, io::stdin().lock(), libvirt.find)?,
+        Command::Hold { domain, release: true } => device::release(daemon, domain, io::stdin().lock(), libvirt.find)?,
         Command::Rewrite { reverse: false } => rewrite::forward(daemon, io::stdin().lock())?,
         Command::Rewrite { reverse: true } => rewrite::reverse(io::stdin().lock())?,
-        Command::Doctor => return Ok(doctor::examine(&arguments.config, daemon, libvirt.survey)),
+        Command::Doctor(_) => return Ok(doctor::examine(arguments.configuration(), daemon, libvirt.survey)),
     };
     Ok(Outcome { text, code: 0 })
 }

@@ -19,7 +19,8 @@ pub(super) fn reverse(input: impl Read) -> Result<String, CommandError> {
     unrewrite(&read(input)?).map_err(CommandError::Refused)
 }
 
-fn read(input: impl Read) -> Result<String, CommandError> {
+/// What is in `input`, which is to be XML.
+pub(super) fn read(input: impl Read) -> Result<String, CommandError> {
     let mut bytes = Vec::new();
     input.take(MAX_XML as u64 + 1).read_to_end(&mut bytes).map_err(CommandError::Input)?;
     if bytes.len() > MAX_XML {

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use super::broker::{Broker, Finder, no_such_device};
-use super::holds::Mapped;
+use super::holds::{Mapped, Until};
 use super::inspection::{check_commands, check_unit};
 use crate::domain::{Disk, Domain, Facts, Source, in_disk, quoted};
 use crate::guest::{block_device_at, is_no_device};
@@ -42,7 +42,7 @@ pub fn prepare(
             mapped.extend(preparation.image(disk, source).map_err(|refusal| in_disk(disk, &refusal))?);
         }
     }
-    broker.holds().hold(name, mapped);
+    broker.holds().hold(name, mapped, Until::Started);
     Ok(())
 }
 

@@ -3,15 +3,17 @@
 use std::cell::LazyCell;
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::attach::{self, Device, Recipient};
 use super::broker::{Broker, no_such_device};
 use super::guests::Guests;
+use super::holds::{CallerHold, HELD_FOR, Until};
 use super::identify::identify;
 use super::pool::Pool;
 use super::{incoming, prepare, rewrite, status};
@@ -76,18 +78,25 @@ impl Control {
         let request = serde_json::from_slice(&message)
             .map_err(|error| Refusal::new(Reason::Configuration, format!("volcryptd does not understand the request ({error}): hook, command and daemon must be of one version, so run 'systemctl restart volcryptd'")));
         let asker = Asker::operator(peer.pid.as_raw_nonzero().get() as u32, peer.uid.as_raw());
-        let begin = Instant::now();
-        let response = match request.and_then(|request| asker.ask(|| self.carry_out(request, file))) {
+        let (mut held, begin) = (None, Instant::now());
+        let response = match request.and_then(|request| asker.ask(|| self.carry_out(request, file, &mut held))) {
             Ok(reply) => Response::Done(reply),
             Err(refusal) => Response::Refused { sentence: refusal.to_string(), errno: refusal.errno() },
         };
         let mut answer = serde_json::to_vec(&response)?;
         answer.push(b'\n');
         // The hook may have given up, and libvirt have ended what was prepared before it was.
-        (&*stream).write_all(&answer).inspect_err(|_| self.broker.holds().undo_since(begin))
+        (&*stream).write_all(&answer).inspect_err(|_| self.broker.holds().undo_since(begin))?;
+        held.map_or(Ok(()), |held| hold_while_connected(stream, held))
     }
 
-    fn carry_out(&self, request: Request, file: Option<OwnedFd>) -> Result<Reply, Refusal> {
+    /// What the client has `held` ends with its connection.
+    fn carry_out(
+        &self,
+        request: Request,
+        file: Option<OwnedFd>,
+        held: &mut Option<CallerHold>,
+    ) -> Result<Reply, Refusal> {
         match request {
             Request::Hook { operation: HookOperation::Prepare, domain, xml } => {
                 prepare::prepare(&self.broker, &domain, &xml).inspect_err(|refusal| {
@@ -130,6 +139,18 @@ impl Control {
                 Ok(Reply::Identification(identify(&self.broker, place)?))
             }
             Request::Rewrite { xml } => Ok(Reply::Xml(rewrite::rewrite(&self.broker, &xml)?)),
+            Request::Attach { domain, device, live, keep } => self.attach(&domain, &device, live, keep, held),
+            Request::Detach { domain, device } => {
+                let Device { xml, volume, .. } = attach::detach(&self.broker, &Recipient::parse(&domain)?, &device);
+                Ok(Reply::Device { xml, volume })
+            }
+            Request::Release { domain, device } => {
+                let recipient = Recipient::parse(&domain)?;
+                if let Some(volume) = attach::detach(&self.broker, &recipient, &device).volume {
+                    self.broker.holds().released(recipient.name(), &volume);
+                }
+                Ok(Reply::Nothing)
+            }
             Request::Retire { id } => self.volume(self.recorded_of(&id, self.broker.retire(&id))?),
             Request::Destroy { id } => self.volume(self.recorded_of(&id, self.broker.destroy(&id))?),
             Request::SetOwner { id, owner } => {
@@ -151,6 +172,31 @@ impl Control {
             Request::Audit(query) => Ok(Reply::Audit(self.broker.vault()?.store.audit(&query)?)),
             Request::VerifyAudit { from } => Ok(Reply::AuditVerified(self.broker.vault()?.store.verify_audit(from)?)),
         }
+    }
+
+    fn attach(
+        &self,
+        domain: &str,
+        device: &str,
+        live: bool,
+        keep: bool,
+        held: &mut Option<CallerHold>,
+    ) -> Result<Reply, Refusal> {
+        let recipient = Recipient::parse(domain)?;
+        let attached = || self.recorded(attach::attach(&self.broker, &recipient, device, live));
+        let Device { xml, volume, mapped } = recipient.asker().ask(attached)?;
+        if let Some(mapped) = mapped {
+            let holds = self.broker.holds();
+            tracing::info!(
+                domain = recipient.name(), volume = %mapped.0,
+                "the mapping of volume {} is there to be attached to domain {}", mapped.0, printable(recipient.name())
+            );
+            match keep {
+                true => holds.hold(recipient.name(), vec![mapped], Until::Released),
+                false => *held = Some(holds.hold_for_caller(recipient.name(), vec![mapped])),
+            }
+        }
+        Ok(Reply::Device { xml, volume })
     }
 
     /// Has a refusal recorded; what was done is recorded by whoever does it.
@@ -206,6 +252,22 @@ impl Control {
         tracing::warn!(volume = %id, "exported the key of volume {id}");
         Ok(())
     }
+}
+
+/// Keeps what a client has `held` until it hangs up. It may wait for libvirt for long, so that takes none of the
+/// threads that serve others, libvirt's hook among them.
+fn hold_while_connected(stream: &UnixStream, held: CallerHold) -> io::Result<()> {
+    let stream = stream.try_clone()?;
+    stream.set_read_timeout(Some(HELD_FOR))?;
+    let wait = move || {
+        // It says nothing more; what counts is that this ends.
+        let _ = (&stream).read(&mut [0]);
+        drop(held);
+        // Closing the stream tells the client that nothing is held any more.
+        drop(stream);
+    };
+    std::thread::Builder::new().name("held".to_owned()).stack_size(64 << 10).spawn(wait)?;
+    Ok(())
 }
 
 /// Removes what a daemon that died may have left.

@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
@@ -29,14 +29,33 @@ pub struct Holds {
 #[derive(Default)]
 struct State {
     held: Vec<Held>,
+    callers: u64,
 }
 
 struct Held {
     domain: String,
     volume: VolumeId,
+    until: Until,
     /// The thread that works on the request, and since when it is held.
     by: (ThreadId, Instant),
     _mapping: OwnedFd,
+}
+
+/// Until when a mapping is held, unless its domain ends before or it takes too long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Until {
+    /// libvirt says that the domain has started.
+    Started,
+    /// Somebody says that it is enough: [`Holds::released`].
+    Released,
+    /// This caller has gone.
+    CallerGone(u64),
+}
+
+/// Holds mappings until it is dropped.
+pub struct CallerHold {
+    holds: Arc<Holds>,
+    caller: u64,
 }
 
 impl Holds {
@@ -46,11 +65,23 @@ impl Holds {
     }
 
     /// Holds `mappings` for `domain`.
-    pub fn hold(&self, domain: &str, mappings: Vec<Mapped>) {
+    pub fn hold(&self, domain: &str, mappings: Vec<Mapped>, until: Until) {
         let by = (thread::current().id(), Instant::now());
-        let held = |(volume, mapping): Mapped| Held { domain: domain.to_owned(), volume, by, _mapping: mapping };
+        let held = |(volume, mapping): Mapped| Held { domain: domain.to_owned(), volume, until, by, _mapping: mapping };
         self.state().held.extend(mappings.into_iter().map(held));
         self.changed.notify_one();
+    }
+
+    /// Holds `mappings` for `domain` as long as the result is there.
+    #[must_use]
+    pub fn hold_for_caller(self: &Arc<Self>, domain: &str, mappings: Vec<Mapped>) -> CallerHold {
+        let caller = {
+            let mut state = self.state();
+            state.callers += 1;
+            state.callers
+        };
+        self.hold(domain, mappings, Until::CallerGone(caller));
+        CallerHold { holds: Arc::clone(self), caller }
     }
 
     /// Drops what this thread has held since `begin`: whoever asked for it was gone before the answer came.
@@ -61,12 +92,17 @@ impl Holds {
 
     /// `domain` has started: its QEMU has open what it was started with.
     pub fn started(&self, domain: &str) {
-        self.drop_if(|held| held.domain == domain);
+        self.drop_if(|held| held.until == Until::Started && held.domain == domain);
     }
 
     /// `domain` has ended, and with it everybody who could open anything for it.
     pub fn ended(&self, domain: &str) {
         self.drop_if(|held| held.domain == domain);
+    }
+
+    /// Whoever had `volume` held for `domain` needs that no longer.
+    pub fn released(&self, domain: &str, volume: &VolumeId) {
+        self.drop_if(|held| held.until == Until::Released && held.domain == domain && held.volume == *volume);
     }
 
     /// For which domains each volume is held.
@@ -119,11 +155,16 @@ impl Holds {
     }
 }
 
+impl Drop for CallerHold {
+    fn drop(&mut self) {
+        self.holds.drop_if(|held| held.until == Until::CallerGone(self.caller));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::io::{PipeReader, PipeWriter, Read};
-    use std::sync::Arc;
 
     /// A descriptor, and what tells when it was closed.
     fn mapping(volume: &str) -> (PipeReader, Mapped) {
@@ -141,31 +182,68 @@ mod tests {
     }
 
     #[test]
-    fn a_hold_ends_with_the_start_or_the_end_of_its_domain() {
-        let holds = Holds::new(HELD_FOR);
+    fn each_hold_ends_with_what_it_waits_for() {
+        let holds = Arc::new(Holds::new(HELD_FOR));
         let (start, by_start) = mapping("a");
         let (other, by_other) = mapping("a");
-        holds.hold("web", vec![by_start]);
-        holds.hold("db", vec![by_other]);
+        let (order, by_order) = mapping("b");
+        let (caller, by_caller) = mapping("c");
+        holds.hold("web", vec![by_start], Until::Started);
+        holds.hold("db", vec![by_other], Until::Started);
+        holds.hold("web", vec![by_order], Until::Released);
+        let call = holds.hold_for_caller("web", vec![by_caller]);
         assert_eq!(holds.by_volume()[&id("a")], ["web", "db"]);
+
         holds.started("web");
-        assert_eq!([&start, &other].map(is_closed), [true, false]);
+        assert_eq!([&start, &other, &order, &caller].map(is_closed), [true, false, false, false]);
+        holds.released("web", &id("c"));
+        holds.released("db", &id("b"));
+        assert_eq!([&order, &caller].map(is_closed), [false, false]);
+        holds.released("web", &id("b"));
+        assert_eq!([&other, &order, &caller].map(is_closed), [false, true, false]);
+        drop(call);
+        assert!(is_closed(&caller) && !is_closed(&other));
         holds.ended("db");
         assert!(is_closed(&other) && holds.by_volume().is_empty());
     }
 
     #[test]
+    fn a_domain_that_ends_takes_all_with_it() {
+        let holds = Arc::new(Holds::new(HELD_FOR));
+        let (order, by_order) = mapping("a");
+        let (caller, by_caller) = mapping("b");
+        holds.hold("web", vec![by_order], Until::Released);
+        let call = holds.hold_for_caller("web", vec![by_caller]);
+        holds.ended("web");
+        assert!(is_closed(&order) && is_closed(&caller));
+        drop(call);
+    }
+
+    #[test]
+    fn two_callers_hold_each_their_own() {
+        let holds = Arc::new(Holds::new(HELD_FOR));
+        let (first, by_first) = mapping("a");
+        let (second, by_second) = mapping("a");
+        let one = holds.hold_for_caller("web", vec![by_first]);
+        let other = holds.hold_for_caller("web", vec![by_second]);
+        drop(one);
+        assert!(is_closed(&first) && !is_closed(&second));
+        drop(other);
+        assert!(is_closed(&second));
+    }
+
+    #[test]
     fn one_request_is_undone_and_no_other() {
-        let holds = Holds::new(HELD_FOR);
+        let holds = Arc::new(Holds::new(HELD_FOR));
         let (earlier, by_earlier) = mapping("a");
         let (other, by_other) = mapping("a");
         let (own, by_own) = mapping("a");
-        holds.hold("web", vec![by_earlier]);
+        holds.hold("web", vec![by_earlier], Until::Started);
         let begin = Instant::now();
         thread::scope(|scope| {
-            scope.spawn(|| holds.hold("web", vec![by_other]));
+            scope.spawn(|| holds.hold("web", vec![by_other], Until::Started));
         });
-        holds.hold("web", vec![by_own]);
+        holds.hold("web", vec![by_own], Until::Started);
         holds.undo_since(begin);
         assert_eq!([&earlier, &other, &own].map(is_closed), [false, false, true]);
     }
@@ -176,7 +254,7 @@ mod tests {
         let keeper = Arc::clone(&holds);
         thread::spawn(move || keeper.keep());
         let (mut reader, by_start) = mapping("a");
-        holds.hold("web", vec![by_start]);
+        holds.hold("web", vec![by_start], Until::Started);
         // Ends when it was closed.
         assert_eq!(reader.read(&mut [0]).unwrap(), 0);
         while !holds.by_volume().is_empty() {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::broker::{Broker, Ready};
-use crate::domain::{Disk, Domain, Facts, Source, in_disk, is_hidden, passes_commands, reached_by_qemu};
+use crate::domain::{Disk, Domain, Facts, Source, in_disk, is_hidden, passes_commands, quoted, reached_by_qemu};
 use crate::policy::OtherEmulators;
 use crate::protocol::EMULATOR_DIRECTORY;
 use crate::refusal::{Reason, Refusal};
@@ -16,9 +16,11 @@ pub(super) struct Inspection<'a> {
     pub(super) domain: &'a Domain,
     /// What is asked about the path of a disk.
     pub(super) ready: &'a dyn Fn(&Path, &Facts) -> Result<Ready, Refusal>,
-    /// What to do about the domain of this name that runs this emulator and no wrapper.
-    pub(super) remedy: &'a dyn Fn(&str, &Path) -> String,
+    pub(super) remedy: &'a Remedy<'a>,
 }
+
+/// What to do about the domain of this name that runs this emulator and no wrapper.
+pub(super) type Remedy<'a> = dyn Fn(&str, &Path) -> String + 'a;
 
 impl Inspection<'_> {
     /// Whether the domain may run on this host at all.
@@ -54,23 +56,31 @@ impl Inspection<'_> {
         Ok(ready)
     }
 
-    /// Whether the domain runs the wrapper. Any other emulator opens devices as they are; `what` it would
-    /// write to is for the sentence.
     fn of_emulator(&self, what: &str) -> Result<(), Refusal> {
-        let Inspection { name, domain, .. } = self;
-        let emulator = domain.emulator.as_deref().unwrap_or(Path::new(""));
-        if emulator.parent() == Some(Path::new(EMULATOR_DIRECTORY)) {
-            return Ok(());
-        }
-        Err(Refusal::new(
-            Reason::NotAllowed,
-            format!(
-                "domain {name} runs the emulator {:?} and would write to {what} unencrypted: {}",
-                emulator.display().to_string(),
-                (self.remedy)(name, emulator)
-            ),
-        ))
+        check_emulator(self.name, self.domain, what, self.remedy)
     }
+}
+
+/// Whether the domain runs the wrapper. Any other emulator opens devices as they are; `what` it would
+/// write to is for the sentence.
+pub(super) fn check_emulator(name: &str, domain: &Domain, what: &str, remedy: &Remedy<'_>) -> Result<(), Refusal> {
+    let emulator = domain.emulator.as_deref().unwrap_or(Path::new(""));
+    if emulator.parent() == Some(Path::new(EMULATOR_DIRECTORY)) {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        Reason::NotAllowed,
+        format!(
+            "domain {name} runs the emulator {:?} and would write to {what} unencrypted: {}",
+            emulator.display().to_string(),
+            remedy(name, emulator)
+        ),
+    ))
+}
+
+/// What to do about a domain of this host.
+pub(super) fn by_adopting(name: &str, _emulator: &Path) -> String {
+    format!("run 'volcrypt domain adopt {}', which has it run volcrypt's wrapper", quoted(name))
 }
 
 /// Whether a unit that QEMU reaches by itself is protected.

@@ -1,6 +1,7 @@
 //! `volcryptd`: the only holder of keys and maker of mappings.
 
 mod arrivals;
+mod attach;
 mod auditing;
 mod broker;
 mod by_xml;

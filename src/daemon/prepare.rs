@@ -3,9 +3,10 @@
 use std::path::Path;
 
 use super::broker::{Broker, Ready, no_such_device};
-use super::{by_xml, inspection::Inspection};
+use super::by_xml;
+use super::inspection::{Inspection, by_adopting};
 use crate::audit::{Asker, Kind};
-use crate::domain::{Domain, Facts, Source, in_disk, quoted, sources_before};
+use crate::domain::{Domain, Facts, Source, in_disk, sources_before};
 use crate::guest::{block_device_at, is_no_device};
 use crate::policy::Intercept;
 use crate::refusal::{Reason, Refusal};
@@ -36,10 +37,7 @@ fn prepare_domain(broker: &Broker, name: &str, domain: &Domain) -> Result<(), Re
         Err(error) if is_no_device(&error) => Ok(Ready::default()),
         Err(error) => Err(no_such_device(path, &error)),
     };
-    let adopt = |name: &str, _: &Path| {
-        format!("run 'volcrypt domain adopt {}', which has it run volcrypt's wrapper", quoted(name))
-    };
-    let inspection = Inspection { broker, name, domain, ready: &ready, remedy: &adopt };
+    let inspection = Inspection { broker, name, domain, ready: &ready, remedy: &by_adopting };
     inspection.of_domain()?;
     for disk in &domain.disks {
         let refused = |refusal: Refusal| in_disk(disk, &refusal);

@@ -21,7 +21,8 @@ pub fn rewrite(broker: &Broker, xml: &str) -> Result<String, Refusal> {
     Ok(rewritten.xml)
 }
 
-fn judge(broker: &Broker, domain: Option<&Facts>, source: &Source) -> Result<Option<VolumeId>, Refusal> {
+/// The protected volume that `source` is for `domain`, or for nobody in particular.
+pub(super) fn judge(broker: &Broker, domain: Option<&Facts>, source: &Source) -> Result<Option<VolumeId>, Refusal> {
     let requester = domain.map_or(&Nobody as &dyn Requester, |domain| domain);
     match source {
         Source::Path(path) => match block_device_at(path) {

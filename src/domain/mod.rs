@@ -14,7 +14,9 @@ pub use given::Given;
 #[cfg(test)]
 pub use given::given;
 pub use refusals::{in_disk, is_hidden, passes_commands, reached_by_qemu};
-pub use rewrite::{Judge, MAX_XML, OnMapping, Rewritten, rewrite, sources_before, unrewrite};
+pub use rewrite::{
+    Judge, MAX_XML, OnMapping, Rewritten, lone_disk, rewrite, rewrite_device, sources_before, unrewrite,
+};
 pub use xml::{Disk, Domain, InvalidXml, Layer, Source};
 
 /// A domain's name as a word of the shell.

@@ -113,6 +113,35 @@ pub fn unrewrite(xml: &str) -> Result<String, Refusal> {
     }
 }
 
+/// A lone device, which is what `virsh attach-device` takes: if it is a disk that `judge` knows as protected, it is
+/// pointed to its mapping; every other device stays as it is.
+///
+/// # Errors
+/// Those of [`rewrite`], and [`Reason::NotAllowed`] for a host device that is a protected volume.
+pub fn rewrite_device(xml: &str, judge: &Judge<'_>) -> Result<String, Refusal> {
+    let document = parse_any(xml)?;
+    let root = document.root_element();
+    let mut rewriting = Rewriting { xml, judge, facts: None, used: HashMap::new(), edits: Vec::new() };
+    match (root.tag_name().namespace(), root.tag_name().name()) {
+        (None, "disk") => drop(rewriting.disk(&root, &mut Vec::new())?),
+        (None, "hostdev") => rewriting.host_device(&root)?,
+        // libvirt looks at the name alone.
+        (Some(namespace), name @ ("disk" | "hostdev")) => {
+            let what = disk::of_namespace(&format!("a <{name}>"), namespace);
+            return Err(not_allowed(format!("the device is {what}")));
+        }
+        _ => {}
+    }
+    Ok(spliced(xml, rewriting.edits))
+}
+
+/// The disk, if `xml` is a lone one.
+pub fn lone_disk(xml: &str) -> Option<Disk> {
+    let document = parse_any(xml).ok()?;
+    let root = document.root_element();
+    is(&root, "disk").then(|| Disk::read(&root))
+}
+
 /// Where the volumes of a rewritten domain were before, as its note says it.
 ///
 /// # Errors

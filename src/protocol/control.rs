@@ -2,6 +2,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, IoSlice, Read};
 use std::mem::MaybeUninit;
+use std::net::Shutdown;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -58,6 +59,32 @@ pub enum Request {
     Rewrite {
         /// The XML of a domain, or of a lone disk.
         xml: String,
+    },
+    /// Make a device ready to be attached to a domain. Its mapping, if it is a protected disk, is held as long as the
+    /// client stays connected, or until [`Request::Release`] if it is to be kept.
+    Attach {
+        /// The domain's XML, as libvirt gives it.
+        domain: String,
+        /// The device's XML.
+        device: String,
+        /// Whether the domain gets it at once, and not only at its next start.
+        live: bool,
+        /// Whether the mapping is held for a client that goes away.
+        keep: bool,
+    },
+    /// Say what a device is called in the domain that it is to be detached from.
+    Detach {
+        /// The domain's XML, as libvirt gives it.
+        domain: String,
+        /// The device's XML.
+        device: String,
+    },
+    /// Hold a device's mapping for a domain no longer.
+    Release {
+        /// The domain's XML, as libvirt gives it.
+        domain: String,
+        /// The device's XML.
+        device: String,
     },
     /// Take a volume out of use. Its key stays.
     Retire {
@@ -159,6 +186,13 @@ pub enum Reply {
     /// The answer to [`Request::Rewrite`]; and to a hook whose domain libvirt is to read from this in the place of
     /// what it has.
     Xml(String),
+    /// The answer to [`Request::Attach`] and to [`Request::Detach`].
+    Device {
+        /// The XML that libvirt is to be given.
+        xml: String,
+        /// The protected volume that it is a disk of, if it names the mapping.
+        volume: Option<VolumeId>,
+    },
 }
 
 /// What the daemon and the kernel know right now.
@@ -280,7 +314,16 @@ impl ControlClient {
         self.exchange(request, Some(file))
     }
 
-    fn exchange(self, request: &Request, file: Option<&File>) -> Result<Reply, CallError> {
+    /// As [`Self::call`], and stays connected.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub fn call_and_stay(self, request: &Request) -> Result<(Reply, Connection), CallError> {
+        let reply = self.exchange(request, None)?;
+        Ok((reply, Connection { stream: self.stream }))
+    }
+
+    fn exchange(&self, request: &Request, file: Option<&File>) -> Result<Reply, CallError> {
         let mut message = serde_json::to_vec(request).map_err(|error| CallError::Broken(error.into()))?;
         message.push(b'\n');
         self.send(&message, file).map_err(CallError::Broken)?;
@@ -305,6 +348,20 @@ impl ControlClient {
         // The descriptor travels with the first bytes; the rest of a long message follows.
         let sent = rustix::net::sendmsg(&self.stream, &[IoSlice::new(message)], &mut ancillary, SendFlags::NOSIGNAL)?;
         io::Write::write_all(&mut &self.stream, &message[sent..])
+    }
+}
+
+/// The connection of a client for which the daemon holds something. That ends when the connection does.
+pub struct Connection {
+    stream: UnixStream,
+}
+
+impl Connection {
+    /// Ends it, and waits until the daemon holds nothing for it any more.
+    pub fn end(self) {
+        let mut left = Vec::new();
+        // Whoever is gone holds nothing either.
+        let _ = self.stream.shutdown(Shutdown::Write).and_then(|()| (&self.stream).read_to_end(&mut left));
     }
 }
 

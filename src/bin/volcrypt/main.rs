@@ -8,5 +8,11 @@ mod definition;
 mod survey;
 
 fn main() -> ExitCode {
-    volcrypt::cli::main(Libvirt { survey: survey::survey, look: definition::look, define: definition::define })
+    volcrypt::cli::main(Libvirt {
+        survey: survey::survey,
+        look: definition::look,
+        define: definition::define,
+        find: definition::find,
+        change: definition::change,
+    })
 }

@@ -1,6 +1,7 @@
 //! The daemon against a simulated host: real seccomp, real database, devices and mappings that are
 //! files.
 
+mod attach;
 mod audit;
 mod broker;
 mod by_xml;

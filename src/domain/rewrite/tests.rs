@@ -184,6 +184,26 @@ fn a_note_that_was_not_written_here_gets_nothing_else_in() {
 }
 
 #[test]
+fn a_lone_device_is_rewritten_if_it_is_a_disk_and_no_other() {
+    assert_eq!(rewrite_device(DISK, &judge).unwrap(), DISK.replace("/dev/sda", "/dev/mapper/volcrypt-a"));
+    assert_eq!(lone_disk(DISK).unwrap().source, Source::Path("/dev/sda".into()));
+    for other in ["<interface type='x'><source dev='/dev/sda'/></interface>", "<domain/>", "<!-- -->\n<rng a=\"'\"/>\n"]
+    {
+        assert_eq!(rewrite_device(other, &judge).unwrap(), other);
+        assert_eq!(lone_disk(other), None);
+    }
+    let host_device = "<hostdev mode='subsystem' type='x'><source dev='/dev/sda'/></hostdev>";
+    assert!(rewrite_device(host_device, &judge).unwrap_err().to_string().contains("gets around its encryption"));
+    for alike in ["<a:disk xmlns:a='x'/>", "<hostdev xmlns='x'/>"] {
+        assert!(rewrite_device(alike, &judge).unwrap_err().to_string().starts_with("the device is a <"), "{alike}");
+        assert_eq!(lone_disk(alike), None);
+    }
+    for broken in ["", "<disk>", "<disk/><disk/>", "<!DOCTYPE disk []><disk/>"] {
+        assert!(rewrite_device(broken, &judge).is_err() && lone_disk(broken).is_none(), "{broken}");
+    }
+}
+
+#[test]
 fn the_note_says_where_a_volume_was() {
     assert!(sources_before(&domain(DISK)).unwrap().is_empty());
     let note = sources_before(&rewritten(&domain(DISK))).unwrap();

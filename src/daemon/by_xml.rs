@@ -1,4 +1,5 @@
-//! Domains whose XML names their mappings (`intercept = "xml"`): what such a domain needs before it starts.
+//! Domains whose XML names their mappings (`intercept = "xml"`): what such a domain needs before it starts here or comes
+//! here.
 //!
 //! Nothing stands between QEMU and what it opens here. So a protected volume may be named by its mapping only, and
 //! the guard has to keep its own device shut, which is what a disk that was attached past volcrypt would open.
@@ -10,7 +11,8 @@ use std::path::{Path, PathBuf};
 use super::broker::{Broker, Finder, no_such_device};
 use super::holds::{Mapped, Until};
 use super::inspection::{check_commands, check_unit};
-use crate::domain::{Disk, Domain, Facts, Source, in_disk, quoted};
+use super::rewrite::rewrite;
+use crate::domain::{Disk, Domain, Facts, InvalidXml, Release, Source, in_disk, quoted, release, sources_before};
 use crate::guest::{block_device_at, is_no_device};
 use crate::policy::{Config, OtherEmulators};
 use crate::refusal::{Reason, Refusal};
@@ -44,6 +46,41 @@ pub fn prepare(
     }
     broker.holds().hold(name, mapped, Until::Started);
     Ok(())
+}
+
+/// The XML with which libvirt is to take the domain in `xml` from another host or from a file, if it is to be another one:
+/// with its protected disks on their mappings, and the emulator that it had before it was adopted elsewhere. No mapping
+/// is made yet: libvirt asks for the start as well.
+///
+/// # Errors
+/// When a disk cannot be pointed to its mapping, and when a start would be refused.
+pub fn admit(broker: &Broker, config: &Config, name: &str, xml: &str) -> Result<Option<String>, Refusal> {
+    let unreadable = |error: InvalidXml| Refusal::new(Reason::Configuration, error.to_string());
+    let mut here = rewrite(broker, xml)?;
+    if let Release::Changed { xml, .. } = release(&here).map_err(unreadable)? {
+        here = xml;
+    }
+    let domain = Domain::parse(&here).map_err(unreadable)?;
+    if !config.rules().is_empty() && config.hook.other_emulators == OtherEmulators::Refuse {
+        check_guard(broker, name)?;
+    }
+    let (facts, once_at) = (domain.facts(), sources_before(&here).unwrap_or_default());
+    let finder = Finder::new(broker, config, &facts);
+    for disk in &domain.disks {
+        let mapped = disk.images().filter_map(|(source, _)| match source {
+            Source::Path(path) => VolumeId::of_mapping(path),
+            _ => None,
+        });
+        for volume in mapped {
+            let check = || {
+                check_commands(disk, &volume)?;
+                check_guard(broker, name)?;
+                broker.check_ready(&finder.find(&volume, once_at.get(&volume))?, &facts)
+            };
+            check().map_err(|refusal| in_disk(disk, &refusal.of(&volume)))?;
+        }
+    }
+    Ok((here != xml).then_some(here))
 }
 
 struct Preparation<'a> {

@@ -10,17 +10,19 @@ use std::io;
 use std::path::Path;
 
 use super::broker::{Broker, Ready, no_such_device};
+use super::by_xml;
 use super::inspection::Inspection;
 use crate::audit::Asker;
 use crate::domain::{Adoption, Disk, Domain, Facts, InvalidXml, Source, adopt, in_disk, unrewrite};
 use crate::guest::{block_device_at, is_no_device};
+use crate::policy::Intercept;
 use crate::protocol::EMULATOR_DIRECTORY;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
 /// Whether the domain in `xml`, which comes from another host, can run here. What comes back, if anything does, is
 /// the XML that libvirt is to go on with: the same with the disks on their volumes that the other host had pointed to
-/// their mappings. A refusal is recorded.
+/// their mappings, or on their mappings if this host goes by the XML. A refusal is recorded.
 ///
 /// # Errors
 /// When a protected disk is not here or could not be opened, or would be opened past its mapping.
@@ -46,6 +48,12 @@ fn inspect(
     let domain = Domain::parse(xml).map_err(unreadable);
     let uuid = domain.as_ref().ok().and_then(|domain| domain.uuid.clone());
     Asker::hook(name, uuid.as_deref()).ask(|| {
+        if let Ok(config) = broker.config()
+            && config.hook.intercept == Intercept::Xml
+        {
+            let admitted = by_xml::admit(broker, &config, name, xml);
+            return admitted.inspect_err(|refusal| broker.record_refusal(refusal));
+        }
         let inspected = domain.and_then(|domain| match mapped(&domain) {
             mapped if !concerns(&mapped) => Ok(None),
             mapped if mapped.is_empty() => inspect_domain(broker, name, &domain, &mapped).map(|()| None),

@@ -1,9 +1,11 @@
 //! Domains whose XML names their mappings.
 
+use super::super::incoming::{admit, restore};
 use super::super::prepare::prepare;
 use super::audit::fill;
 use super::*;
 use crate::audit::{Entry, Kind};
+use crate::domain::{Adoption, adopt};
 use crate::store::AuditQuery;
 
 pub(super) const XML: &str = "[hook]\nintercept = \"xml\"\n";
@@ -218,4 +220,48 @@ fn a_faulty_configuration_starts_nothing_without_the_wrapper() {
     let world = World::new();
     let sentence = refused(&world.broker_with("nonsense"), &domain(&[&on_mapping("any")]));
     assert!(sentence.contains("does not run volcrypt's wrapper"), "{sentence}");
+}
+
+#[test]
+fn a_domain_that_comes_gets_its_mappings_and_its_own_emulator() {
+    let world = World::new();
+    let device = world.add_volume("one", 90);
+    let node = Node::new("/dev", device);
+    let broker = world.broker_saying(false, XML);
+    broker.enrol(device, Some("p1")).unwrap();
+    let emulator = "<emulator>/usr/bin/qemu-system-x86_64</emulator>";
+    let elsewhere = domain(&[emulator, &disk(node.0.to_str().unwrap())]);
+    let Adoption::Changed { xml: elsewhere, .. } = adopt(&elsewhere).unwrap() else { panic!("is adopted") };
+    let owner = "<metadata><v:owner xmlns:v='https://volcrypt.org/xmlns/libvirt/owner/1'>p1</v:owner>";
+    let owned = elsewhere.replacen("<metadata>", owner, 1);
+    for come in [admit, restore] {
+        let here = come(&broker, "vm", &owned).unwrap().expect("another XML");
+        assert!(here.contains("<source dev='/dev/mapper/volcrypt-one'/>") && here.contains(emulator), "{here}");
+        // What names its mappings comes as it is.
+        assert_eq!(come(&broker, "vm", &here).unwrap(), None);
+        // That is what starts then.
+        prepare(&broker, "vm", &here).unwrap();
+        assert_eq!(held(&broker), ["one: vm"]);
+        broker.holds().ended("vm");
+    }
+    assert!(admit(&broker, "vm", &elsewhere).unwrap_err().to_string().contains("belongs to \"p1\""));
+}
+
+#[test]
+fn a_domain_whose_volumes_are_not_here_does_not_come() {
+    let world = World::new();
+    world.add_volume("blank", 91);
+    let broker = world.broker_saying(true, XML);
+    let refused = |xml: &str| admit(&broker, "vm", xml).unwrap_err().to_string();
+    let nowhere = refused(&domain(&[&on_mapping("nowhere")]));
+    assert!(nowhere.starts_with("disk sda: no block device of this host is protected as volume nowhere"), "{nowhere}");
+    // However blank it looks: it may have been used elsewhere.
+    assert!(refused(&domain(&[&on_mapping("blank")])).contains("has no key on this host"));
+    let missing = refused(&domain(&[&disk("/dev/disk/by-path/none")]));
+    assert!(missing.contains("does not exist: log in to its target first"), "{missing}");
+    assert!(world.opened().is_empty());
+
+    let guardless = World { guard_fault: Some("it is switched off"), ..World::new() };
+    let sentence = admit(&guardless.broker_saying(false, XML), "vm", &domain(&[])).unwrap_err().to_string();
+    assert!(sentence.contains("it is switched off"), "{sentence}");
 }

@@ -3,16 +3,17 @@ use std::fs::OpenOptions;
 use std::io::{self, Read};
 use std::ops::RangeInclusive;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
 use super::error::{ConfigError, Fault};
-use super::file::{AuditTable, DaemonTable, File, HookTable, KeyManagerTable, PolicyTable, ProfileTable, RuleTable};
+use super::file::{AuditTable, DaemonTable, File, HookTable, PolicyTable, ProfileTable, RuleTable};
 use super::guard::GuardConfig;
 use super::index::Index;
+use super::key_manager::KeyManagerConfig;
 use super::profile::{NAME_RULE, Profile, is_name};
 use super::rule::{Fit, Rule};
 use super::targets::PlaintextTargets;
@@ -25,8 +26,6 @@ pub const DEFAULT_PATH: &str = "/etc/volcrypt/volcrypt.toml";
 const SIZE_LIMIT: u64 = 1 << 20;
 /// The name of the profile that always exists.
 const DEFAULT_PROFILE: &str = "default";
-/// Where the database and the key-encryption key are, unless the configuration says otherwise.
-pub const DEFAULT_DIRECTORY: &str = "/var/lib/volcrypt";
 /// In seconds.
 const DEFAULT_OPEN_DEADLINE: u64 = 20;
 /// In seconds.
@@ -51,31 +50,6 @@ pub struct Config {
     profiles: BTreeMap<String, Profile>,
     rules: Vec<Rule>,
     index: Index,
-}
-
-/// Which key manager is used.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum KeyManagerConfig {
-    /// The daemon's own database.
-    Embedded {
-        /// Where it stands, an absolute path.
-        directory: PathBuf,
-    },
-    /// Keys in clear text in a file, for tests only.
-    KeyFile {
-        /// The file, an absolute path.
-        file: PathBuf,
-    },
-}
-
-impl KeyManagerConfig {
-    /// Where the database of enrolled volumes stands.
-    pub fn directory(&self) -> &Path {
-        match self {
-            KeyManagerConfig::Embedded { directory } => directory,
-            KeyManagerConfig::KeyFile { .. } => Path::new(DEFAULT_DIRECTORY),
-        }
-    }
 }
 
 /// The section `[daemon]`.
@@ -256,7 +230,7 @@ impl Config {
         let profiles = profiles(file.profiles)?;
         let rules = rules(file.rules, &profiles)?;
         Ok(Config {
-            key_manager: key_manager(file.key_manager)?,
+            key_manager: KeyManagerConfig::new(file.key_manager)?,
             daemon: daemon(file.daemon)?,
             hook: hook(file.hook)?,
             policy: policy(file.policy)?,
@@ -280,51 +254,6 @@ fn read_capped(path: &Path) -> io::Result<Vec<u8>> {
     match bytes.len() as u64 > SIZE_LIMIT {
         true => Err(io::Error::other("it is too large")),
         false => Ok(bytes),
-    }
-}
-
-fn key_manager(table: KeyManagerTable) -> Result<KeyManagerConfig, Fault> {
-    let refuse = |span, sentence: &str| Err(Fault::new(span, sentence));
-    match table.kind.as_ref().map(|kind| kind.get_ref().as_str()) {
-        None | Some("embedded") => {
-            if let Some(file) = table.file {
-                return refuse(file.span(), "file belongs to the type \"key-file\"; remove it, or use directory");
-            }
-            if let Some(consent) = table.i_know_this_is_insecure {
-                return refuse(consent.span(), "i_know_this_is_insecure belongs to the type \"key-file\"; remove it");
-            }
-            let directory = table.directory.map_or(Ok(PathBuf::from(DEFAULT_DIRECTORY)), absolute)?;
-            Ok(KeyManagerConfig::Embedded { directory })
-        }
-        Some("key-file") => {
-            let span = table.kind.as_ref().map_or(0..0, Spanned::span);
-            if table.i_know_this_is_insecure.is_none_or(|consent| !consent.into_inner()) {
-                return refuse(
-                    span,
-                    "the type \"key-file\" keeps keys in clear text, for tests only; \
-                     use \"embedded\", or add i_know_this_is_insecure = true",
-                );
-            }
-            if let Some(directory) = table.directory {
-                return refuse(directory.span(), "directory belongs to the type \"embedded\"; remove it, or use file");
-            }
-            match table.file {
-                Some(file) => Ok(KeyManagerConfig::KeyFile { file: absolute(file)? }),
-                None => refuse(span, "the type \"key-file\" needs a file; add file = \"/path\""),
-            }
-        }
-        Some(other) => {
-            let sentence = format!("key manager type {other:?} is not known; use \"embedded\"");
-            Err(Fault::new(table.kind.map_or(0..0, |kind| kind.span()), sentence))
-        }
-    }
-}
-
-fn absolute(path: Spanned<String>) -> Result<PathBuf, Fault> {
-    let text = path.get_ref();
-    match text.starts_with('/') && !text.contains('\0') {
-        true => Ok(PathBuf::from(text)),
-        false => Err(Fault::new(path.span(), format!("{text:?} is no absolute path; write one that starts with '/'"))),
     }
 }
 

@@ -1,5 +1,6 @@
 use super::compare::Comparison;
-use super::config::{Config, Intercept, KeyManagerConfig, OtherEmulators, Unmatched, WhenUnreachable, WhenUnwritable};
+use super::config::{Config, Intercept, OtherEmulators, Unmatched, WhenUnreachable, WhenUnwritable};
+use super::key_manager::KeyManagerConfig;
 use super::rule::{Action, Rule};
 
 impl Config {

@@ -8,6 +8,7 @@ mod explain;
 mod file;
 mod guard;
 mod index;
+mod key_manager;
 mod language;
 mod multipath;
 mod pattern;
@@ -18,12 +19,13 @@ mod template;
 mod trace;
 
 pub use config::{
-    AuditConfig, Config, DEFAULT_DIRECTORY, DEFAULT_PATH, DaemonConfig, HookConfig, Intercept, KeyManagerConfig,
-    OtherEmulators, PolicyConfig, Unmatched, WhenUnreachable, WhenUnwritable,
+    AuditConfig, Config, DEFAULT_PATH, DaemonConfig, HookConfig, Intercept, OtherEmulators, PolicyConfig, Unmatched,
+    WhenUnreachable, WhenUnwritable,
 };
 pub use decision::{Decision, Protection};
 pub use error::ConfigError;
 pub use guard::GuardConfig;
+pub use key_manager::{DEFAULT_DIRECTORY, KeyManagerConfig};
 pub use profile::{KeySize, Profile, Provider, UnsupportedKeySize};
 pub use rule::{Action, Protect, Rule};
 pub use targets::PlaintextTargets;

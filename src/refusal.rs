@@ -34,6 +34,8 @@ pub enum Reason {
     DeviceGone,
     /// The store cannot be written: read-only, full, or locked.
     StoreUnavailable,
+    /// The key manager's answer makes no sense.
+    KeyManager,
     /// The configuration is at fault.
     Configuration,
     /// The kernel refused an operation; nothing above explains it.
@@ -52,6 +54,7 @@ impl Reason {
             Reason::TimedOut => libc::ETIMEDOUT,
             Reason::DeviceGone => libc::ENODEV,
             Reason::StoreUnavailable => libc::EROFS,
+            Reason::KeyManager => libc::EPROTO,
             Reason::Configuration => libc::ENOTSUP,
             Reason::Kernel => libc::EIO,
         }
@@ -68,6 +71,7 @@ impl Reason {
             Reason::TimedOut => "ETIMEDOUT",
             Reason::DeviceGone => "ENODEV",
             Reason::StoreUnavailable => "EROFS",
+            Reason::KeyManager => "EPROTO",
             Reason::Configuration => "ENOTSUP",
             Reason::Kernel => "EIO",
         }

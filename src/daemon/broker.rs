@@ -29,6 +29,7 @@ use crate::audit::Asker;
 use crate::domain::{Facts, Requester};
 use crate::encryptor::{MappingSpec, VolumeEncryptor, VolumeLocks};
 use crate::guest::Domains;
+use crate::keys::kmip::KmipKeyManager;
 use crate::keys::{EmbeddedKeyManager, Key, KeyFileManager, KeyManager, OneKeyForEveryVolume};
 use crate::policy::{Config, ConfigError, Decision, KeyManagerConfig, Protection};
 use crate::refusal::{Reason, Refusal};
@@ -103,6 +104,13 @@ impl Broker {
     #[cfg(test)]
     pub(super) fn limiting_uses(self, uses: UseLimit) -> Self {
         Broker { uses: Arc::new(uses), ..self }
+    }
+
+    /// The same with other keys.
+    #[cfg(test)]
+    pub(super) fn with_keys(self, keys: Box<dyn KeyManager>) -> Self {
+        let store = Arc::clone(&self.vault().unwrap().store);
+        Broker { vault: Mutex::new(Some(Arc::new(Vault { store, keys }))), ..self }
     }
 
     /// Whether the audit records are about to be merged.
@@ -275,14 +283,13 @@ impl Broker {
         }
     }
 
-    /// The record of the volume on `identity`, if it has one here: it may be used, and this is its device.
+    /// The record of the volume on `identity`, if it has one here or on another host that asks the same key manager: it
+    /// may be used, and this is its device.
     fn present_record(&self, identity: &Identity, volume: &VolumeId) -> Result<Option<VolumeRecord>, Refusal> {
-        let record = self.vault()?.store.volume(volume)?;
-        if let Some(record) = &record {
-            self.check_state(identity, record)?;
-            self.check_device(identity, record)?;
-        }
-        Ok(record)
+        let Some(record) = self.vault()?.store.volume(volume)? else { return self.adopt(identity, volume) };
+        self.check_state(identity, &record)?;
+        self.check_device(identity, &record)?;
+        Ok(Some(record))
     }
 
     /// Whether `identity` is the device that the volume was enrolled on.
@@ -345,6 +352,10 @@ impl Vault {
                 let store = Arc::new(Store::open(directory)?);
                 let keys = EmbeddedKeyManager::open(Arc::clone(&store), credentials.as_deref(), directory)?;
                 Ok(Vault { store, keys: Box::new(keys) })
+            }
+            KeyManagerConfig::Kmip { directory, kmip } => {
+                let store = Arc::new(Store::open(directory)?);
+                Ok(Vault { store, keys: Box::new(KmipKeyManager::new(kmip.clone())) })
             }
             KeyManagerConfig::KeyFile { file } => {
                 tracing::warn!(

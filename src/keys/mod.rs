@@ -6,12 +6,15 @@ use crate::policy::KeySize;
 use crate::refusal::Refusal;
 use crate::volume::VolumeId;
 
+mod description;
 mod embedded;
 mod kek;
 mod key;
 mod key_file;
+pub mod kmip;
 mod secret_file;
 
+pub use description::Description;
 pub use embedded::EmbeddedKeyManager;
 pub use kek::KeyEncryptionKey;
 pub use key::{CheckValue, Key};
@@ -28,6 +31,18 @@ pub trait KeyManager: Send + Sync {
     /// Makes and stores a random key of `size` for `volume`, reads it back and compares it. A key
     /// that is there already is handed out as it is, never replaced, if it has the right size.
     fn create(&self, volume: &VolumeId, size: KeySize) -> Result<Key, Refusal>;
+
+    /// As [`create`](KeyManager::create), with what else other hosts have to know of the volume. Returns that of the
+    /// key that is handed out: another host may have been quicker.
+    fn create_described(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
+        Ok((self.create(volume, wanted.key_size)?, wanted.clone()))
+    }
+
+    /// The key of `volume` and what was said of the volume when it was made; nothing if there is no key. A key manager
+    /// that no other host asks keeps none.
+    fn described(&self, _volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {
+        Ok(None)
+    }
 
     /// Destroys the key of `volume`. What was encrypted with it can never be read again.
     fn destroy(&self, volume: &VolumeId) -> Result<(), Refusal>;

@@ -230,7 +230,7 @@ impl Config {
         let profiles = profiles(file.profiles)?;
         let rules = rules(file.rules, &profiles)?;
         Ok(Config {
-            key_manager: KeyManagerConfig::new(file.key_manager)?,
+            key_manager: KeyManagerConfig::new(file.key_manager, file.kmip)?,
             daemon: daemon(file.daemon)?,
             hook: hook(file.hook)?,
             policy: policy(file.policy)?,
@@ -317,7 +317,7 @@ fn word<T>(key: &str, value: Option<Spanned<String>>, words: [(&str, T); 2]) -> 
     }
 }
 
-fn seconds(
+pub(super) fn seconds(
     key: &str,
     value: Option<Spanned<i64>>,
     default: u64,

@@ -75,6 +75,13 @@ impl Config {
             KeyManagerConfig::Embedded { directory } => {
                 format!("Keys are kept in the database in {}.{export}", directory.display())
             }
+            KeyManagerConfig::Kmip { directory, kmip } => format!(
+                "Keys are kept on the KMIP servers {}, which have {} seconds to answer; what is known of volumes is in the \
+                 database in {}.{export}",
+                kmip.servers.join(", "),
+                kmip.deadline.as_secs(),
+                directory.display()
+            ),
             KeyManagerConfig::KeyFile { file } => format!("Keys are read from the file {}.{export}", file.display()),
         }
     }

@@ -11,6 +11,7 @@ use super::profile::Provider;
 #[serde(default, deny_unknown_fields)]
 pub(super) struct File {
     pub(super) key_manager: KeyManagerTable,
+    pub(super) kmip: Option<Spanned<KmipTable>>,
     pub(super) daemon: DaemonTable,
     pub(super) hook: HookTable,
     pub(super) policy: PolicyTable,
@@ -28,6 +29,16 @@ pub(super) struct KeyManagerTable {
     pub(super) directory: Option<Spanned<String>>,
     pub(super) file: Option<Spanned<String>>,
     pub(super) i_know_this_is_insecure: Option<Spanned<bool>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct KmipTable {
+    pub(super) servers: Option<Spanned<Vec<Spanned<String>>>>,
+    pub(super) ca: Option<Spanned<String>>,
+    pub(super) certificate: Option<Spanned<String>>,
+    pub(super) key: Option<Spanned<String>>,
+    pub(super) deadline_seconds: Option<Spanned<i64>>,
 }
 
 #[derive(Deserialize, Default)]

@@ -2,11 +2,15 @@ use std::path::{Path, PathBuf};
 
 use toml::Spanned;
 
+use super::config::seconds;
 use super::error::Fault;
-use super::file::KeyManagerTable;
+use super::file::{KeyManagerTable, KmipTable};
+use crate::keys::kmip::{KmipConfig, split_address};
 
 /// Where the database and the key-encryption key are, unless the configuration says otherwise.
 pub const DEFAULT_DIRECTORY: &str = "/var/lib/volcrypt";
+/// In seconds.
+const DEFAULT_KMIP_DEADLINE: u64 = 5;
 
 /// Which key manager is used.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,6 +19,13 @@ pub enum KeyManagerConfig {
     Embedded {
         /// Where it stands, an absolute path.
         directory: PathBuf,
+    },
+    /// A KMIP server.
+    Kmip {
+        /// Where the database of enrolled volumes stands, an absolute path.
+        directory: PathBuf,
+        /// How the server is reached.
+        kmip: KmipConfig,
     },
     /// Keys in clear text in a file, for tests only.
     KeyFile {
@@ -27,15 +38,18 @@ impl KeyManagerConfig {
     /// Where the database of enrolled volumes stands.
     pub fn directory(&self) -> &Path {
         match self {
-            KeyManagerConfig::Embedded { directory } => directory,
+            KeyManagerConfig::Embedded { directory } | KeyManagerConfig::Kmip { directory, .. } => directory,
             KeyManagerConfig::KeyFile { .. } => Path::new(DEFAULT_DIRECTORY),
         }
     }
 
-    pub(super) fn new(table: KeyManagerTable) -> Result<Self, Fault> {
+    pub(super) fn new(table: KeyManagerTable, kmip: Option<Spanned<KmipTable>>) -> Result<Self, Fault> {
+        // What is wrong with it is wrong also while it is not used.
+        let kmip = kmip.map(new_kmip).transpose()?;
         let refuse = |span, sentence: &str| Err(Fault::new(span, sentence));
         match table.kind.as_ref().map(|kind| kind.get_ref().as_str()) {
-            None | Some("embedded") => {
+            kind @ (None | Some("embedded" | "kmip")) => {
+                let is_kmip = kind == Some("kmip");
                 if let Some(file) = table.file {
                     return refuse(file.span(), "file belongs to the type \"key-file\"; remove it, or use directory");
                 }
@@ -46,7 +60,14 @@ impl KeyManagerConfig {
                     );
                 }
                 let directory = table.directory.map_or(Ok(PathBuf::from(DEFAULT_DIRECTORY)), absolute)?;
-                Ok(KeyManagerConfig::Embedded { directory })
+                match (is_kmip, kmip) {
+                    (false, _) => Ok(KeyManagerConfig::Embedded { directory }),
+                    (true, Some(kmip)) => Ok(KeyManagerConfig::Kmip { directory, kmip }),
+                    (true, None) => {
+                        let span = table.kind.as_ref().map_or(0..0, Spanned::span);
+                        refuse(span, "the type \"kmip\" needs a section [kmip] that names its servers; add one")
+                    }
+                }
             }
             Some("key-file") => {
                 let span = table.kind.as_ref().map_or(0..0, Spanned::span);
@@ -54,7 +75,7 @@ impl KeyManagerConfig {
                     return refuse(
                         span,
                         "the type \"key-file\" keeps keys in clear text, for tests only; \
-                     use \"embedded\", or add i_know_this_is_insecure = true",
+                         use \"embedded\", or add i_know_this_is_insecure = true",
                     );
                 }
                 if let Some(directory) = table.directory {
@@ -69,11 +90,34 @@ impl KeyManagerConfig {
                 }
             }
             Some(other) => {
-                let sentence = format!("key manager type {other:?} is not known; use \"embedded\"");
+                let sentence = format!("key manager type {other:?} is not known; use \"embedded\" or \"kmip\"");
                 Err(Fault::new(table.kind.map_or(0..0, |kind| kind.span()), sentence))
             }
         }
     }
+}
+
+fn new_kmip(table: Spanned<KmipTable>) -> Result<KmipConfig, Fault> {
+    let span = table.span();
+    let KmipTable { servers, ca, certificate, key, deadline_seconds } = table.into_inner();
+    let missing = |what: &str| Fault::new(span.clone(), format!("the section [kmip] needs {what}; add it"));
+    let servers = servers.ok_or_else(|| missing("servers = [\"HOST:5696\"]"))?;
+    if servers.get_ref().is_empty() {
+        return Err(Fault::new(servers.span(), "servers is empty; name a KMIP server as \"HOST:5696\""));
+    }
+    for server in servers.get_ref() {
+        if split_address(server.get_ref()).is_none() {
+            let sentence = format!("{:?} is no server; write \"HOST:PORT\", usually with port 5696", server.get_ref());
+            return Err(Fault::new(server.span(), sentence));
+        }
+    }
+    Ok(KmipConfig {
+        servers: servers.into_inner().into_iter().map(Spanned::into_inner).collect(),
+        ca: absolute(ca.ok_or_else(|| missing("ca = \"/path\", the authorities that vouch for the servers"))?)?,
+        certificate: absolute(certificate.ok_or_else(|| missing("certificate = \"/path\", this host's own"))?)?,
+        key: absolute(key.ok_or_else(|| missing("key = \"/path\", the private key of its certificate"))?)?,
+        deadline: seconds("deadline_seconds", deadline_seconds, DEFAULT_KMIP_DEADLINE, 1..=60)?,
+    })
 }
 
 fn absolute(path: Spanned<String>) -> Result<PathBuf, Fault> {

@@ -26,6 +26,7 @@ pub use decision::{Decision, Protection};
 pub use error::ConfigError;
 pub use guard::GuardConfig;
 pub use key_manager::{DEFAULT_DIRECTORY, KeyManagerConfig};
+pub(crate) use profile::is_supported;
 pub use profile::{KeySize, Profile, Provider, UnsupportedKeySize};
 pub use rule::{Action, Protect, Rule};
 pub use targets::PlaintextTargets;

@@ -25,6 +25,12 @@ pub(super) fn is_name(text: &str) -> bool {
     (1..=64).contains(&text.len()) && text.bytes().all(valid_byte)
 }
 
+/// Whether a profile could ask for these: what is pinned in a volume's record and came from elsewhere.
+pub(crate) fn is_supported(cipher: &str, key_size: KeySize, sector_size: u32) -> bool {
+    let fits = |(name, sizes): &(&str, [u32; 2])| *name == cipher && sizes.contains(&key_size.bits());
+    CIPHERS.iter().any(fits) && SECTOR_SIZES.contains(&sector_size)
+}
+
 /// The on-disk format of a protected volume, in OpenStack's word for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

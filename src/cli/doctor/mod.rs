@@ -9,12 +9,13 @@ use self::host::Host;
 use super::status;
 use super::table::printable;
 use super::{CommandError, DEADLINE, Daemon, Outcome};
-use crate::policy::{Config, Intercept};
+use crate::policy::{Config, Intercept, KeyManagerConfig};
 use crate::protocol::{GuardStatus, Status};
 
 mod apparmor;
 mod guests;
 mod host;
+mod kmip;
 mod libvirt;
 mod service;
 
@@ -39,6 +40,9 @@ pub(super) fn examine(config: &Path, daemon: &Daemon<'_>, survey: Survey) -> Out
         daemon_answers(&status),
         service::descriptor_store(),
     ];
+    if let Ok(Config { key_manager: KeyManagerConfig::Kmip { kmip, .. }, .. }) = Config::load(config) {
+        findings.extend(kmip::certificates_hold(&kmip));
+    }
     let status = status.ok();
     let intercept = status.as_ref().map(|status| status.intercept);
     let intercept =

@@ -2,9 +2,10 @@
 
 use super::{Broker, enrolled_device};
 use crate::domain::Nobody;
+use crate::keys::Description;
 use crate::policy::{Decision, Protection};
 use crate::refusal::{Reason, Refusal};
-use crate::store::{VolumeRecord, VolumeState, seconds_now};
+use crate::store::{VolumeRecord, seconds_now};
 use crate::volume::{Content, DeviceNumber, Identity, VolumeId, examine};
 
 impl Broker {
@@ -50,26 +51,36 @@ impl Broker {
                 );
                 return Err(Refusal::new(Reason::Configuration, sentence));
             }
+            if let Some(record) = self.adopt(identity, volume)? {
+                return self.enrol_again(identity, record, owner);
+            }
             self.check_blank(identity, volume)?;
-            let key = vault.keys.create(volume, profile.key_size)?;
-            let record = VolumeRecord {
-                id: volume.clone(),
-                device: enrolled_device(identity),
-                size_bytes: identity.size,
-                profile: protection.profile_name.to_owned(),
-                provider: profile.provider,
-                cipher: profile.cipher.clone(),
-                key_size: profile.key_size,
-                sector_size: profile.sector_size,
-                check_value: key.check_value(volume),
-                enrolled_at: seconds_now(),
-                state: VolumeState::Enrolled,
-                owner: owner.map(str::to_owned),
-            };
+            let wanted = Description::new(
+                enrolled_device(identity),
+                identity.size,
+                (protection.profile_name, profile),
+                owner,
+                seconds_now(),
+            );
+            let (key, description) = vault.keys.create_described(volume, &wanted)?;
+            let record = description.record(volume, &key);
+            self.check_device(identity, &record)?;
             vault.store.enrol(&record)?;
             tracing::info!(volume = %volume, device = %identity, rule = protection.rule.name(), "enrolled volume {volume} on {identity}");
             Ok(record)
         })
+    }
+
+    /// The record of a volume that another host has enrolled, as it is kept beside the key; this host keeps it from now
+    /// on.
+    pub(super) fn adopt(&self, identity: &Identity, volume: &VolumeId) -> Result<Option<VolumeRecord>, Refusal> {
+        let vault = self.vault()?;
+        let Some((key, description)) = vault.keys.described(volume)? else { return Ok(None) };
+        let record = description.record(volume, &key);
+        self.check_device(identity, &record)?;
+        vault.store.enrol(&record)?;
+        tracing::info!(volume = %volume, device = %identity, "took over volume {volume} on {identity}, which another host has enrolled");
+        Ok(Some(record))
     }
 
     fn check_blank(&self, identity: &Identity, volume: &VolumeId) -> Result<(), Refusal> {

@@ -7,6 +7,7 @@ mod broker;
 mod by_xml;
 mod control;
 mod copies;
+mod fleet;
 mod hostile;
 mod incoming;
 mod lifecycle;

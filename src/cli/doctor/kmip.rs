@@ -1,0 +1,80 @@
+//! Whether the certificates of a KMIP client will hold.
+
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use x509_cert::Certificate;
+use x509_cert::der::Decode;
+
+use super::Finding;
+use crate::keys::kmip::{KmipConfig, certificates};
+
+/// How long ahead a certificate's end is warned of.
+const AHEAD: Duration = Duration::from_secs(30 * 24 * 3600);
+const DAY: u64 = 24 * 3600;
+
+/// Looks at this host's certificate and at those of the authorities.
+pub(super) fn certificates_hold(config: &KmipConfig) -> Vec<Finding> {
+    [&config.certificate, &config.ca].map(|path| judge(path, SystemTime::now())).into()
+}
+
+/// Judges the certificate in `path` that ends first.
+fn judge(path: &Path, now: SystemTime) -> Finding {
+    const SUBJECT: &str = "KMIP";
+    let remedy = "have its authority issue another one and put it there; volcryptd reads it at its next connection";
+    let ends = certificates(path).and_then(|certificates| {
+        let ends = certificates.iter().map(|certificate| end(certificate));
+        ends.collect::<Result<Vec<_>, _>>().map_err(|error| format!("{} cannot be read: {error}", path.display()))
+    });
+    let end = match ends {
+        // There is at least one.
+        Ok(ends) => ends.into_iter().min().unwrap_or_default(),
+        Err(sentence) => return Finding::fail(SUBJECT, sentence, remedy),
+    };
+    let shown = path.display();
+    let now = now.duration_since(UNIX_EPOCH).unwrap_or_default();
+    match end.checked_sub(now) {
+        None => Finding::fail(SUBJECT, format!("{shown} has expired"), remedy),
+        Some(left) => {
+            let days = left.as_secs() / DAY;
+            let sentence = format!("{shown} is valid for {days} more days");
+            if left < AHEAD { Finding::warn(SUBJECT, sentence, remedy) } else { Finding::ok(SUBJECT, sentence) }
+        }
+    }
+}
+
+/// When a certificate ends, since 1970-01-01 UTC.
+fn end(certificate: &[u8]) -> Result<Duration, x509_cert::der::Error> {
+    let certificate = Certificate::from_der(certificate)?;
+    Ok(certificate.tbs_certificate().validity().not_after.to_unix_duration())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Verdict;
+    use super::*;
+
+    /// Issued on 2026-11-24 for 100 days, with `openssl req -x509 -newkey ec -days 100`.
+    const CERTIFICATE: &str = include_str!("certificate.pem");
+
+    #[test]
+    fn a_certificates_end_is_warned_of_thirty_days_ahead() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("client.pem");
+        std::fs::write(&path, CERTIFICATE).unwrap();
+        let end = UNIX_EPOCH + end(&certificates(&path).unwrap()[0]).unwrap();
+        let day = Duration::from_secs(DAY);
+        for (at, verdict, said) in [
+            (end - 31 * day, Verdict::Ok, "valid for 31 more days"),
+            (end - 30 * day + Duration::from_secs(1), Verdict::Warn, "valid for 29 more days"),
+            (end + Duration::from_secs(1), Verdict::Fail, "has expired"),
+        ] {
+            let finding = judge(&path, at);
+            assert_eq!(finding.verdict(), verdict, "{finding}");
+            assert!(finding.sentence.contains(said), "{finding}");
+        }
+        std::fs::write(&path, "nothing").unwrap();
+        assert_eq!(judge(&path, end).verdict(), Verdict::Fail);
+        assert_eq!(judge(&folder.path().join("nowhere"), end).verdict(), Verdict::Fail);
+    }
+}

@@ -1,0 +1,107 @@
+//! Two hosts that ask one key manager.
+
+use std::collections::BTreeMap;
+
+use super::super::broker::Verdict;
+use super::*;
+use crate::keys::{Description, KeyInfo, KeyManager};
+use crate::policy::KeySize;
+use crate::volume::VolumeId;
+
+/// A key manager of both.
+#[derive(Clone, Default)]
+struct Shared(Arc<Mutex<Keys>>);
+
+type Keys = BTreeMap<VolumeId, (Vec<u8>, Description)>;
+
+impl KeyManager for Shared {
+    fn get(&self, volume: &VolumeId) -> Result<Key, Refusal> {
+        self.described(volume)?.map(|(key, _)| key).ok_or_else(|| Refusal::new(Reason::NoKey, "no key"))
+    }
+
+    fn create(&self, _: &VolumeId, _: KeySize) -> Result<Key, Refusal> {
+        panic!("a volume is described where others have to read it")
+    }
+
+    fn create_described(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
+        let key = Key::random(wanted.key_size)?;
+        let kept = (key.bytes().to_vec(), wanted.clone());
+        self.0.lock().unwrap().entry(volume.clone()).or_insert(kept);
+        Ok(self.described(volume)?.unwrap())
+    }
+
+    fn described(&self, volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {
+        let keys = self.0.lock().unwrap();
+        let Some((bytes, description)) = keys.get(volume) else { return Ok(None) };
+        let key = Key::filled(bytes.len(), |room| {
+            room.copy_from_slice(bytes);
+            Ok(())
+        })?;
+        Ok(Some((key, description.clone())))
+    }
+
+    fn destroy(&self, volume: &VolumeId) -> Result<(), Refusal> {
+        self.0.lock().unwrap().remove(volume);
+        Ok(())
+    }
+
+    fn list(&self) -> Result<Vec<KeyInfo>, Refusal> {
+        Ok(Vec::new())
+    }
+}
+
+/// Two hosts that see the same LUN, under different names.
+fn hosts() -> [(World, DeviceNumber, Broker); 2] {
+    let keys = Shared::default();
+    [3, 8].map(|minor| {
+        let world = World::new();
+        let device = world.add_volume("one", minor);
+        world.change(device, |identity| identity.wwid = Some("naa.same".to_owned()));
+        let broker = world.broker(true).with_keys(Box::new(keys.clone()));
+        (world, device, broker)
+    })
+}
+
+#[test]
+fn a_volume_that_another_host_has_enrolled_is_opened_with_its_key_though_it_is_not_blank() {
+    let [(_, here, one), (world, there, other)] = hosts();
+    let record = one.enrol(here, Some("p1")).unwrap();
+    world.write(there, b"ciphertext by now");
+    assert!(matches!(other.open(there, true, OFlags::RDWR, &vm_of("p1")), Ok(Verdict::Mapping(..))));
+    assert_eq!(other.volume(&record.id).unwrap(), record);
+    let refusal = other.open(there, true, OFlags::RDWR, &vm_of("p2")).unwrap_err();
+    assert_eq!(refusal.errno(), libc::EACCES);
+}
+
+#[test]
+fn enrolling_it_once_more_takes_the_first_record_over() {
+    let [(_, here, one), (world, there, other)] = hosts();
+    let record = one.enrol(here, Some("p1")).unwrap();
+    world.write(there, b"ciphertext by now");
+    assert_eq!(other.enrol(there, None).unwrap(), record);
+    assert_eq!(other.enrol(there, Some("p2")).unwrap_err().errno(), libc::EACCES);
+}
+
+#[test]
+fn another_device_with_the_same_id_is_refused_on_the_other_host() {
+    let [(_, here, one), (world, there, other)] = hosts();
+    one.enrol(here, None).unwrap();
+    world.change(there, |identity| identity.wwid = Some("naa.other".to_owned()));
+    for refusal in [other.open(there, true, OFlags::RDWR, &vm()).unwrap_err(), other.enrol(there, None).unwrap_err()] {
+        assert_eq!(refusal.errno(), libc::EMEDIUMTYPE);
+        assert!(refusal.to_string().contains("naa.same"), "{refusal}");
+    }
+    assert!(world.opened().is_empty());
+    assert!(other.volume(&"one".parse().unwrap()).is_err(), "nothing was taken over");
+}
+
+#[test]
+fn two_hosts_that_enrol_a_blank_volume_at_once_keep_the_same_record() {
+    let [(_, here, one), (_, there, other)] = hosts();
+    let (first, second) = std::thread::scope(|scope| {
+        let first = scope.spawn(|| one.enrol(here, None).unwrap());
+        let second = scope.spawn(|| other.enrol(there, None).unwrap());
+        (first.join().unwrap(), second.join().unwrap())
+    });
+    assert_eq!(first, second);
+}

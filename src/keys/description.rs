@@ -1,0 +1,122 @@
+use serde::{Deserialize, Serialize};
+
+use super::Key;
+use crate::policy::{KeySize, Provider, is_supported};
+use crate::store::{EnrolledDevice, VolumeRecord, VolumeState};
+use crate::volume::VolumeId;
+
+/// What has to be known of a volume besides its key: its record without what follows from the key. A key manager that
+/// several hosts ask keeps it beside the key, so that each of them reads the volume in the same way.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Description {
+    device: EnrolledDevice,
+    size_bytes: u64,
+    profile: String,
+    provider: Provider,
+    cipher: String,
+    /// The size of the volume's key.
+    pub key_size: KeySize,
+    sector_size: u32,
+    enrolled_at: i64,
+    #[serde(default)]
+    owner: Option<String>,
+}
+
+impl Description {
+    /// That of a volume on `device`, of `size_bytes`, which is encrypted as `profile` says and belongs to `owner`.
+    pub fn new(
+        device: EnrolledDevice,
+        size_bytes: u64,
+        (profile_name, profile): (&str, &crate::policy::Profile),
+        owner: Option<&str>,
+        enrolled_at: i64,
+    ) -> Self {
+        Description {
+            device,
+            size_bytes,
+            profile: profile_name.to_owned(),
+            provider: profile.provider,
+            cipher: profile.cipher.clone(),
+            key_size: profile.key_size,
+            sector_size: profile.sector_size,
+            enrolled_at,
+            owner: owner.map(str::to_owned),
+        }
+    }
+
+    /// The record of `volume` with this description and `key`.
+    pub fn record(self, volume: &VolumeId, key: &Key) -> VolumeRecord {
+        VolumeRecord {
+            id: volume.clone(),
+            device: self.device,
+            size_bytes: self.size_bytes,
+            profile: self.profile,
+            provider: self.provider,
+            cipher: self.cipher,
+            key_size: self.key_size,
+            sector_size: self.sector_size,
+            check_value: key.check_value(volume),
+            enrolled_at: self.enrolled_at,
+            state: VolumeState::Enrolled,
+            owner: self.owner,
+        }
+    }
+
+    /// As it is kept elsewhere: one line of JSON.
+    ///
+    /// # Errors
+    /// Never, in practice: it holds texts and numbers only.
+    pub fn to_text(&self) -> Result<String, serde_json::Error> {
+        serde_json::to_string(self)
+    }
+
+    /// What [`Description::to_text`] wrote, which came back from elsewhere.
+    ///
+    /// # Errors
+    /// In words, when it is not that, or asks for a cipher or a sector size that no profile could.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let description: Description = serde_json::from_str(text).map_err(|error| error.to_string())?;
+        let Description { cipher, key_size, sector_size, .. } = &description;
+        match is_supported(cipher, *key_size, *sector_size) {
+            true => Ok(description),
+            false => Err(format!(
+                "cipher {cipher:?} with a key of {} bits in sectors of {sector_size} bytes is not supported",
+                key_size.bits()
+            )),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::Profile;
+
+    fn description() -> Description {
+        let device = EnrolledDevice { iscsi_target: Some("iqn".into()), lun: Some(1), ..EnrolledDevice::default() };
+        Description::new(device, 4096, ("default", &Profile::default()), Some("p1"), 7)
+    }
+
+    #[test]
+    fn a_description_comes_back_as_it_was() {
+        assert_eq!(Description::parse(&description().to_text().unwrap()).unwrap(), description());
+    }
+
+    #[test]
+    fn what_dm_crypt_must_not_be_asked_for_is_refused() {
+        let text = description().to_text().unwrap();
+        for (from, to) in [
+            ("aes-xts-plain64", "cipher_null"),
+            ("aes-xts-plain64", "aes-xts-plain64 0 8:0 0"),
+            ("\"key_size\":512", "\"key_size\":128"),
+            ("\"key_size\":512", "\"key_size\":7"),
+            ("\"sector_size\":512", "\"sector_size\":513"),
+            ("\"provider\":\"plain\"", "\"provider\":\"none\""),
+            ("{", "["),
+        ] {
+            let changed = text.replacen(from, to, 1);
+            assert_ne!(changed, text);
+            assert!(Description::parse(&changed).is_err(), "{changed}");
+        }
+    }
+}

@@ -1,0 +1,275 @@
+//! A TLS connection to a KMIP server, every step of which has a deadline.
+
+use std::io::{self, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::path::Path;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
+use zeroize::Zeroizing;
+
+use super::KmipConfig;
+use super::message::{Answer, Failure, LONGEST_ANSWER, Request, VERSIONS, Version, tag};
+use super::ttlv::{HEADER, Malformed, message_length};
+use crate::keys::secret_file::{self, Trust};
+
+/// The largest private key that is read, in bytes.
+const LONGEST_PRIVATE_KEY: usize = 64 << 10;
+
+/// Why a server gave no answer.
+#[derive(Debug)]
+pub enum Trouble {
+    /// Nobody answered, or not in time, or the connection broke off.
+    Io(io::Error),
+    /// The TLS handshake failed.
+    Tls(String),
+    /// What TLS takes on this side is not right: one sentence.
+    Local(String),
+    /// What the server said is no KMIP.
+    Malformed(Malformed),
+    /// The server said no.
+    Refused(Failure),
+}
+
+impl From<io::Error> for Trouble {
+    fn from(error: io::Error) -> Self {
+        // rustls hands its own errors on as those of reading and writing.
+        match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+            Some(tls) => Trouble::Tls(tls_fault(tls)),
+            None => Trouble::Io(error),
+        }
+    }
+}
+
+impl From<Malformed> for Trouble {
+    fn from(malformed: Malformed) -> Self {
+        Trouble::Malformed(malformed)
+    }
+}
+
+/// A connection to one server.
+pub struct Connection {
+    stream: StreamOwned<ClientConnection, Timed>,
+    version: Version,
+}
+
+impl Connection {
+    /// Connects to `server`, `HOST:PORT`, and agrees on a version of the protocol, until `deadline`.
+    ///
+    /// # Errors
+    /// [`Trouble`].
+    pub fn open(server: &str, tls: &Arc<ClientConfig>, deadline: Instant) -> Result<Self, Trouble> {
+        let (host, _) = split_address(server).ok_or_else(|| Trouble::Tls(format!("{server:?} is no HOST:PORT")))?;
+        let name = ServerName::try_from(host.to_owned()).map_err(|error| Trouble::Tls(error.to_string()))?;
+        let socket = connect(server, deadline)?;
+        socket.set_nodelay(true)?;
+        let session = ClientConnection::new(Arc::clone(tls), name).map_err(|error| Trouble::Tls(tls_fault(&error)))?;
+        let stream = StreamOwned::new(session, Timed { socket, deadline });
+        let mut connection = Connection { stream, version: VERSIONS[0] };
+        connection.agree()?;
+        Ok(connection)
+    }
+
+    /// Finds the newest version that both sides speak. A server that does not know the question, which is one of
+    /// KMIP 1.1, or the version it is asked in, speaks an older one.
+    fn agree(&mut self) -> Result<(), Trouble> {
+        let deadline = self.stream.sock.deadline;
+        for version in VERSIONS.into_iter().filter(|version| version.minor > 0) {
+            self.version = version;
+            match self.ask(&Request::discover_versions(), deadline) {
+                Ok(answer) => {
+                    let theirs = answer.versions()?;
+                    let common = VERSIONS.into_iter().find(|ours| theirs.contains(ours));
+                    self.version = common.ok_or(Malformed("the server speaks no version of KMIP from 1.0 to 1.4"))?;
+                    return Ok(());
+                }
+                Err(Trouble::Refused(failure)) if failure.reason != Failure::AUTHENTICATION_NOT_SUCCESSFUL => {}
+                Err(trouble) => return Err(trouble),
+            }
+        }
+        self.version = VERSIONS[VERSIONS.len() - 1];
+        Ok(())
+    }
+
+    /// Sends `request` and waits for its answer, until `deadline`. After an error other than
+    /// [`Trouble::Refused`] the connection is of no use any more.
+    ///
+    /// # Errors
+    /// [`Trouble`].
+    pub fn ask(&mut self, request: &Request, deadline: Instant) -> Result<Answer, Trouble> {
+        self.stream.sock.deadline = deadline;
+        self.stream.write_all(&request.encode(self.version))?;
+        self.stream.flush()?;
+        let mut header = [0; HEADER];
+        self.stream.read_exact(&mut header)?;
+        let length = message_length(header, tag::RESPONSE_MESSAGE, LONGEST_ANSWER)?;
+        let mut message = Zeroizing::new(Vec::with_capacity(length.min(64 << 10)));
+        message.extend_from_slice(&header);
+        // The memory grows with what really comes, and never within an answer that holds a key.
+        while message.len() < length {
+            let start = message.len();
+            let more = (length - start).min(64 << 10);
+            message = grown(message, more);
+            self.stream.read_exact(&mut message[start..])?;
+        }
+        let answer = Answer::new(message);
+        match answer.outcome(request.operation)? {
+            Ok(()) => Ok(answer),
+            Err(failure) => Err(Trouble::Refused(failure)),
+        }
+    }
+}
+
+/// What is wrong with a TLS connection, for whoever manages the certificates.
+fn tls_fault(error: &rustls::Error) -> String {
+    use rustls::CertificateError::{
+        Expired, ExpiredContext, NotValidForName, NotValidForNameContext, NotValidYet, NotValidYetContext,
+        UnknownIssuer,
+    };
+    match error {
+        rustls::Error::InvalidCertificate(fault) => match fault {
+            Expired | ExpiredContext { .. } => "its certificate has expired".to_owned(),
+            NotValidYet | NotValidYetContext { .. } => {
+                "its certificate is not valid yet: is the clock right?".to_owned()
+            }
+            NotValidForName | NotValidForNameContext { .. } => "its certificate is for another name".to_owned(),
+            UnknownIssuer => "its certificate is of an authority that is not among those in ca".to_owned(),
+            fault => format!("its certificate is no good: {fault}"),
+        },
+        rustls::Error::AlertReceived(alert) => format!("it does not accept this host or its certificate: {alert:?}"),
+        error => error.to_string(),
+    }
+}
+
+/// `bytes` with `more` zeros behind them; what had to be moved for it is wiped.
+fn grown(mut bytes: Zeroizing<Vec<u8>>, more: usize) -> Zeroizing<Vec<u8>> {
+    let length = bytes.len() + more;
+    if bytes.capacity() < length {
+        let mut larger = Zeroizing::new(Vec::with_capacity(length.max(bytes.capacity() * 2)));
+        larger.extend_from_slice(&bytes);
+        bytes = larger;
+    }
+    bytes.resize(length, 0);
+    bytes
+}
+
+/// What a TLS connection takes on this side: which authorities are believed, and who this host is. Read anew for
+/// every connection, so that a renewed certificate counts without a restart.
+///
+/// # Errors
+/// One sentence that names the file and says what is wrong with it.
+pub fn tls(config: &KmipConfig) -> Result<Arc<ClientConfig>, String> {
+    let mut roots = RootCertStore::empty();
+    for authority in certificates(&config.ca)? {
+        roots
+            .add(authority)
+            .map_err(|error| format!("{} holds no usable certificate: {error}", config.ca.display()))?;
+    }
+    let chain = certificates(&config.certificate)?;
+    let purpose = "the private key of the KMIP client";
+    let key = secret_file::read(&config.key, purpose, Trust::Mode, LONGEST_PRIVATE_KEY)
+        .map_err(|refusal| refusal.to_string())?
+        .ok_or_else(|| format!("{} ({purpose}) is not there", config.key.display()))?;
+    let key = PrivateKeyDer::from_pem_slice(key.bytes())
+        .map_err(|error| format!("{} holds no private key in PEM: {error}", config.key.display()))?;
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let unusable = |error| format!("{} and {}: {error}", config.certificate.display(), config.key.display());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(unusable)?
+        .with_root_certificates(roots)
+        .with_client_auth_cert(chain, key)
+        .map_err(unusable)?;
+    Ok(Arc::new(config))
+}
+
+/// The certificates in a PEM file.
+///
+/// # Errors
+/// When it cannot be read or holds none.
+pub fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
+    let shown = path.display();
+    let bytes = std::fs::read(path).map_err(|error| format!("{shown} cannot be read: {error}"))?;
+    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&bytes).collect();
+    match certificates {
+        Ok(certificates) if !certificates.is_empty() => Ok(certificates),
+        Ok(_) => Err(format!("{shown} holds no certificate in PEM")),
+        Err(error) => Err(format!("{shown} holds no certificate in PEM: {error}")),
+    }
+}
+
+/// `HOST:PORT` or `[ADDRESS]:PORT`, taken apart.
+pub fn split_address(server: &str) -> Option<(&str, u16)> {
+    let (host, port) = server.rsplit_once(':')?;
+    let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host);
+    let port: u16 = port.parse().ok().filter(|&port| port > 0)?;
+    ServerName::try_from(host).ok().map(|_| (host, port))
+}
+
+fn connect(server: &str, deadline: Instant) -> io::Result<TcpStream> {
+    let mut failure = io::Error::other("its name has no address");
+    for address in resolve(server, deadline)? {
+        match TcpStream::connect_timeout(&address, left(deadline)?) {
+            Ok(socket) => return Ok(socket),
+            Err(error) => failure = error,
+        }
+    }
+    Err(failure)
+}
+
+/// The addresses of a server. The system's resolver knows no deadline, so it works on a thread of its own.
+fn resolve(server: &str, deadline: Instant) -> io::Result<Vec<SocketAddr>> {
+    let (host, port) = split_address(server).ok_or(io::ErrorKind::InvalidInput)?;
+    if let Ok(address) = host.parse::<IpAddr>() {
+        return Ok(vec![SocketAddr::new(address, port)]);
+    }
+    let (report, reported) = mpsc::channel();
+    let host = host.to_owned();
+    std::thread::Builder::new().name("resolve".to_owned()).stack_size(256 << 10).spawn(move || {
+        // Nobody listens any more if it took too long.
+        let _ = report.send((host.as_str(), port).to_socket_addrs().map(Iterator::collect));
+    })?;
+    reported.recv_timeout(left(deadline)?).map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+}
+
+/// The time until `deadline`.
+fn left(deadline: Instant) -> io::Result<Duration> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    // A time-out of zero would mean none at all.
+    if left.is_zero() { Err(io::ErrorKind::TimedOut.into()) } else { Ok(left) }
+}
+
+/// A socket on which everything together, and not each read by itself, has to be done by a deadline.
+struct Timed {
+    socket: TcpStream,
+    deadline: Instant,
+}
+
+/// What a socket says when its time is over.
+fn in_time<T>(outcome: io::Result<T>) -> io::Result<T> {
+    outcome.map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
+        _ => error,
+    })
+}
+
+impl Read for Timed {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.socket.set_read_timeout(Some(left(self.deadline)?))?;
+        in_time(self.socket.read(buffer))
+    }
+}
+
+impl Write for Timed {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        self.socket.set_write_timeout(Some(left(self.deadline)?))?;
+        in_time(self.socket.write(buffer))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.socket.flush()
+    }
+}

@@ -1,0 +1,174 @@
+//! The promises, and each key manager that has to keep them.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::sync::{Arc, Barrier};
+
+use volcrypt::keys::{Description, EmbeddedKeyManager, KeyFileManager, KeyManager, OneKeyForEveryVolume};
+use volcrypt::policy::{KeySize, Profile};
+use volcrypt::refusal::Reason;
+use volcrypt::store::{EnrolledDevice, Store};
+use volcrypt::volume::VolumeId;
+
+use super::pykmip::PyKmip;
+
+/// Makes a key manager as another host or another start of the daemon would.
+type Host<'a> = dyn Fn() -> Box<dyn KeyManager> + Sync + 'a;
+
+fn volume(name: &str) -> VolumeId {
+    name.parse().unwrap()
+}
+
+fn size(bits: u32) -> KeySize {
+    bits.try_into().unwrap()
+}
+
+fn reason<T>(outcome: Result<T, volcrypt::refusal::Refusal>) -> Reason {
+    outcome.err().expect("must be refused").reason()
+}
+
+fn a_key_is_the_same_for_all_and_for_ever(host: &Host<'_>, bits: u32) {
+    let (one, other) = (host(), host());
+    let id = volume(&format!("same-{bits}"));
+    let made = one.create(&id, size(bits)).unwrap();
+    assert_eq!(made.bits(), bits as usize);
+    assert!(made.bytes().iter().any(|&byte| byte != made.bytes()[0]), "no random key");
+    for manager in [&one, &other, &host()] {
+        assert!(manager.get(&id).unwrap().same_as(&made));
+        assert!(manager.create(&id, size(bits)).unwrap().same_as(&made), "never replaced");
+    }
+}
+
+fn keys_of_two_volumes_differ(host: &Host<'_>) {
+    let manager = host();
+    let (one, other) = (volume("differ.1"), volume("differ.10"));
+    let key = manager.create(&one, size(256)).unwrap();
+    assert!(!manager.create(&other, size(256)).unwrap().same_as(&key));
+    assert!(manager.get(&one).unwrap().same_as(&key));
+    let listed: Vec<_> =
+        manager.list().unwrap().into_iter().filter(|info| info.volume.as_str().starts_with("differ")).collect();
+    assert_eq!(listed.iter().map(|info| info.volume.as_str()).collect::<Vec<_>>(), ["differ.1", "differ.10"]);
+    assert!(listed.iter().all(|info| info.key_size == size(256) && !info.destroyed && info.created_at > 1_700_000_000));
+}
+
+fn what_is_not_there_is_told_from_the_rest(host: &Host<'_>) {
+    let manager = host();
+    assert_eq!(reason(manager.get(&volume("nowhere"))), Reason::NoKey);
+    assert_eq!(reason(manager.destroy(&volume("nowhere"))), Reason::NoKey);
+}
+
+fn another_size_is_refused(host: &Host<'_>) {
+    let manager = host();
+    let id = volume("sized");
+    let key = manager.create(&id, size(256)).unwrap();
+    let refusal = manager.create(&id, size(512)).err().unwrap();
+    assert_eq!(refusal.reason(), Reason::Configuration);
+    assert!(refusal.to_string().contains("256") && refusal.to_string().contains("512"), "{refusal}");
+    assert!(manager.get(&id).unwrap().same_as(&key));
+}
+
+fn two_hosts_that_make_a_key_at_once_have_the_same(host: &Host<'_>, rounds: usize, bits: u32) {
+    for round in 0..rounds {
+        let id = volume(&format!("race-{bits}-{round}"));
+        let hosts = 4;
+        let barrier = Arc::new(Barrier::new(hosts));
+        let keys: Vec<Vec<u8>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..hosts)
+                .map(|number| {
+                    let (barrier, id) = (Arc::clone(&barrier), &id);
+                    scope.spawn(move || {
+                        let manager = host();
+                        barrier.wait();
+                        // Not all quite at the same moment.
+                        std::thread::sleep(std::time::Duration::from_millis((number * round * 97 % 900) as u64));
+                        manager.create(id, size(bits)).unwrap().bytes().to_vec()
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert!(keys.iter().all(|key| *key == keys[0]), "round {round}");
+        assert_eq!(host().get(&id).unwrap().bytes(), keys[0]);
+        assert_eq!(host().list().unwrap().iter().filter(|info| info.volume == id).count(), 1, "no other key is left");
+    }
+}
+
+/// Whether the manager remembers what it destroyed decides what it says of it.
+fn what_was_destroyed_is_gone_for_everybody(host: &Host<'_>, said: Reason) {
+    let (one, other) = (host(), host());
+    let (gone, stays) = (volume("gone"), volume("stays"));
+    one.create(&gone, size(256)).unwrap();
+    let key = one.create(&stays, size(256)).unwrap();
+    other.get(&gone).unwrap();
+    one.destroy(&gone).unwrap();
+    for manager in [&one, &other, &host()] {
+        assert_eq!(reason(manager.get(&gone)), said);
+        assert!(manager.get(&stays).unwrap().same_as(&key));
+    }
+    assert!(one.list().unwrap().iter().all(|info| info.volume != gone || info.destroyed));
+}
+
+#[test]
+fn the_embedded_manager() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o700)).unwrap();
+    let host = || -> Box<dyn KeyManager> {
+        let store = Arc::new(Store::open(folder.path()).unwrap());
+        Box::new(EmbeddedKeyManager::open(store, None, folder.path()).unwrap())
+    };
+    a_key_is_the_same_for_all_and_for_ever(&host, 256);
+    a_key_is_the_same_for_all_and_for_ever(&host, 512);
+    keys_of_two_volumes_differ(&host);
+    what_is_not_there_is_told_from_the_rest(&host);
+    another_size_is_refused(&host);
+    two_hosts_that_make_a_key_at_once_have_the_same(&host, 10, 512);
+    what_was_destroyed_is_gone_for_everybody(&host, Reason::KeyDestroyed);
+}
+
+#[test]
+fn the_key_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("fixed.key");
+    fs::write(&path, (0..64).collect::<Vec<u8>>()).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+    let host = || -> Box<dyn KeyManager> { Box::new(KeyFileManager::open(&path, OneKeyForEveryVolume).unwrap()) };
+    a_key_is_the_same_for_all_and_for_ever(&host, 512);
+    // One key for every volume: none is ever missing, and none can be destroyed for one.
+    assert_eq!(reason(host().destroy(&volume("one"))), Reason::Configuration);
+}
+
+fn what_is_said_of_a_volume_is_what_the_first_host_said(host: &Host<'_>) {
+    let device = EnrolledDevice { wwid: Some("naa.6".to_owned()), ..EnrolledDevice::default() };
+    let described = |owner| Description::new(device.clone(), 4096, ("default", &Profile::default()), Some(owner), 7);
+    let id = volume("described");
+    assert!(host().described(&id).unwrap().is_none());
+    let (key, kept) = host().create_described(&id, &described("one")).unwrap();
+    assert_eq!(kept, described("one"));
+    for (found, kept) in
+        [host().described(&id).unwrap().unwrap(), host().create_described(&id, &described("two")).unwrap()]
+    {
+        assert!(found.same_as(&key));
+        assert_eq!(kept, described("one"));
+    }
+    // A key of which nothing is said, made by somebody else.
+    let bare = volume("bare");
+    host().create(&bare, size(512)).unwrap();
+    assert!(host().described(&bare).unwrap().is_none());
+    assert_eq!(host().create_described(&bare, &described("one")).unwrap().1, described("one"));
+}
+
+#[test]
+fn kmip() {
+    let server = PyKmip::start();
+    let host = || -> Box<dyn KeyManager> { Box::new(server.manager()) };
+    a_key_is_the_same_for_all_and_for_ever(&host, 256);
+    a_key_is_the_same_for_all_and_for_ever(&host, 512);
+    keys_of_two_volumes_differ(&host);
+    what_is_not_there_is_told_from_the_rest(&host);
+    another_size_is_refused(&host);
+    two_hosts_that_make_a_key_at_once_have_the_same(&host, 5, 256);
+    two_hosts_that_make_a_key_at_once_have_the_same(&host, 5, 512);
+    what_is_said_of_a_volume_is_what_the_first_host_said(&host);
+    // PyKMIP forgets what it destroyed.
+    what_was_destroyed_is_gone_for_everybody(&host, Reason::NoKey);
+}

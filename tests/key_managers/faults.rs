@@ -1,0 +1,234 @@
+//! What becomes of a KMIP server that fails, and of one that lies.
+
+use std::time::{Duration, Instant};
+
+use volcrypt::keys::KeyManager;
+use volcrypt::keys::kmip::{KmipConfig, KmipKeyManager};
+use volcrypt::policy::KeySize;
+use volcrypt::refusal::{Reason, Refusal};
+use volcrypt::volume::VolumeId;
+
+use super::authority::Authority;
+use super::proxy::{Fault, Proxy};
+use super::pykmip::{PyKmip, config};
+
+const LOCATE: u8 = 0x08;
+const GET: u8 = 0x0a;
+const REGISTER: u8 = 0x03;
+const ACTIVATE: u8 = 0x12;
+const DISCOVER_VERSIONS: u8 = 0x1e;
+
+fn volume(name: &str) -> VolumeId {
+    name.parse().unwrap()
+}
+
+fn size() -> KeySize {
+    512.try_into().unwrap()
+}
+
+fn with_deadline(config: KmipConfig, milliseconds: u64) -> KmipKeyManager {
+    KmipKeyManager::new(KmipConfig { deadline: Duration::from_millis(milliseconds), ..config })
+}
+
+fn refused(outcome: Result<volcrypt::keys::Key, Refusal>) -> (Reason, String) {
+    let refusal = outcome.err().expect("must be refused");
+    (refusal.reason(), refusal.to_string())
+}
+
+#[test]
+fn an_answer_that_is_cut_off_at_any_byte_is_no_key_and_another_server_is_asked() {
+    let server = PyKmip::start();
+    let proxy = Proxy::start(server.authority(), "server", server.address());
+    let id = volume("cut");
+    let key = server.manager().create(&id, size()).unwrap();
+    let alone = || KmipKeyManager::new(server.config("client", vec![proxy.address()]));
+    let both = || KmipKeyManager::new(server.config("client", vec![proxy.address(), server.address()]));
+    proxy.spoil(GET, Fault::None);
+    assert!(alone().get(&id).unwrap().same_as(&key));
+    let whole = proxy.longest_answer();
+    assert!(whole > 200, "{whole}");
+    for length in 0..whole {
+        proxy.spoil(GET, Fault::Cut(length));
+        let (reason, sentence) = refused(alone().get(&id));
+        assert_eq!(reason, Reason::TimedOut, "{length}: {sentence}");
+        if length % 16 == 0 {
+            assert!(both().get(&id).unwrap().same_as(&key), "{length}");
+        }
+    }
+    assert!(sentence_of(&alone().get(&id)).contains("it broke off the connection"));
+}
+
+fn sentence_of(outcome: &Result<volcrypt::keys::Key, Refusal>) -> String {
+    outcome.as_ref().err().map(ToString::to_string).unwrap_or_default()
+}
+
+#[test]
+fn a_slow_or_silent_server_costs_the_deadline_and_no_more() {
+    let server = PyKmip::start();
+    let id = volume("slow");
+    let key = server.manager().create(&id, size()).unwrap();
+    for fault in [Fault::Slow(Duration::from_millis(50)), Fault::Hang] {
+        for operation in [DISCOVER_VERSIONS, LOCATE, GET] {
+            let proxy = Proxy::start(server.authority(), "server", server.address());
+            proxy.spoil(operation, fault.clone());
+            let started = Instant::now();
+            let (reason, sentence) =
+                refused(with_deadline(server.config("client", vec![proxy.address()]), 1500).get(&id));
+            assert_eq!(reason, Reason::TimedOut);
+            assert!(sentence.contains("did not answer in time"), "{sentence}");
+            // Each question has its own deadline; those before were answered at once.
+            assert!(started.elapsed() < Duration::from_secs(5), "{operation} {fault:?}: {:?}", started.elapsed());
+            let servers = vec![proxy.address(), server.address()];
+            assert!(with_deadline(server.config("client", servers), 3000).get(&id).unwrap().same_as(&key));
+        }
+    }
+}
+
+#[test]
+fn what_is_no_kmip_is_no_answer() {
+    let server = PyKmip::start();
+    let proxy = Proxy::start(server.authority(), "server", server.address());
+    let id = volume("garbage");
+    let key = server.manager().create(&id, size()).unwrap();
+    let manager = || KmipKeyManager::new(server.config("client", vec![proxy.address()]));
+    let oversized = [0x42, 0, 0x7b, 1, 0xff, 0xff, 0xff, 0xff].to_vec();
+    for (bytes, what) in [
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec(), "no KMIP message"),
+        (oversized, "too long"),
+        ([0x42, 0, 0x7b, 1, 0, 0, 0, 0].to_vec(), "a part that KMIP requires is missing"),
+        ([0x42, 0, 0x7b, 1, 0, 0, 0, 8, 0x42, 0, 0x0f, 1, 0, 0, 0, 1].to_vec(), "another length than its type"),
+    ] {
+        for operation in [DISCOVER_VERSIONS, LOCATE, GET] {
+            proxy.spoil(operation, Fault::Instead(bytes.clone()));
+            let (reason, sentence) = refused(manager().get(&id));
+            assert_eq!(reason, Reason::KeyManager, "{sentence}");
+            assert!(sentence.contains(what), "{sentence}");
+        }
+    }
+    // No byte of an answer that is another one makes anything but a refusal or, where it means nothing, the key.
+    proxy.spoil(GET, Fault::None);
+    manager().get(&id).unwrap();
+    for place in 0..proxy.longest_answer() {
+        proxy.spoil(GET, Fault::Byte(place, 0x7f));
+        if let Ok(found) = with_deadline(server.config("client", vec![proxy.address()]), 500).get(&id) {
+            assert_eq!(found.bits(), 512);
+        }
+    }
+    proxy.spoil(GET, Fault::None);
+    assert!(manager().get(&id).unwrap().same_as(&key));
+}
+
+#[test]
+fn a_key_whose_making_breaks_off_is_made_once() {
+    let server = PyKmip::start();
+    let proxy = Proxy::start(server.authority(), "server", server.address());
+    let manager = KmipKeyManager::new(server.config("client", vec![proxy.address()]));
+    for (number, operation) in [REGISTER, ACTIVATE].into_iter().enumerate() {
+        let id = volume(&format!("broken-{number}"));
+        proxy.spoil(operation, Fault::Cut(0));
+        assert_eq!(refused(manager.create(&id, size())).0, Reason::TimedOut);
+        proxy.spoil(operation, Fault::None);
+        let key = manager.create(&id, size()).unwrap();
+        assert!(server.manager().get(&id).unwrap().same_as(&key));
+    }
+}
+
+/// The server tells ages in whole seconds, and PyKMIP numbers objects: as texts, "10" comes before "9".
+#[test]
+fn a_host_that_looks_before_another_ones_key_is_there_has_the_same_in_the_end() {
+    let server = PyKmip::start();
+    let direct = server.manager();
+    for number in 0..8 {
+        direct.create(&volume(&format!("filler-{number}")), size()).unwrap();
+    }
+    let proxy = Proxy::start(server.authority(), "server", server.address());
+    proxy.spoil(REGISTER, Fault::Late(Duration::from_millis(400)));
+    let late = KmipKeyManager::new(server.config("client", vec![proxy.address()]));
+    assert!(late.get(&volume("filler-0")).is_ok(), "connected");
+    let into_the_second = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().subsec_millis();
+    std::thread::sleep(Duration::from_millis(u64::from(1000 - into_the_second)));
+    let id = volume("raced");
+    let (slow, quick) = std::thread::scope(|scope| {
+        let slow = scope.spawn(|| late.create(&id, size()).unwrap());
+        std::thread::sleep(Duration::from_millis(100));
+        let quick = direct.create(&id, size()).unwrap();
+        (slow.join().unwrap(), quick)
+    });
+    assert!(slow.same_as(&quick));
+    assert!(server.manager().get(&id).unwrap().same_as(&quick));
+    // The ninth and the tenth object; one of them is left.
+    assert_eq!(server.manager().list().unwrap().iter().filter(|info| info.volume == id).count(), 1);
+}
+
+#[test]
+fn connections_are_used_again_and_opened_again() {
+    let mut server = PyKmip::start();
+    let proxy = Proxy::start(server.authority(), "server", server.address());
+    let manager = KmipKeyManager::new(server.config("client", vec![proxy.address()]));
+    let id = volume("again");
+    let key = manager.create(&id, size()).unwrap();
+    for _ in 0..20 {
+        assert!(manager.get(&id).unwrap().same_as(&key));
+    }
+    assert_eq!(proxy.connections(), 1);
+    server.stop();
+    assert_eq!(refused(manager.get(&id)).0, Reason::TimedOut);
+    server.start_again();
+    assert!(manager.get(&id).unwrap().same_as(&key));
+}
+
+#[test]
+fn who_is_not_vouched_for_is_not_believed() {
+    let server = PyKmip::start();
+    let id = volume("vouched");
+    let key = server.manager().create(&id, size()).unwrap();
+    let other = Authority::new("another");
+    server.authority().issue("expired", "serverAuth", -1);
+    for (authority, name, what) in
+        [(&other, "server", "of an authority that is not among"), (server.authority(), "expired", "has expired")]
+    {
+        // Behind it stands nobody: no request may get that far.
+        let proxy = Proxy::start(authority, name, "127.0.0.1:1".to_owned());
+        let (reason, sentence) = refused(KmipKeyManager::new(server.config("client", vec![proxy.address()])).get(&id));
+        assert_eq!(reason, Reason::TimedOut);
+        assert!(sentence.contains(what), "{sentence}");
+    }
+    // This side's: unknown to the server, expired.
+    let mut unknown = config(&other, "client", vec![server.address()]);
+    unknown.ca = server.authority().path("ca.pem");
+    let (reason, sentence) = refused(KmipKeyManager::new(unknown).get(&id));
+    assert_eq!(reason, Reason::TimedOut, "{sentence}");
+    assert!(sentence.contains("does not accept this host"), "{sentence}");
+    // What is renewed counts at once.
+    server.authority().issue("client2", "clientAuth", -1);
+    let manager = KmipKeyManager::new(server.config("client2", vec![server.address()]));
+    assert!(manager.get(&id).is_err());
+    server.authority().issue("client2", "clientAuth", 30);
+    // The same name, or PyKMIP takes it for another client.
+    assert!(matches!(manager.get(&id).map_err(|refusal| refusal.reason()), Err(Reason::NoKey | Reason::NotAllowed)));
+    std::fs::copy(server.authority().path("client.pem"), server.authority().path("client2.pem")).unwrap();
+    std::fs::copy(server.authority().path("client.key"), server.authority().path("client2.key")).unwrap();
+    assert!(manager.get(&id).unwrap().same_as(&key));
+}
+
+#[test]
+fn files_that_cannot_be_used_are_named() {
+    let authority = Authority::new("authority");
+    let usable = config(&authority, "client", vec!["127.0.0.1:1".to_owned()]);
+    let get = |config: KmipConfig| refused(KmipKeyManager::new(config).get(&volume("x")));
+    let nowhere = authority.path("nowhere");
+    for config in [
+        KmipConfig { ca: nowhere.clone(), ..usable.clone() },
+        KmipConfig { certificate: nowhere.clone(), ..usable.clone() },
+        KmipConfig { key: nowhere.clone(), ..usable.clone() },
+    ] {
+        let (reason, sentence) = get(config);
+        assert_eq!(reason, Reason::Configuration);
+        assert!(sentence.contains("/nowhere"), "{sentence}");
+    }
+    let (reason, sentence) = get(KmipConfig { key: authority.path("server.key"), ..usable.clone() });
+    assert_eq!(reason, Reason::Configuration, "a key that does not belong to the certificate: {sentence}");
+    std::fs::set_permissions(&usable.key, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+    let (_, sentence) = get(usable);
+    assert!(sentence.contains("chmod 0600"), "{sentence}");
+}

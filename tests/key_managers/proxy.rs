@@ -1,0 +1,169 @@
+//! What stands between a client and a real KMIP server, and spoils the answers to one operation.
+
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection, StreamOwned};
+
+use super::authority::Authority;
+
+/// What becomes of an answer.
+#[derive(Clone, Debug)]
+pub enum Fault {
+    /// Nothing.
+    None,
+    /// Only so many bytes of it are handed on, and the connection ends.
+    Cut(usize),
+    /// It comes byte by byte, with this pause before each.
+    Slow(Duration),
+    /// The request is handed on only after this pause.
+    Late(Duration),
+    /// It never comes.
+    Hang,
+    /// These bytes come instead.
+    Instead(Vec<u8>),
+    /// The byte at a place of it is another one.
+    Byte(usize, u8),
+}
+
+/// A running proxy. Its threads end with the test.
+pub struct Proxy {
+    port: u16,
+    fault: Arc<Mutex<(u8, Fault)>>,
+    connections: Arc<AtomicUsize>,
+    longest: Arc<AtomicUsize>,
+}
+
+impl Proxy {
+    /// A proxy before `server` that shows the certificate `name` of `authority`.
+    pub fn start(authority: &Authority, name: &str, server: String) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let proxy = Proxy {
+            port: listener.local_addr().unwrap().port(),
+            fault: Arc::new(Mutex::new((0, Fault::None))),
+            connections: Arc::default(),
+            longest: Arc::default(),
+        };
+        let (inside, outside) = (server_side(authority, name), client_side(authority));
+        let (fault, connections, longest) =
+            (Arc::clone(&proxy.fault), Arc::clone(&proxy.connections), Arc::clone(&proxy.longest));
+        std::thread::spawn(move || {
+            for socket in listener.incoming().flatten() {
+                connections.fetch_add(1, Ordering::Relaxed);
+                let (inside, outside, server) = (Arc::clone(&inside), Arc::clone(&outside), server.clone());
+                let (fault, longest) = (Arc::clone(&fault), Arc::clone(&longest));
+                // What breaks off ends that connection.
+                std::thread::spawn(move || relay(socket, inside, outside, &server, &fault, &longest));
+            }
+        });
+        proxy
+    }
+
+    /// Spoils the answers to `operation` from now on.
+    pub fn spoil(&self, operation: u8, fault: Fault) {
+        *self.fault.lock().unwrap() = (operation, fault);
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> String {
+        format!("localhost:{}", self.port)
+    }
+
+    /// How many connections there were.
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    /// The length of the longest answer to the operation that is spoilt, in bytes.
+    pub fn longest_answer(&self) -> usize {
+        self.longest.load(Ordering::Relaxed)
+    }
+}
+
+fn server_side(authority: &Authority, name: &str) -> Arc<ServerConfig> {
+    let chain = CertificateDer::pem_file_iter(authority.path(&format!("{name}.pem"))).unwrap().flatten().collect();
+    let key = PrivateKeyDer::from_pem_file(authority.path(&format!("{name}.key"))).unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    Arc::new(builder.with_no_client_auth().with_single_cert(chain, key).unwrap())
+}
+
+fn client_side(authority: &Authority) -> Arc<ClientConfig> {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(authority.path("ca.pem")).unwrap()).unwrap();
+    let chain = vec![CertificateDer::from_pem_file(authority.path("client.pem")).unwrap()];
+    let key = PrivateKeyDer::from_pem_file(authority.path("client.key")).unwrap();
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    Arc::new(builder.with_root_certificates(roots).with_client_auth_cert(chain, key).unwrap())
+}
+
+fn relay(
+    socket: TcpStream,
+    inside: Arc<ServerConfig>,
+    outside: Arc<ClientConfig>,
+    server: &str,
+    fault: &Mutex<(u8, Fault)>,
+    longest: &AtomicUsize,
+) -> io::Result<()> {
+    let mut client = StreamOwned::new(ServerConnection::new(inside).unwrap(), socket);
+    // Only what has a TLS connection is a client.
+    let mut request = message(&mut client)?;
+    let name = ServerName::try_from("localhost").unwrap();
+    let mut server = StreamOwned::new(ClientConnection::new(outside, name).unwrap(), TcpStream::connect(server)?);
+    loop {
+        let (spoilt, fault) = fault.lock().unwrap().clone();
+        let fault = if operation(&request) == spoilt { fault } else { Fault::None };
+        if let Fault::Late(pause) = fault {
+            std::thread::sleep(pause);
+        }
+        server.write_all(&request)?;
+        let mut answer = message(&mut server)?;
+        if operation(&request) == spoilt {
+            longest.fetch_max(answer.len(), Ordering::Relaxed);
+        }
+        match fault {
+            Fault::None | Fault::Late(_) => client.write_all(&answer)?,
+            Fault::Cut(length) => {
+                client.write_all(&answer[..length.min(answer.len())])?;
+                return client.flush();
+            }
+            Fault::Slow(pause) => {
+                for byte in answer {
+                    std::thread::sleep(pause);
+                    client.write_all(&[byte])?;
+                    client.flush()?;
+                }
+            }
+            Fault::Hang => std::thread::sleep(Duration::from_secs(600)),
+            Fault::Instead(bytes) => client.write_all(&bytes)?,
+            Fault::Byte(place, value) => {
+                answer[place] = value;
+                client.write_all(&answer)?;
+            }
+        }
+        client.flush()?;
+        request = message(&mut client)?;
+    }
+}
+
+/// One message: a header of eight bytes, the last four of which say how many follow.
+fn message(stream: &mut impl Read) -> io::Result<Vec<u8>> {
+    let mut message = vec![0; 8];
+    stream.read_exact(&mut message)?;
+    let length = u32::from_be_bytes(message[4..].try_into().unwrap()) as usize;
+    message.resize(8 + length, 0);
+    stream.read_exact(&mut message[8..])?;
+    Ok(message)
+}
+
+/// The operation of a request: the value of the item with the tag 0x42005c.
+fn operation(request: &[u8]) -> u8 {
+    let place = request.windows(4).position(|bytes| bytes == [0x42, 0, 0x5c, 5]).unwrap();
+    request[place + 11]
+}

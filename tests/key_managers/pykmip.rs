@@ -1,0 +1,104 @@
+//! A real KMIP server: PyKMIP, which `tests/prerequisites` installs.
+
+use std::fs;
+use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use volcrypt::keys::kmip::{KmipConfig, KmipKeyManager};
+
+use super::authority::Authority;
+
+/// A running server. It ends with this value.
+pub struct PyKmip {
+    authority: Authority,
+    port: u16,
+    process: Child,
+}
+
+impl PyKmip {
+    /// Starts one with an empty database.
+    pub fn start() -> Self {
+        let authority = Authority::new("authority");
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let process = run(&authority, port);
+        PyKmip { authority, port, process }
+    }
+
+    /// Stops it as a power cut would.
+    pub fn stop(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+
+    /// Starts it again with the database that it had.
+    pub fn start_again(&mut self) {
+        self.process = run(&self.authority, self.port);
+    }
+
+    /// The authority that server and clients believe.
+    pub fn authority(&self) -> &Authority {
+        &self.authority
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    /// How the client `name` reaches `servers`.
+    pub fn config(&self, name: &str, servers: Vec<String>) -> KmipConfig {
+        config(&self.authority, name, servers)
+    }
+
+    /// A key manager of another host's.
+    pub fn manager(&self) -> KmipKeyManager {
+        KmipKeyManager::new(self.config("client", vec![self.address()]))
+    }
+}
+
+/// How the client `name` reaches `servers` that `authority` vouches for.
+pub fn config(authority: &Authority, name: &str, servers: Vec<String>) -> KmipConfig {
+    KmipConfig {
+        servers,
+        ca: authority.path("ca.pem"),
+        certificate: authority.path(&format!("{name}.pem")),
+        key: authority.path(&format!("{name}.key")),
+        deadline: Duration::from_secs(20),
+    }
+}
+
+impl Drop for PyKmip {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn run(authority: &Authority, port: u16) -> Child {
+    let folder = authority.folder().display();
+    let settings = format!(
+        "[server]\nhostname=127.0.0.1\nport={port}\ncertificate_path={folder}/server.pem\nkey_path={folder}/server.key\n\
+         ca_path={folder}/ca.pem\nauth_suite=TLS1.2\npolicy_path={folder}/policy\nenable_tls_client_auth=True\n\
+         tls_cipher_suites=TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384\nlogging_level=ERROR\n\
+         database_path={folder}/pykmip.db\n"
+    );
+    fs::write(authority.path("server.conf"), settings).unwrap();
+    fs::create_dir_all(authority.path("policy")).unwrap();
+    let program = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/pykmip/bin/pykmip-server");
+    let process = Command::new(&program)
+        .arg("-f")
+        .arg(authority.path("server.conf"))
+        .arg("-l")
+        .arg(authority.path("server.log"))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap_or_else(|error| panic!("{}: {error}; run tests/prerequisites", program.display()));
+    let up = (0..600).any(|_| {
+        std::thread::sleep(Duration::from_millis(50));
+        TcpStream::connect(("127.0.0.1", port)).is_ok()
+    });
+    assert!(up, "{}", fs::read_to_string(authority.path("server.log")).unwrap_or_default());
+    process
+}

@@ -1,6 +1,6 @@
 use serde::{Deserialize, Serialize};
 
-use super::Key;
+use super::{CheckValue, Key};
 use crate::policy::{KeySize, Provider, is_supported};
 use crate::store::{EnrolledDevice, VolumeRecord, VolumeState};
 use crate::volume::VolumeId;
@@ -8,6 +8,7 @@ use crate::volume::VolumeId;
 /// What has to be known of a volume besides its key: its record without what follows from the key. A key manager that
 /// several hosts ask keeps it beside the key, so that each of them reads the volume in the same way.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Description {
     device: EnrolledDevice,
     size_bytes: u64,
@@ -18,8 +19,26 @@ pub struct Description {
     pub key_size: KeySize,
     sector_size: u32,
     enrolled_at: i64,
-    #[serde(default)]
+    #[serde(deserialize_with = "there")]
     owner: Option<String>,
+}
+
+/// The version of what is kept. What it says decides what stands on a volume, so no older volcrypt may guess.
+const VERSION: u32 = 1;
+
+/// A description as it is kept beside a key.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Kept {
+    version: u32,
+    /// That of the key beside it.
+    check_value: CheckValue,
+    volume: Description,
+}
+
+/// A value that may be null but has to be there: nobody's volume and one whose owner was lost are not the same.
+fn there<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Option<String>, D::Error> {
+    Option::deserialize(deserializer)
 }
 
 impl Description {
@@ -62,27 +81,34 @@ impl Description {
         }
     }
 
-    /// As it is kept elsewhere: one line of JSON.
+    /// As it is kept beside the key with `check_value`: one line of JSON.
     ///
     /// # Errors
     /// Never, in practice: it holds texts and numbers only.
-    pub fn to_text(&self) -> Result<String, serde_json::Error> {
-        serde_json::to_string(self)
+    pub fn to_text(&self, check_value: CheckValue) -> Result<String, serde_json::Error> {
+        serde_json::to_string(&Kept { version: VERSION, check_value, volume: self.clone() })
     }
 
-    /// What [`Description::to_text`] wrote, which came back from elsewhere.
+    /// What [`Description::to_text`] wrote, which came back from elsewhere, and the check value of the key that it was
+    /// written for.
     ///
     /// # Errors
-    /// In words, when it is not that, or asks for a cipher or a sector size that no profile could.
-    pub fn parse(text: &str) -> Result<Self, String> {
-        let description: Description = serde_json::from_str(text).map_err(|error| error.to_string())?;
-        let Description { cipher, key_size, sector_size, .. } = &description;
-        match is_supported(cipher, *key_size, *sector_size) {
-            true => Ok(description),
-            false => Err(format!(
+    /// In words, when it is not that, names no device, or asks for a cipher or a sector size that no profile could.
+    pub fn parse(text: &str) -> Result<(Self, CheckValue), String> {
+        let Kept { version, check_value, volume } = serde_json::from_str(text).map_err(|error| error.to_string())?;
+        if version != VERSION {
+            return Err(format!("it was written by another volcrypt, version {version} instead of {VERSION}"));
+        }
+        let Description { device, cipher, key_size, sector_size, .. } = &volume;
+        if !is_supported(cipher, *key_size, *sector_size) {
+            return Err(format!(
                 "cipher {cipher:?} with a key of {} bits in sectors of {sector_size} bytes is not supported",
                 key_size.bits()
-            )),
+            ));
+        }
+        match *device == EnrolledDevice::default() {
+            true => Err("it does not say which device the volume is on".to_owned()),
+            false => Ok((volume, check_value)),
         }
     }
 }
@@ -97,14 +123,19 @@ mod tests {
         Description::new(device, 4096, ("default", &Profile::default()), Some("p1"), 7)
     }
 
-    #[test]
-    fn a_description_comes_back_as_it_was() {
-        assert_eq!(Description::parse(&description().to_text().unwrap()).unwrap(), description());
+    fn check_value() -> CheckValue {
+        "0123456789abcdef".repeat(2).try_into().unwrap()
     }
 
     #[test]
-    fn what_dm_crypt_must_not_be_asked_for_is_refused() {
-        let text = description().to_text().unwrap();
+    fn a_description_comes_back_as_it_was() {
+        let text = description().to_text(check_value()).unwrap();
+        assert_eq!(Description::parse(&text).unwrap(), (description(), check_value()));
+    }
+
+    #[test]
+    fn what_cannot_be_meant_is_refused() {
+        let text = description().to_text(check_value()).unwrap();
         for (from, to) in [
             ("aes-xts-plain64", "cipher_null"),
             ("aes-xts-plain64", "aes-xts-plain64 0 8:0 0"),
@@ -113,6 +144,11 @@ mod tests {
             ("\"sector_size\":512", "\"sector_size\":513"),
             ("\"provider\":\"plain\"", "\"provider\":\"none\""),
             ("{", "["),
+            ("\"version\":1", "\"version\":2"),
+            ("\"version\":1", "\"version\":1,\"iv_offset\":8"),
+            ("\"size_bytes\"", "\"iv_offset\":8,\"size_bytes\""),
+            ("\"iscsi_target\":\"iqn\",\"lun\":1", "\"iscsi_target\":null,\"lun\":null"),
+            (",\"owner\":\"p1\"", ""),
         ] {
             let changed = text.replacen(from, to, 1);
             assert_ne!(changed, text);

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::{Key, KeyEncryptionKey, KeyInfo, KeyManager};
+use super::{Description, Key, KeyEncryptionKey, KeyInfo, KeyManager};
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
 use crate::store::{Store, WrappedKey, seconds_now};
@@ -84,21 +84,13 @@ impl EmbeddedKeyManager {
     }
 }
 
-impl KeyManager for EmbeddedKeyManager {
-    /// # Errors
-    /// [`Reason::NoKey`] when there is no key or its record is damaged, [`Reason::KeyDestroyed`] when it
-    /// was destroyed, [`Reason::StoreUnavailable`] when the database cannot be read.
-    fn get(&self, volume: &VolumeId) -> Result<Key, Refusal> {
-        match self.store.wrapped_key(volume)? {
-            Some(record) => self.unwrap(&record),
-            None => Err(no_key(volume)),
-        }
-    }
-
+impl EmbeddedKeyManager {
+    /// As [`create`](KeyManager::create), for a volume of which nothing has to be known elsewhere.
+    ///
     /// # Errors
     /// As [`get`](KeyManager::get), and [`Reason::Configuration`] when there is a key of another size.
     /// After an error the volume has either no key or a correct one.
-    fn create(&self, volume: &VolumeId, size: KeySize) -> Result<Key, Refusal> {
+    pub fn make(&self, volume: &VolumeId, size: KeySize) -> Result<Key, Refusal> {
         if let Some(record) = self.store.wrapped_key(volume)? {
             return self.unwrap_sized(&record, size);
         }
@@ -121,6 +113,24 @@ impl KeyManager for EmbeddedKeyManager {
             // Somebody else made one meanwhile; that is the volume's key.
             false => Ok(read),
         }
+    }
+}
+
+impl KeyManager for EmbeddedKeyManager {
+    /// # Errors
+    /// [`Reason::NoKey`] when there is no key or its record is damaged, [`Reason::KeyDestroyed`] when it
+    /// was destroyed, [`Reason::StoreUnavailable`] when the database cannot be read.
+    fn get(&self, volume: &VolumeId) -> Result<Key, Refusal> {
+        match self.store.wrapped_key(volume)? {
+            Some(record) => self.unwrap(&record),
+            None => Err(no_key(volume)),
+        }
+    }
+
+    /// # Errors
+    /// Those of [`EmbeddedKeyManager::make`].
+    fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
+        Ok((self.make(volume, wanted.key_size)?, wanted.clone()))
     }
 
     /// The record stays, so that the key is known to be destroyed. To destroy it again is no error.

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::secret_file::{self, Trust};
-use super::{Key, KeyInfo, KeyManager};
+use super::{Description, Key, KeyInfo, KeyManager};
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
@@ -49,17 +49,8 @@ impl KeyFileManager {
     }
 }
 
-impl KeyManager for KeyFileManager {
-    /// The one key.
-    fn get(&self, _volume: &VolumeId) -> Result<Key, Refusal> {
-        Key::filled(self.size.bytes(), |bytes| {
-            bytes.copy_from_slice(self.key.bytes());
-            Ok(())
-        })
-    }
-
-    /// The one key, if it has `size`.
-    fn create(&self, volume: &VolumeId, size: KeySize) -> Result<Key, Refusal> {
+impl KeyFileManager {
+    fn sized(&self, volume: &VolumeId, size: KeySize) -> Result<Key, Refusal> {
         if size != self.size {
             return Err(Refusal::new(
                 Reason::Configuration,
@@ -74,7 +65,21 @@ impl KeyManager for KeyFileManager {
         }
         self.get(volume)
     }
+}
 
+impl KeyManager for KeyFileManager {
+    /// The one key.
+    fn get(&self, _volume: &VolumeId) -> Result<Key, Refusal> {
+        Key::filled(self.size.bytes(), |bytes| {
+            bytes.copy_from_slice(self.key.bytes());
+            Ok(())
+        })
+    }
+
+    /// The one key, if it has the size that is asked for.
+    fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
+        self.sized(volume, wanted.key_size).map(|key| (key, wanted.clone()))
+    }
     /// Always refused: the key is every volume's.
     fn destroy(&self, volume: &VolumeId) -> Result<(), Refusal> {
         Err(Refusal::new(
@@ -115,7 +120,7 @@ mod tests {
             let size = KeySize::try_from(length as u32 * 8).unwrap();
             for name in ["one", "two"] {
                 let volume = name.parse().unwrap();
-                assert_eq!(manager.create(&volume, size).unwrap().bytes(), vec![9; length]);
+                assert_eq!(manager.sized(&volume, size).unwrap().bytes(), vec![9; length]);
                 assert_eq!(manager.get(&volume).unwrap().bytes(), vec![9; length]);
             }
             assert_eq!(manager.list(), Ok(vec![]));
@@ -125,7 +130,7 @@ mod tests {
     #[test]
     fn another_size_is_refused_in_bits() {
         let manager = open(&[9; 32], 0o600).unwrap();
-        let refusal = manager.create(&"one".parse().unwrap(), 512.try_into().unwrap()).err().unwrap();
+        let refusal = manager.sized(&"one".parse().unwrap(), 512.try_into().unwrap()).err().unwrap();
         let sentence = refusal.to_string();
         assert!(sentence.contains("512 bits") && sentence.contains("256 bits"), "{sentence}");
     }

@@ -28,15 +28,10 @@ pub trait KeyManager: Send + Sync {
     /// The key of `volume`.
     fn get(&self, volume: &VolumeId) -> Result<Key, Refusal>;
 
-    /// Makes and stores a random key of `size` for `volume`, reads it back and compares it. A key
-    /// that is there already is handed out as it is, never replaced, if it has the right size.
-    fn create(&self, volume: &VolumeId, size: KeySize) -> Result<Key, Refusal>;
-
-    /// As [`create`](KeyManager::create), with what else other hosts have to know of the volume. Returns that of the
-    /// key that is handed out: another host may have been quicker.
-    fn create_described(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
-        Ok((self.create(volume, wanted.key_size)?, wanted.clone()))
-    }
+    /// Makes and stores a random key for `volume`, reads it back and compares it, and keeps beside it what other hosts
+    /// have to know of the volume. A key that is there already is handed out as it is, never replaced, if it has the
+    /// right size; another host may have been quicker, so what is known of the volume comes with it.
+    fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal>;
 
     /// The key of `volume` and what was said of the volume when it was made; nothing if there is no key. A key manager
     /// that no other host asks keeps none.

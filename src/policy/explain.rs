@@ -50,6 +50,15 @@ impl Config {
                     .to_owned(),
             );
         }
+        if let KeyManagerConfig::Kmip { kmip, .. } = &self.key_manager
+            && kmip.deadline >= self.daemon.open_deadline.min(self.hook.deadline)
+        {
+            warnings.push(
+                "the KMIP servers have as long to answer as a guest's open or the hook waits, so a guest is told of \
+                 nothing but the time; make deadline_seconds in [kmip] shorter"
+                    .to_owned(),
+            );
+        }
         for (index, rule) in self.rules().iter().enumerate() {
             let name = rule.name();
             if let Some(earlier) = comparison.taken_by[index] {

@@ -4,9 +4,9 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::{Arc, Barrier};
 
-use volcrypt::keys::{Description, EmbeddedKeyManager, KeyFileManager, KeyManager, OneKeyForEveryVolume};
+use volcrypt::keys::{Description, EmbeddedKeyManager, Key, KeyFileManager, KeyManager, OneKeyForEveryVolume};
 use volcrypt::policy::{KeySize, Profile};
-use volcrypt::refusal::Reason;
+use volcrypt::refusal::{Reason, Refusal};
 use volcrypt::store::{EnrolledDevice, Store};
 use volcrypt::volume::VolumeId;
 
@@ -23,27 +23,38 @@ fn size(bits: u32) -> KeySize {
     bits.try_into().unwrap()
 }
 
-fn reason<T>(outcome: Result<T, volcrypt::refusal::Refusal>) -> Reason {
+/// A volume whose key has so many bits.
+fn wanted(bits: u32, owner: Option<&str>) -> Description {
+    let device = EnrolledDevice { wwid: Some("naa.6".to_owned()), ..EnrolledDevice::default() };
+    let profile = Profile { key_size: size(bits), ..Profile::default() };
+    Description::new(device, 4096, ("default", &profile), owner, 7)
+}
+
+fn create(manager: &dyn KeyManager, volume: &VolumeId, bits: u32) -> Result<Key, Refusal> {
+    manager.create(volume, &wanted(bits, None)).map(|(key, _)| key)
+}
+
+fn reason<T>(outcome: Result<T, Refusal>) -> Reason {
     outcome.err().expect("must be refused").reason()
 }
 
 fn a_key_is_the_same_for_all_and_for_ever(host: &Host<'_>, bits: u32) {
     let (one, other) = (host(), host());
     let id = volume(&format!("same-{bits}"));
-    let made = one.create(&id, size(bits)).unwrap();
+    let made = create(&*one, &id, bits).unwrap();
     assert_eq!(made.bits(), bits as usize);
     assert!(made.bytes().iter().any(|&byte| byte != made.bytes()[0]), "no random key");
     for manager in [&one, &other, &host()] {
         assert!(manager.get(&id).unwrap().same_as(&made));
-        assert!(manager.create(&id, size(bits)).unwrap().same_as(&made), "never replaced");
+        assert!(create(&**manager, &id, bits).unwrap().same_as(&made), "never replaced");
     }
 }
 
 fn keys_of_two_volumes_differ(host: &Host<'_>) {
     let manager = host();
     let (one, other) = (volume("differ.1"), volume("differ.10"));
-    let key = manager.create(&one, size(256)).unwrap();
-    assert!(!manager.create(&other, size(256)).unwrap().same_as(&key));
+    let key = create(&*manager, &one, 256).unwrap();
+    assert!(!create(&*manager, &other, 256).unwrap().same_as(&key));
     assert!(manager.get(&one).unwrap().same_as(&key));
     let listed: Vec<_> =
         manager.list().unwrap().into_iter().filter(|info| info.volume.as_str().starts_with("differ")).collect();
@@ -60,8 +71,8 @@ fn what_is_not_there_is_told_from_the_rest(host: &Host<'_>) {
 fn another_size_is_refused(host: &Host<'_>) {
     let manager = host();
     let id = volume("sized");
-    let key = manager.create(&id, size(256)).unwrap();
-    let refusal = manager.create(&id, size(512)).err().unwrap();
+    let key = create(&*manager, &id, 256).unwrap();
+    let refusal = create(&*manager, &id, 512).err().unwrap();
     assert_eq!(refusal.reason(), Reason::Configuration);
     assert!(refusal.to_string().contains("256") && refusal.to_string().contains("512"), "{refusal}");
     assert!(manager.get(&id).unwrap().same_as(&key));
@@ -81,7 +92,7 @@ fn two_hosts_that_make_a_key_at_once_have_the_same(host: &Host<'_>, rounds: usiz
                         barrier.wait();
                         // Not all quite at the same moment.
                         std::thread::sleep(std::time::Duration::from_millis((number * round * 97 % 900) as u64));
-                        manager.create(id, size(bits)).unwrap().bytes().to_vec()
+                        create(&*manager, id, bits).unwrap().bytes().to_vec()
                     })
                 })
                 .collect();
@@ -97,8 +108,8 @@ fn two_hosts_that_make_a_key_at_once_have_the_same(host: &Host<'_>, rounds: usiz
 fn what_was_destroyed_is_gone_for_everybody(host: &Host<'_>, said: Reason) {
     let (one, other) = (host(), host());
     let (gone, stays) = (volume("gone"), volume("stays"));
-    one.create(&gone, size(256)).unwrap();
-    let key = one.create(&stays, size(256)).unwrap();
+    create(&*one, &gone, 256).unwrap();
+    let key = create(&*one, &stays, 256).unwrap();
     other.get(&gone).unwrap();
     one.destroy(&gone).unwrap();
     for manager in [&one, &other, &host()] {
@@ -138,23 +149,16 @@ fn the_key_file() {
 }
 
 fn what_is_said_of_a_volume_is_what_the_first_host_said(host: &Host<'_>) {
-    let device = EnrolledDevice { wwid: Some("naa.6".to_owned()), ..EnrolledDevice::default() };
-    let described = |owner| Description::new(device.clone(), 4096, ("default", &Profile::default()), Some(owner), 7);
     let id = volume("described");
     assert!(host().described(&id).unwrap().is_none());
-    let (key, kept) = host().create_described(&id, &described("one")).unwrap();
-    assert_eq!(kept, described("one"));
+    let (key, kept) = host().create(&id, &wanted(512, Some("one"))).unwrap();
+    assert_eq!(kept, wanted(512, Some("one")));
     for (found, kept) in
-        [host().described(&id).unwrap().unwrap(), host().create_described(&id, &described("two")).unwrap()]
+        [host().described(&id).unwrap().unwrap(), host().create(&id, &wanted(512, Some("two"))).unwrap()]
     {
         assert!(found.same_as(&key));
-        assert_eq!(kept, described("one"));
+        assert_eq!(kept, wanted(512, Some("one")));
     }
-    // A key of which nothing is said, made by somebody else.
-    let bare = volume("bare");
-    host().create(&bare, size(512)).unwrap();
-    assert!(host().described(&bare).unwrap().is_none());
-    assert_eq!(host().create_described(&bare, &described("one")).unwrap().1, described("one"));
 }
 
 #[test]

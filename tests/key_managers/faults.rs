@@ -2,10 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use volcrypt::keys::KeyManager;
 use volcrypt::keys::kmip::{KmipConfig, KmipKeyManager};
-use volcrypt::policy::KeySize;
+use volcrypt::keys::{Description, Key, KeyManager};
+use volcrypt::policy::Profile;
 use volcrypt::refusal::{Reason, Refusal};
+use volcrypt::store::EnrolledDevice;
 use volcrypt::volume::VolumeId;
 
 use super::authority::Authority;
@@ -22,15 +23,21 @@ fn volume(name: &str) -> VolumeId {
     name.parse().unwrap()
 }
 
-fn size() -> KeySize {
-    512.try_into().unwrap()
+/// A volume of whatever kind.
+fn wanted() -> Description {
+    let device = EnrolledDevice { wwid: Some("naa.6".to_owned()), ..EnrolledDevice::default() };
+    Description::new(device, 4096, ("default", &Profile::default()), None, 7)
+}
+
+fn create(manager: &KmipKeyManager, volume: &VolumeId) -> Result<Key, Refusal> {
+    manager.create(volume, &wanted()).map(|(key, _)| key)
 }
 
 fn with_deadline(config: KmipConfig, milliseconds: u64) -> KmipKeyManager {
     KmipKeyManager::new(KmipConfig { deadline: Duration::from_millis(milliseconds), ..config })
 }
 
-fn refused(outcome: Result<volcrypt::keys::Key, Refusal>) -> (Reason, String) {
+fn refused(outcome: Result<Key, Refusal>) -> (Reason, String) {
     let refusal = outcome.err().expect("must be refused");
     (refusal.reason(), refusal.to_string())
 }
@@ -40,7 +47,7 @@ fn an_answer_that_is_cut_off_at_any_byte_is_no_key_and_another_server_is_asked()
     let server = PyKmip::start();
     let proxy = Proxy::start(server.authority(), "server", server.address());
     let id = volume("cut");
-    let key = server.manager().create(&id, size()).unwrap();
+    let key = create(&server.manager(), &id).unwrap();
     let alone = || KmipKeyManager::new(server.config("client", vec![proxy.address()]));
     let both = || KmipKeyManager::new(server.config("client", vec![proxy.address(), server.address()]));
     proxy.spoil(GET, Fault::None);
@@ -58,7 +65,7 @@ fn an_answer_that_is_cut_off_at_any_byte_is_no_key_and_another_server_is_asked()
     assert!(sentence_of(&alone().get(&id)).contains("it broke off the connection"));
 }
 
-fn sentence_of(outcome: &Result<volcrypt::keys::Key, Refusal>) -> String {
+fn sentence_of(outcome: &Result<Key, Refusal>) -> String {
     outcome.as_ref().err().map(ToString::to_string).unwrap_or_default()
 }
 
@@ -66,7 +73,7 @@ fn sentence_of(outcome: &Result<volcrypt::keys::Key, Refusal>) -> String {
 fn a_slow_or_silent_server_costs_the_deadline_and_no_more() {
     let server = PyKmip::start();
     let id = volume("slow");
-    let key = server.manager().create(&id, size()).unwrap();
+    let key = create(&server.manager(), &id).unwrap();
     for fault in [Fault::Slow(Duration::from_millis(50)), Fault::Hang] {
         for operation in [DISCOVER_VERSIONS, LOCATE, GET] {
             let proxy = Proxy::start(server.authority(), "server", server.address());
@@ -89,7 +96,7 @@ fn what_is_no_kmip_is_no_answer() {
     let server = PyKmip::start();
     let proxy = Proxy::start(server.authority(), "server", server.address());
     let id = volume("garbage");
-    let key = server.manager().create(&id, size()).unwrap();
+    let key = create(&server.manager(), &id).unwrap();
     let manager = || KmipKeyManager::new(server.config("client", vec![proxy.address()]));
     let oversized = [0x42, 0, 0x7b, 1, 0xff, 0xff, 0xff, 0xff].to_vec();
     for (bytes, what) in [
@@ -125,39 +132,105 @@ fn a_key_whose_making_breaks_off_is_made_once() {
     let manager = KmipKeyManager::new(server.config("client", vec![proxy.address()]));
     for (number, operation) in [REGISTER, ACTIVATE].into_iter().enumerate() {
         let id = volume(&format!("broken-{number}"));
+        // The server has done it; only its answer is lost.
         proxy.spoil(operation, Fault::Cut(0));
-        assert_eq!(refused(manager.create(&id, size())).0, Reason::TimedOut);
+        let key = create(&manager, &id).unwrap();
         proxy.spoil(operation, Fault::None);
-        let key = manager.create(&id, size()).unwrap();
+        assert!(create(&manager, &id).unwrap().same_as(&key));
         assert!(server.manager().get(&id).unwrap().same_as(&key));
+        assert_eq!(server.manager().list().unwrap().iter().filter(|info| info.volume == id).count(), 1);
     }
+    let id = volume("broken");
+    proxy.spoil(LOCATE, Fault::Cut(0));
+    assert_eq!(refused(create(&manager, &id)).0, Reason::TimedOut);
+    proxy.spoil(LOCATE, Fault::None);
+    assert!(server.manager().described(&id).unwrap().is_none(), "nothing is half done");
+    create(&manager, &id).unwrap();
 }
 
-/// The server tells ages in whole seconds, and PyKMIP numbers objects: as texts, "10" comes before "9".
-#[test]
-fn a_host_that_looks_before_another_ones_key_is_there_has_the_same_in_the_end() {
+/// The server tells ages in whole seconds, and PyKMIP numbers objects: as texts, "10" comes before "9". The quick host
+/// makes the ninth object, and takes its time to choose it. The slow one has seen none, and its own comes as the tenth.
+fn race(slow_by: Duration, with_third: bool) {
     let server = PyKmip::start();
     let direct = server.manager();
     for number in 0..8 {
-        direct.create(&volume(&format!("filler-{number}")), size()).unwrap();
+        create(&direct, &volume(&format!("filler-{number}"))).unwrap();
     }
-    let proxy = Proxy::start(server.authority(), "server", server.address());
-    proxy.spoil(REGISTER, Fault::Late(Duration::from_millis(400)));
-    let late = KmipKeyManager::new(server.config("client", vec![proxy.address()]));
-    assert!(late.get(&volume("filler-0")).is_ok(), "connected");
+    let behind = |operation, pause| {
+        let proxy = Proxy::start(server.authority(), "server", server.address());
+        proxy.spoil(operation, Fault::Late(pause));
+        let manager = KmipKeyManager::new(server.config("client", vec![proxy.address()]));
+        assert!(manager.get(&volume("filler-0")).is_ok(), "connected");
+        manager
+    };
+    let (quick, slow) = (behind(ACTIVATE, Duration::from_millis(700)), behind(REGISTER, slow_by));
     let into_the_second = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().subsec_millis();
     std::thread::sleep(Duration::from_millis(u64::from(1000 - into_the_second)));
     let id = volume("raced");
-    let (slow, quick) = std::thread::scope(|scope| {
-        let slow = scope.spawn(|| late.create(&id, size()).unwrap());
+    let (slow, quick, found) = std::thread::scope(|scope| {
+        let slow = scope.spawn(|| create(&slow, &id).unwrap());
+        // One that makes none takes what is there, from the moment on that there is one.
+        let take = || {
+            loop {
+                if let Some((key, _)) = direct.described(&id).unwrap() {
+                    return key;
+                }
+            }
+        };
+        let found = if with_third { Some(scope.spawn(take)) } else { None };
         std::thread::sleep(Duration::from_millis(100));
-        let quick = direct.create(&id, size()).unwrap();
-        (slow.join().unwrap(), quick)
+        let quick = create(&quick, &id).unwrap();
+        (slow.join().unwrap(), quick, found.map(|thread| thread.join().unwrap()))
     });
     assert!(slow.same_as(&quick));
+    assert!(found.is_none_or(|found| found.same_as(&quick)));
     assert!(server.manager().get(&id).unwrap().same_as(&quick));
-    // The ninth and the tenth object; one of them is left.
     assert_eq!(server.manager().list().unwrap().iter().filter(|info| info.volume == id).count(), 1);
+}
+
+#[test]
+fn hosts_that_look_before_another_ones_key_is_there_have_the_same_in_the_end() {
+    race(Duration::from_millis(400), false);
+}
+
+#[test]
+fn a_key_that_comes_while_another_is_chosen_does_not_count() {
+    race(Duration::from_millis(2900), false);
+}
+
+#[test]
+fn a_host_that_takes_a_new_key_over_takes_the_one_that_counts() {
+    race(Duration::from_millis(400), true);
+}
+
+#[test]
+fn a_new_key_is_made_only_while_every_server_says_that_there_is_none() {
+    let server = PyKmip::start();
+    let id = volume("everywhere");
+    let unreachable = "127.0.0.1:1".to_owned();
+    let manager = KmipKeyManager::new(server.config("client", vec![server.address(), unreachable.clone()]));
+    let (reason, sentence) = refused(create(&manager, &id));
+    assert_eq!(reason, Reason::TimedOut);
+    assert!(sentence.contains(&unreachable), "{sentence}");
+    assert_eq!(server.manager().list().unwrap(), []);
+    // One that is there is used all the same.
+    let key = create(&server.manager(), &id).unwrap();
+    assert!(manager.get(&id).unwrap().same_as(&key));
+    assert!(create(&manager, &id).unwrap().same_as(&key));
+}
+
+#[test]
+fn an_idle_connection_that_was_forgotten_costs_a_part_of_the_time_only() {
+    let server = PyKmip::start();
+    let proxy = Proxy::start(server.authority(), "server", server.address());
+    let manager = with_deadline(server.config("client", vec![proxy.address()]), 3000);
+    let id = volume("quiet");
+    let key = create(&server.manager(), &id).unwrap();
+    assert!(manager.get(&id).unwrap().same_as(&key));
+    proxy.forget_connections();
+    for _ in 0..3 {
+        assert!(manager.get(&id).unwrap().same_as(&key));
+    }
 }
 
 #[test]
@@ -166,7 +239,7 @@ fn connections_are_used_again_and_opened_again() {
     let proxy = Proxy::start(server.authority(), "server", server.address());
     let manager = KmipKeyManager::new(server.config("client", vec![proxy.address()]));
     let id = volume("again");
-    let key = manager.create(&id, size()).unwrap();
+    let key = create(&manager, &id).unwrap();
     for _ in 0..20 {
         assert!(manager.get(&id).unwrap().same_as(&key));
     }
@@ -181,7 +254,7 @@ fn connections_are_used_again_and_opened_again() {
 fn who_is_not_vouched_for_is_not_believed() {
     let server = PyKmip::start();
     let id = volume("vouched");
-    let key = server.manager().create(&id, size()).unwrap();
+    let key = create(&server.manager(), &id).unwrap();
     let other = Authority::new("another");
     server.authority().issue("expired", "serverAuth", -1);
     for (authority, name, what) in

@@ -37,6 +37,8 @@ pub struct Proxy {
     fault: Arc<Mutex<(u8, Fault)>>,
     connections: Arc<AtomicUsize>,
     longest: Arc<AtomicUsize>,
+    /// How many of the first connections get no answer any more.
+    forgotten: Arc<AtomicUsize>,
 }
 
 impl Proxy {
@@ -48,17 +50,19 @@ impl Proxy {
             fault: Arc::new(Mutex::new((0, Fault::None))),
             connections: Arc::default(),
             longest: Arc::default(),
+            forgotten: Arc::default(),
         };
         let (inside, outside) = (server_side(authority, name), client_side(authority));
-        let (fault, connections, longest) =
-            (Arc::clone(&proxy.fault), Arc::clone(&proxy.connections), Arc::clone(&proxy.longest));
+        let (fault, connections) = (Arc::clone(&proxy.fault), Arc::clone(&proxy.connections));
+        let (longest, forgotten) = (Arc::clone(&proxy.longest), Arc::clone(&proxy.forgotten));
         std::thread::spawn(move || {
             for socket in listener.incoming().flatten() {
-                connections.fetch_add(1, Ordering::Relaxed);
+                let number = connections.fetch_add(1, Ordering::Relaxed);
                 let (inside, outside, server) = (Arc::clone(&inside), Arc::clone(&outside), server.clone());
-                let (fault, longest) = (Arc::clone(&fault), Arc::clone(&longest));
+                let (fault, longest, forgotten) = (Arc::clone(&fault), Arc::clone(&longest), Arc::clone(&forgotten));
+                let is_forgotten = move || number < forgotten.load(Ordering::Relaxed);
                 // What breaks off ends that connection.
-                std::thread::spawn(move || relay(socket, inside, outside, &server, &fault, &longest));
+                std::thread::spawn(move || relay(socket, inside, outside, &server, &fault, &longest, is_forgotten));
             }
         });
         proxy
@@ -67,6 +71,11 @@ impl Proxy {
     /// Spoils the answers to `operation` from now on.
     pub fn spoil(&self, operation: u8, fault: Fault) {
         *self.fault.lock().unwrap() = (operation, fault);
+    }
+
+    /// Answers nothing any more on the connections that there are, as a firewall that has forgotten them.
+    pub fn forget_connections(&self) {
+        self.forgotten.store(self.connections(), Ordering::Relaxed);
     }
 
     /// Where it listens.
@@ -110,6 +119,7 @@ fn relay(
     server: &str,
     fault: &Mutex<(u8, Fault)>,
     longest: &AtomicUsize,
+    is_forgotten: impl Fn() -> bool,
 ) -> io::Result<()> {
     let mut client = StreamOwned::new(ServerConnection::new(inside).unwrap(), socket);
     // Only what has a TLS connection is a client.
@@ -117,6 +127,9 @@ fn relay(
     let name = ServerName::try_from("localhost").unwrap();
     let mut server = StreamOwned::new(ClientConnection::new(outside, name).unwrap(), TcpStream::connect(server)?);
     loop {
+        if is_forgotten() {
+            std::thread::sleep(Duration::from_secs(600));
+        }
         let (spoilt, fault) = fault.lock().unwrap().clone();
         let fault = if operation(&request) == spoilt { fault } else { Fault::None };
         if let Fault::Late(pause) = fault {

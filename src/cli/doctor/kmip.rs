@@ -13,13 +13,14 @@ use crate::keys::kmip::{KmipConfig, certificates};
 const AHEAD: Duration = Duration::from_secs(30 * 24 * 3600);
 const DAY: u64 = 24 * 3600;
 
-/// Looks at this host's certificate and at those of the authorities.
+/// Looks at this host's certificate, and at those of the authorities, of which an old one may be left.
 pub(super) fn certificates_hold(config: &KmipConfig) -> Vec<Finding> {
-    [&config.certificate, &config.ca].map(|path| judge(path, SystemTime::now())).into()
+    let now = SystemTime::now();
+    vec![judge(&config.certificate, now, Iterator::min), judge(&config.ca, now, Iterator::max)]
 }
 
-/// Judges the certificate in `path` that ends first.
-fn judge(path: &Path, now: SystemTime) -> Finding {
+/// Judges the certificate in `path` whose end `which` picks.
+fn judge(path: &Path, now: SystemTime, which: fn(std::vec::IntoIter<Duration>) -> Option<Duration>) -> Finding {
     const SUBJECT: &str = "KMIP";
     let remedy = "have its authority issue another one and put it there; volcryptd reads it at its next connection";
     let ends = certificates(path).and_then(|certificates| {
@@ -28,7 +29,7 @@ fn judge(path: &Path, now: SystemTime) -> Finding {
     });
     let end = match ends {
         // There is at least one.
-        Ok(ends) => ends.into_iter().min().unwrap_or_default(),
+        Ok(ends) => which(ends.into_iter()).unwrap_or_default(),
         Err(sentence) => return Finding::fail(SUBJECT, sentence, remedy),
     };
     let shown = path.display();
@@ -69,12 +70,12 @@ mod tests {
             (end - 30 * day + Duration::from_secs(1), Verdict::Warn, "valid for 29 more days"),
             (end + Duration::from_secs(1), Verdict::Fail, "has expired"),
         ] {
-            let finding = judge(&path, at);
+            let finding = judge(&path, at, Iterator::min);
             assert_eq!(finding.verdict(), verdict, "{finding}");
             assert!(finding.sentence.contains(said), "{finding}");
         }
         std::fs::write(&path, "nothing").unwrap();
-        assert_eq!(judge(&path, end).verdict(), Verdict::Fail);
-        assert_eq!(judge(&folder.path().join("nowhere"), end).verdict(), Verdict::Fail);
+        assert_eq!(judge(&path, end, Iterator::min).verdict(), Verdict::Fail);
+        assert_eq!(judge(&folder.path().join("nowhere"), end, Iterator::max).verdict(), Verdict::Fail);
     }
 }

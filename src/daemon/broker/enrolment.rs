@@ -51,7 +51,7 @@ impl Broker {
                 );
                 return Err(Refusal::new(Reason::Configuration, sentence));
             }
-            if let Some(record) = self.adopt(identity, volume)? {
+            if let Some(record) = self.take_over(identity, volume)? {
                 return self.enrol_again(identity, record, owner);
             }
             self.check_blank(identity, volume)?;
@@ -62,7 +62,7 @@ impl Broker {
                 owner,
                 seconds_now(),
             );
-            let (key, description) = vault.keys.create_described(volume, &wanted)?;
+            let (key, description) = vault.keys.create(volume, &wanted)?;
             let record = description.record(volume, &key);
             self.check_device(identity, &record)?;
             vault.store.enrol(&record)?;
@@ -74,6 +74,18 @@ impl Broker {
     /// The record of a volume that another host has enrolled, as it is kept beside the key; this host keeps it from now
     /// on.
     pub(super) fn adopt(&self, identity: &Identity, volume: &VolumeId) -> Result<Option<VolumeRecord>, Refusal> {
+        self.enrolling.with(volume, || match self.vault()?.store.volume(volume)? {
+            // Another thread was quicker.
+            Some(record) => {
+                self.check_state(identity, &record)?;
+                self.check_device(identity, &record)?;
+                Ok(Some(record))
+            }
+            None => self.take_over(identity, volume),
+        })
+    }
+
+    fn take_over(&self, identity: &Identity, volume: &VolumeId) -> Result<Option<VolumeRecord>, Refusal> {
         let vault = self.vault()?;
         let Some((key, description)) = vault.keys.described(volume)? else { return Ok(None) };
         let record = description.record(volume, &key);

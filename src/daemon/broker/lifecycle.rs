@@ -44,8 +44,18 @@ impl Broker {
     /// When the volume is unknown or in use on this host, or its key cannot be destroyed.
     pub fn destroy(&self, id: &VolumeId) -> Result<VolumeRecord, Refusal> {
         self.enrolling.with(id, || {
-            self.volume(id)?;
+            let record = self.volume(id)?;
             let vault = self.vault()?;
+            // Other hosts may ask the same key manager.
+            if let Ok(key) = vault.keys.get(id)
+                && key.check_value(id) != record.check_value
+            {
+                let sentence = format!(
+                    "the key manager's key for volume {id} is not the one that this host has enrolled it with, so it was not \
+                     destroyed: whoever made it may use it"
+                );
+                return Err(Refusal::new(Reason::WrongKey, sentence));
+            }
             let usable = [VolumeState::Enrolled, VolumeState::Retired];
             // From here on no open gets a mapping; one that was on its way is found now, or finds this.
             let before = vault.store.change_state(id, &usable, VolumeState::Destroyed, None)?;
@@ -56,9 +66,11 @@ impl Broker {
                 None => {}
             }
             if let Err(refusal) = vault.keys.destroy(id) {
-                // A key manager that destroys no keys has done nothing.
+                // A key manager that destroys no keys has done nothing, and what one has done that does not answer is not
+                // known. A key that is gone all the same opens nothing.
+                let gone = |reason| matches!(reason, Reason::NoKey | Reason::KeyDestroyed);
                 if let Some(before) = before
-                    && vault.keys.get(id).is_ok()
+                    && !vault.keys.get(id).is_err_and(|refusal| gone(refusal.reason()))
                 {
                     vault.store.change_state(id, &[VolumeState::Destroyed], before, None)?;
                 }

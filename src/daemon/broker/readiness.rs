@@ -39,7 +39,8 @@ impl Broker {
                     Reason::NoKey,
                     format!(
                         "volume {volume} on {identity} has no key on this host: it is not enrolled anew for a domain that \
-                         may have used it already, so stop volcryptd here and copy the key store of the host that enrolled it"
+                         may have used it already, so copy the key store of the host that enrolled it (the README says how), \
+                         or see that the key manager of both has its key"
                     ),
                 )
             })

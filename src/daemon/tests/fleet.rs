@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use super::super::broker::Verdict;
 use super::*;
 use crate::keys::{Description, KeyInfo, KeyManager};
-use crate::policy::KeySize;
 use crate::volume::VolumeId;
 
 /// A key manager of both.
@@ -19,11 +18,7 @@ impl KeyManager for Shared {
         self.described(volume)?.map(|(key, _)| key).ok_or_else(|| Refusal::new(Reason::NoKey, "no key"))
     }
 
-    fn create(&self, _: &VolumeId, _: KeySize) -> Result<Key, Refusal> {
-        panic!("a volume is described where others have to read it")
-    }
-
-    fn create_described(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
+    fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
         let key = Key::random(wanted.key_size)?;
         let kept = (key.bytes().to_vec(), wanted.clone());
         self.0.lock().unwrap().entry(volume.clone()).or_insert(kept);

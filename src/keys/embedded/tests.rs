@@ -75,9 +75,9 @@ fn a_key_is_made_once_and_outlives_the_daemon() {
         let volume = id(&format!("volume-{bits}"));
         let sentence = refused(manager.get(&volume), Reason::NoKey);
         assert!(sentence.contains(&format!("volume {volume} has no key")), "{sentence}");
-        let key = manager.create(&volume, size(bits)).unwrap();
+        let key = manager.make(&volume, size(bits)).unwrap();
         assert_eq!(key.bits(), bits as usize);
-        assert!(manager.create(&volume, size(bits)).unwrap().same_as(&key));
+        assert!(manager.make(&volume, size(bits)).unwrap().same_as(&key));
         assert!(place.open().get(&volume).unwrap().same_as(&key));
     }
     let infos = manager.list().unwrap();
@@ -89,8 +89,8 @@ fn a_key_is_made_once_and_outlives_the_daemon() {
 fn a_key_of_another_size_is_not_replaced() {
     let place = Place::new();
     let manager = place.open();
-    let key = manager.create(&id("one"), size(256)).unwrap();
-    let sentence = refused(manager.create(&id("one"), size(512)), Reason::Configuration);
+    let key = manager.make(&id("one"), size(256)).unwrap();
+    let sentence = refused(manager.make(&id("one"), size(512)), Reason::Configuration);
     assert!(sentence.contains("256 bits") && sentence.contains("512"), "{sentence}");
     assert!(manager.get(&id("one")).unwrap().same_as(&key));
 }
@@ -108,7 +108,7 @@ fn threads_and_handles_that_create_at_once_get_one_key() {
                     scope.spawn(move || {
                         let own = (number % 2 == 1).then(|| place.open());
                         start.wait();
-                        own.as_ref().unwrap_or(shared).create(&id("one"), size(512)).unwrap()
+                        own.as_ref().unwrap_or(shared).make(&id("one"), size(512)).unwrap()
                     })
                 })
                 .collect();
@@ -142,14 +142,14 @@ fn no_key_comes_out_of_a_changed_record() {
     let manager = place.open();
     for bits in [128, 256, 512] {
         let volume = id(&format!("volume-{bits}"));
-        manager.create(&volume, size(bits)).unwrap();
+        manager.make(&volume, size(bits)).unwrap();
         let wrapped = manager.store.wrapped_key(&volume).unwrap().unwrap().wrapped.unwrap();
         for at in 0..wrapped.len() {
             let mut changed = wrapped.clone();
             changed[at] ^= 1;
             let hex: String = changed.iter().map(|byte| format!("{byte:02x}")).collect();
             place.sql(&format!("UPDATE keys SET wrapped = x'{hex}' WHERE volume_id = '{volume}'"));
-            for result in [manager.get(&volume), manager.create(&volume, size(bits))] {
+            for result in [manager.get(&volume), manager.make(&volume, size(bits))] {
                 let sentence = refused(result, Reason::NoKey);
                 assert!(sentence.contains(volume.as_str()) && sentence.contains("from backup"), "{sentence}");
             }
@@ -173,12 +173,12 @@ fn no_key_comes_out_of_a_misplaced_record() {
         let place = Place::new();
         let manager = place.open();
         for name in ["one", "two"] {
-            manager.create(&id(name), size(256)).unwrap();
+            manager.make(&id(name), size(256)).unwrap();
         }
         place.sql(change);
         for name in ["one", "two"] {
             refused(manager.get(&id(name)), Reason::NoKey);
-            refused(manager.create(&id(name), size(256)), Reason::NoKey);
+            refused(manager.make(&id(name), size(256)), Reason::NoKey);
         }
     }
 }
@@ -194,7 +194,7 @@ fn a_missing_key_encryption_key_is_never_made_anew() {
     assert!(!place.kek().exists());
     fs::rename(place.path().join("away"), place.kek()).unwrap();
 
-    place.open().create(&id("one"), size(512)).unwrap();
+    place.open().make(&id("one"), size(512)).unwrap();
     fs::remove_file(place.kek()).unwrap();
     refused(place.try_open(), Reason::NoKey);
     // Not even when somebody has deleted the check value.
@@ -206,7 +206,7 @@ fn a_missing_key_encryption_key_is_never_made_anew() {
 #[test]
 fn another_key_encryption_key_is_refused() {
     let (place, other) = (Place::new(), Place::new());
-    place.open().create(&id("one"), size(512)).unwrap();
+    place.open().make(&id("one"), size(512)).unwrap();
     drop(other.open());
     fs::copy(other.kek(), place.kek()).unwrap();
     let sentence = refused(place.try_open(), Reason::NoKey);
@@ -224,7 +224,7 @@ fn a_destroyed_key_is_gone_and_stays_known() {
     let place = Place::new();
     let manager = place.open();
     for name in ["one", "two"] {
-        manager.create(&id(name), size(512)).unwrap();
+        manager.make(&id(name), size(512)).unwrap();
     }
     let kept = manager.get(&id("two")).unwrap();
     let wrapped = manager.store.wrapped_key(&id("one")).unwrap().unwrap().wrapped.unwrap();
@@ -234,7 +234,7 @@ fn a_destroyed_key_is_gone_and_stays_known() {
         assert_eq!(place.count("volcrypt.db", part), 0, "it is in no file after");
     }
     refused(manager.get(&id("one")), Reason::KeyDestroyed);
-    refused(manager.create(&id("one"), size(512)), Reason::KeyDestroyed);
+    refused(manager.make(&id("one"), size(512)), Reason::KeyDestroyed);
     refused(place.open().get(&id("one")), Reason::KeyDestroyed);
     assert_eq!(manager.destroy(&id("one")), Ok(()));
     refused(manager.destroy(&id("three")), Reason::NoKey);
@@ -250,7 +250,7 @@ fn a_destroyed_key_is_gone_and_stays_known() {
 fn a_reader_that_keeps_the_wrapped_key_alive_is_reported() {
     let place = Place::new();
     let manager = place.open();
-    manager.create(&id("one"), size(512)).unwrap();
+    manager.make(&id("one"), size(512)).unwrap();
     let wrapped = manager.store.wrapped_key(&id("one")).unwrap().unwrap().wrapped.unwrap();
     let reader = Connection::open(place.path().join("volcrypt.db")).unwrap();
     reader.execute_batch("BEGIN; SELECT * FROM keys").unwrap();
@@ -267,7 +267,7 @@ fn no_part_of_a_key_stands_in_the_database() {
     let place = Place::new();
     let manager = place.open();
     for number in 0..20 {
-        let key = manager.create(&id(&format!("volume-{number}")), size(512)).unwrap();
+        let key = manager.make(&id(&format!("volume-{number}")), size(512)).unwrap();
         for part in key.bytes().chunks(8) {
             assert_eq!(place.count("", part), 0);
         }
@@ -283,7 +283,7 @@ fn a_confirmed_key_survives_a_power_cut() {
     let place = Place::new();
     let manager = place.open();
     let _reader = manager.store.keep_log();
-    let key = manager.create(&id("one"), size(512)).unwrap();
+    let key = manager.make(&id("one"), size(512)).unwrap();
     let copy = Place::new();
     for name in ["volcrypt.db", "volcrypt.db-wal", "kek"] {
         fs::copy(place.path().join(name), copy.path().join(name)).unwrap();
@@ -327,7 +327,7 @@ fn a_full_disk_leaves_no_key_behind() {
     let mut made = 0;
     let volume = loop {
         let volume = id(&format!("volume-{made}"));
-        match manager.create(&volume, size(512)) {
+        match manager.make(&volume, size(512)) {
             Ok(_) => made += 1,
             Err(refusal) => {
                 assert!(refused::<()>(Err(refusal), Reason::StoreUnavailable).contains("disk is full"));
@@ -338,18 +338,18 @@ fn a_full_disk_leaves_no_key_behind() {
     refused(manager.get(&volume), Reason::NoKey);
     assert_eq!(manager.list().unwrap().len(), made);
     manager.store.fill_disk(false);
-    let key = manager.create(&volume, size(512)).unwrap();
+    let key = manager.make(&volume, size(512)).unwrap();
     assert!(manager.get(&volume).unwrap().same_as(&key));
 }
 
 #[test]
 fn a_read_only_database_still_hands_out_its_keys() {
     let place = Place::new();
-    let key = place.open().create(&id("one"), size(512)).unwrap();
+    let key = place.open().make(&id("one"), size(512)).unwrap();
     let store = Arc::new(Store::open_for_reading(place.path()).unwrap());
     let manager = EmbeddedKeyManager::open(store, None, place.path()).unwrap();
     assert!(manager.get(&id("one")).unwrap().same_as(&key));
-    assert!(manager.create(&id("one"), size(512)).unwrap().same_as(&key));
-    refused(manager.create(&id("two"), size(512)), Reason::StoreUnavailable);
+    assert!(manager.make(&id("one"), size(512)).unwrap().same_as(&key));
+    refused(manager.make(&id("two"), size(512)), Reason::StoreUnavailable);
     refused(manager.destroy(&id("one")), Reason::StoreUnavailable);
 }

@@ -1,5 +1,6 @@
-//! Several servers that hold the same keys, of which the first that answers is asked.
+//! Several servers that hold the same keys, and the connections to them.
 
+use std::cell::Cell;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -8,12 +9,14 @@ use std::time::{Duration, Instant};
 
 use super::KmipConfig;
 use super::connection::{Connection, Trouble, tls};
-use super::message::{Answer, Failure, Request};
+use super::message::{Answer, Request};
 
-/// How many connections are kept for later. Servers close idle ones at their leisure.
+/// How many connections are kept for later.
 const KEPT: usize = 4;
+/// How long an idle connection is kept: less than firewalls and servers remember one.
+const KEPT_FOR: Duration = Duration::from_secs(30);
 
-/// Asks the servers.
+/// The servers.
 pub struct Client {
     config: KmipConfig,
     /// Which server answered last.
@@ -23,26 +26,14 @@ pub struct Client {
 
 struct Idle {
     server: usize,
+    since: Instant,
     /// The certificates that it was opened with.
     identity: Identity,
     connection: Connection,
 }
 
 /// What tells whether certificates or key were replaced: inode, size and time of change of each file.
-type Identity = Vec<Option<(u64, u64, i64, i64)>>;
-
-/// Why no server gave an answer.
-#[derive(Debug)]
-pub enum NoAnswer {
-    /// A server said no.
-    Refused(Failure),
-    /// What a server said is no KMIP, and no other one answered. The server and what is wrong.
-    Malformed(String),
-    /// No server could be reached, or none of them in time: each with the reason.
-    Unreachable(String),
-    /// The certificates or the private key of this side are not right: one sentence.
-    Local(String),
-}
+type Identity = [Option<(u64, u64, i64, i64)>; 3];
 
 impl Client {
     /// A client of the servers in `config`. Nothing is connected yet.
@@ -55,107 +46,101 @@ impl Client {
         &self.config
     }
 
-    /// Has a server answer `request`.
-    ///
-    /// # Errors
-    /// [`NoAnswer`].
-    pub fn ask(&self, request: &Request) -> Result<Answer, NoAnswer> {
-        let deadline = Instant::now() + self.config.deadline;
-        let count = self.config.servers.len();
-        let first = self.preferred.load(Ordering::Relaxed);
-        let (mut reasons, mut malformed) = (Vec::new(), false);
-        for turn in 0..count {
-            let server = (first + turn) % count;
-            // One that does not answer leaves time for those after it.
-            let until = Instant::now() + share(deadline, count - turn);
-            match self.ask_one(server, request, until) {
-                Ok(answer) => {
-                    self.preferred.store(server, Ordering::Relaxed);
-                    return Ok(answer);
-                }
-                Err(Trouble::Refused(failure)) => {
-                    self.preferred.store(server, Ordering::Relaxed);
-                    return Err(NoAnswer::Refused(failure));
-                }
-                Err(Trouble::Local(sentence)) => return Err(NoAnswer::Local(sentence)),
-                Err(trouble) => {
-                    let name = &self.config.servers[server];
-                    tracing::warn!(server = %name, "KMIP server {name}: {}", describe(&trouble));
-                    malformed |= matches!(trouble, Trouble::Malformed(_));
-                    reasons.push(format!("{name}: {}", describe(&trouble)));
-                }
-            }
-        }
-        self.preferred.store((first + 1) % count, Ordering::Relaxed);
-        let reasons = reasons.join("; ");
-        Err(if malformed { NoAnswer::Malformed(reasons) } else { NoAnswer::Unreachable(reasons) })
+    /// The servers, in the order in which they are to be asked.
+    pub fn order(&self) -> impl Iterator<Item = usize> {
+        let (first, count) = (self.preferred.load(Ordering::Relaxed), self.config.servers.len());
+        (0..count).map(move |turn| (first + turn) % count)
     }
 
-    fn ask_one(&self, server: usize, request: &Request, until: Instant) -> Result<Answer, Trouble> {
-        let identity = self.identity();
-        while let Some(mut connection) = self.take(server, &identity) {
-            match connection.ask(request, until) {
-                // The server has closed it meanwhile. Whether it still did what was asked is not known; every
-                // request can be repeated.
-                Err(Trouble::Io(error)) if error.kind() != std::io::ErrorKind::TimedOut => {}
-                outcome => return self.keep(server, identity, connection, outcome),
-            }
-        }
-        let tls = tls(&self.config).map_err(Trouble::Local)?;
-        let mut connection = Connection::open(&self.config.servers[server], &tls, until)?;
-        let outcome = connection.ask(request, until);
-        self.keep(server, identity, connection, outcome)
+    /// Notes which server answered.
+    pub fn prefer(&self, server: usize) {
+        self.preferred.store(server, Ordering::Relaxed);
     }
 
+    /// A conversation with one server, which has to be over by `until`.
+    pub fn talk(&self, server: usize, until: Instant) -> Talk<'_> {
+        Talk { client: self, server, until: Cell::new(until) }
+    }
+
+    /// The connections to `server` that may be used again, the newest last.
     fn take(&self, server: usize, identity: &Identity) -> Option<Connection> {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-        idle.retain(|kept| kept.identity == *identity);
-        let place = idle.iter().position(|kept| kept.server == server)?;
-        Some(idle.swap_remove(place).connection)
+        idle.retain(|kept| kept.identity == *identity && kept.since.elapsed() < KEPT_FOR);
+        let place = idle.iter().rposition(|kept| kept.server == server)?;
+        Some(idle.remove(place).connection)
     }
 
-    fn keep(
+    fn keep(&self, server: usize, identity: Identity, connection: Connection) {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        if idle.len() == KEPT {
+            // The oldest may be to a server that is gone.
+            idle.remove(0);
+        }
+        idle.push(Idle { server, since: Instant::now(), identity, connection });
+    }
+
+    fn forget(&self, server: usize) {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).retain(|kept| kept.server != server);
+    }
+
+    fn identity(&self) -> Identity {
+        let KmipConfig { ca, certificate, key, .. } = &self.config;
+        [ca, certificate, key].map(|path| {
+            let metadata = fs::metadata(path).ok()?;
+            Some((metadata.ino(), metadata.size(), metadata.ctime(), metadata.ctime_nsec()))
+        })
+    }
+}
+
+/// A conversation with one server.
+pub struct Talk<'a> {
+    client: &'a Client,
+    server: usize,
+    until: Cell<Instant>,
+}
+
+impl Talk<'_> {
+    /// The server's name.
+    pub fn name(&self) -> &str {
+        &self.client.config.servers[self.server]
+    }
+
+    /// Waits; the conversation has as much time left as before.
+    pub fn wait(&self, time: Duration) {
+        std::thread::sleep(time);
+        self.until.set(self.until.get() + time);
+    }
+
+    /// Has the server answer `request`. It may get it twice: every request can be repeated.
+    ///
+    /// # Errors
+    /// [`Trouble`].
+    pub fn ask(&self, request: &Request) -> Result<Answer, Trouble> {
+        let (client, until) = (self.client, self.until.get());
+        let identity = client.identity();
+        if let Some(mut connection) = client.take(self.server, &identity) {
+            // Somebody between may have forgotten it without a word. Then a new one has time enough.
+            let left = until.saturating_duration_since(Instant::now());
+            match connection.ask(request, Instant::now() + left / 3) {
+                Err(Trouble::Io(_)) => client.forget(self.server),
+                outcome => return self.done(identity, connection, outcome),
+            }
+        }
+        let tls = tls(&client.config).map_err(Trouble::Local)?;
+        let mut connection = Connection::open(self.name(), &tls, until)?;
+        let outcome = connection.ask(request, until);
+        self.done(identity, connection, outcome)
+    }
+
+    fn done(
         &self,
-        server: usize,
         identity: Identity,
         connection: Connection,
         outcome: Result<Answer, Trouble>,
     ) -> Result<Answer, Trouble> {
         if let Ok(_) | Err(Trouble::Refused(_)) = outcome {
-            let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
-            if idle.len() < KEPT {
-                idle.push(Idle { server, identity, connection });
-            }
+            self.client.keep(self.server, identity, connection);
         }
         outcome
-    }
-
-    fn identity(&self) -> Identity {
-        let KmipConfig { ca, certificate, key, .. } = &self.config;
-        let of = |path| {
-            let metadata = fs::metadata(path).ok()?;
-            Some((metadata.ino(), metadata.size(), metadata.ctime(), metadata.ctime_nsec()))
-        };
-        vec![of(ca), of(certificate), of(key)]
-    }
-}
-
-/// What one of `servers` that are left may take of the time until `deadline`.
-fn share(deadline: Instant, servers: usize) -> Duration {
-    // There are never more servers than fit.
-    deadline.saturating_duration_since(Instant::now()) / servers as u32
-}
-
-fn describe(trouble: &Trouble) -> String {
-    match trouble {
-        Trouble::Io(error) if error.kind() == std::io::ErrorKind::TimedOut => "it did not answer in time".to_owned(),
-        Trouble::Io(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
-            "it broke off the connection".to_owned()
-        }
-        Trouble::Io(error) => error.to_string(),
-        Trouble::Tls(sentence) | Trouble::Local(sentence) => format!("no TLS connection ({sentence})"),
-        Trouble::Malformed(what) => format!("its answer makes no sense ({what})"),
-        // Not reached by the callers here, which hand a refusal on.
-        Trouble::Refused(failure) => failure.message.clone(),
     }
 }

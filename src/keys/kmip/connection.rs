@@ -1,5 +1,6 @@
 //! A TLS connection to a KMIP server, every step of which has a deadline.
 
+use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::path::Path;
@@ -12,7 +13,7 @@ use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 use zeroize::Zeroizing;
 
 use super::KmipConfig;
-use super::message::{Answer, Failure, LONGEST_ANSWER, Request, VERSIONS, Version, tag};
+use super::message::{Answer, Failure, Request, VERSIONS, Version, tag};
 use super::ttlv::{HEADER, Malformed, message_length};
 use crate::keys::secret_file::{self, Trust};
 
@@ -47,6 +48,23 @@ impl From<io::Error> for Trouble {
 impl From<Malformed> for Trouble {
     fn from(malformed: Malformed) -> Self {
         Trouble::Malformed(malformed)
+    }
+}
+
+/// In words, for whoever looks after the servers.
+impl fmt::Display for Trouble {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Trouble::Io(error) if error.kind() == io::ErrorKind::TimedOut => f.write_str("it did not answer in time"),
+            Trouble::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                f.write_str("it broke off the connection")
+            }
+            Trouble::Io(error) => write!(f, "{error}"),
+            Trouble::Tls(fault) => write!(f, "no TLS connection ({fault})"),
+            Trouble::Local(sentence) => f.write_str(sentence),
+            Trouble::Malformed(what) => write!(f, "its answer makes no sense ({what})"),
+            Trouble::Refused(failure) => write!(f, "it refuses (reason {}: {})", failure.reason, failure.message),
+        }
     }
 }
 
@@ -105,7 +123,7 @@ impl Connection {
         self.stream.flush()?;
         let mut header = [0; HEADER];
         self.stream.read_exact(&mut header)?;
-        let length = message_length(header, tag::RESPONSE_MESSAGE, LONGEST_ANSWER)?;
+        let length = message_length(header, tag::RESPONSE_MESSAGE, request.longest_answer)?;
         let mut message = Zeroizing::new(Vec::with_capacity(length.min(64 << 10)));
         message.extend_from_slice(&header);
         // The memory grows with what really comes, and never within an answer that holds a key.
@@ -211,8 +229,11 @@ pub fn split_address(server: &str) -> Option<(&str, u16)> {
 
 fn connect(server: &str, deadline: Instant) -> io::Result<TcpStream> {
     let mut failure = io::Error::other("its name has no address");
-    for address in resolve(server, deadline)? {
-        match TcpStream::connect_timeout(&address, left(deadline)?) {
+    let addresses = resolve(server, deadline)?;
+    for (number, address) in addresses.iter().enumerate() {
+        // One that nobody answers at leaves time for those after it. There are never more than fit.
+        let share = left(deadline)? / (addresses.len() - number) as u32;
+        match TcpStream::connect_timeout(address, share) {
             Ok(socket) => return Ok(socket),
             Err(error) => failure = error,
         }

@@ -6,8 +6,12 @@ use super::ttlv::{Item, Malformed, Writer};
 use crate::keys::Key;
 use crate::policy::KeySize;
 
-/// The longest answer, in bytes. The identifiers of ten thousand keys need about half a megabyte.
-pub const LONGEST_ANSWER: usize = 8 << 20;
+/// The longest answer, in bytes, that concerns one key.
+const LONGEST_ANSWER: usize = 64 << 10;
+/// The longest list of keys, in bytes. The identifiers of ten thousand need about half a megabyte.
+const LONGEST_LIST: usize = 8 << 20;
+/// The longest of what a server says in words, in characters.
+const LONGEST_WORDS: usize = 200;
 /// The space for a request: the largest one registers a key of 512 bits with a description of 1 KiB or so.
 const REQUEST_SPACE: usize = 8192;
 
@@ -47,16 +51,17 @@ pub mod tag {
     pub const RESULT_STATUS: u32 = 0x42_007f;
     pub const REVOCATION_REASON: u32 = 0x42_0081;
     pub const REVOCATION_REASON_CODE: u32 = 0x42_0082;
+    pub const STORAGE_STATUS_MASK: u32 = 0x42_008e;
     pub const SYMMETRIC_KEY: u32 = 0x42_008f;
     pub const TEMPLATE_ATTRIBUTE: u32 = 0x42_0091;
-    pub const RESPONSE_HEADER: u32 = 0x42_007a;
-    pub const TIME_STAMP: u32 = 0x42_0092;
     pub const UNIQUE_IDENTIFIER: u32 = 0x42_0094;
 }
 
 const SYMMETRIC_KEY_OBJECT: u32 = 2;
 const AES: u32 = 3;
 const RAW: u32 = 1;
+/// On-line and archival storage: what was archived is no reason to make another key.
+const ANYWHERE: i32 = 1 | 2;
 const UNINTERPRETED_TEXT: u32 = 1;
 /// Encrypt and Decrypt.
 const USAGE: i32 = 4 | 8;
@@ -76,7 +81,7 @@ pub struct Label<'a> {
     /// The volume whose key it is.
     pub volume: &'a str,
     /// What other hosts have to know of the volume.
-    pub description: Option<&'a str>,
+    pub description: &'a str,
 }
 
 /// A version of the protocol. 1.0 to 1.4 are alike in what is used here.
@@ -99,8 +104,6 @@ const fn version(minor: i32) -> Version {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Operation {
-    /// Make a key on the server.
-    Create = 0x01,
     /// Hand a key to the server.
     Register = 0x03,
     /// Find objects by their attributes.
@@ -123,6 +126,8 @@ pub enum Operation {
 pub struct Request {
     /// What it asks for.
     pub operation: Operation,
+    /// The longest answer that is taken, in bytes.
+    pub longest_answer: usize,
     payload: Zeroizing<Vec<u8>>,
 }
 
@@ -130,7 +135,7 @@ impl Request {
     fn new(operation: Operation, fill: impl FnOnce(&mut Writer<'_>)) -> Self {
         let mut payload = Zeroizing::new(Vec::with_capacity(REQUEST_SPACE));
         Writer::new(&mut payload).structure(tag::REQUEST_PAYLOAD, fill);
-        Request { operation, payload }
+        Request { operation, longest_answer: LONGEST_ANSWER, payload }
     }
 
     /// The whole message in the protocol's `version`.
@@ -139,8 +144,8 @@ impl Request {
         Writer::new(&mut message).structure(tag::REQUEST_MESSAGE, |message| {
             message.structure(tag::REQUEST_HEADER, |header| {
                 protocol_version(header, version);
-                // It fits: 8 MiB.
-                header.integer(tag::MAXIMUM_RESPONSE_SIZE, LONGEST_ANSWER as i32);
+                // It fits: 8 MiB at most.
+                header.integer(tag::MAXIMUM_RESPONSE_SIZE, self.longest_answer as i32);
                 header.integer(tag::BATCH_COUNT, 1);
             });
             message.structure(tag::BATCH_ITEM, |item| {
@@ -155,19 +160,6 @@ impl Request {
     pub fn discover_versions() -> Self {
         Request::new(Operation::DiscoverVersions, |payload| {
             VERSIONS.into_iter().for_each(|version| protocol_version(payload, version));
-        })
-    }
-
-    /// Has the server make an AES key of `size`.
-    pub fn create(label: &Label<'_>, size: KeySize) -> Self {
-        Request::new(Operation::Create, |payload| {
-            payload.enumeration(tag::OBJECT_TYPE, SYMMETRIC_KEY_OBJECT);
-            payload.structure(tag::TEMPLATE_ATTRIBUTE, |template| {
-                attribute(template, "Cryptographic Algorithm", |value| value.enumeration(tag::ATTRIBUTE_VALUE, AES));
-                let bits = bits(size);
-                attribute(template, "Cryptographic Length", |value| value.integer(tag::ATTRIBUTE_VALUE, bits));
-                describe(template, label);
-            });
         })
     }
 
@@ -189,14 +181,20 @@ impl Request {
 
     /// Looks for the keys called `name`.
     pub fn locate_name(name: &str) -> Self {
-        Request::new(Operation::Locate, |payload| attribute(payload, "Name", |value| name_value(value, name)))
+        Request::new(Operation::Locate, |payload| {
+            payload.integer(tag::STORAGE_STATUS_MASK, ANYWHERE);
+            attribute(payload, "Object Type", |value| value.enumeration(tag::ATTRIBUTE_VALUE, SYMMETRIC_KEY_OBJECT));
+            attribute(payload, "Name", |value| name_value(value, name));
+        })
     }
 
     /// Looks for all of volcrypt's keys.
     pub fn locate_all() -> Self {
-        Request::new(Operation::Locate, |payload| {
+        let request = Request::new(Operation::Locate, |payload| {
+            payload.integer(tag::STORAGE_STATUS_MASK, ANYWHERE);
             attribute(payload, "Object Group", |value| value.text(tag::ATTRIBUTE_VALUE, GROUP));
-        })
+        });
+        Request { longest_answer: LONGEST_LIST, ..request }
     }
 
     /// Has an object handed out.
@@ -211,7 +209,7 @@ impl Request {
     pub fn get_attributes(identifier: &str) -> Self {
         Request::new(Operation::GetAttributes, |payload| {
             payload.text(tag::UNIQUE_IDENTIFIER, identifier);
-            for name in ["State", "Initial Date", "Cryptographic Length", APPLICATION] {
+            for name in ["Name", "Object Type", "State", "Initial Date", "Cryptographic Length", APPLICATION] {
                 payload.text(tag::ATTRIBUTE_NAME, name);
             }
         })
@@ -280,9 +278,7 @@ fn describe(template: &mut Writer<'_>, label: &Label<'_>) {
         });
     };
     application(0, GROUP, label.volume);
-    if let Some(description) = label.description {
-        application(1, DESCRIPTION, description);
-    }
+    application(1, DESCRIPTION, label.description);
 }
 
 /// The state of an object (section 9.1.3.2.18).
@@ -301,6 +297,8 @@ pub enum State {
 /// What is known of a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Attributes {
+    /// Its names.
+    pub names: Vec<String>,
     /// Its state.
     pub state: State,
     /// When the server first had it, in seconds since 1970-01-01 UTC.
@@ -327,7 +325,12 @@ impl Failure {
     pub const ITEM_NOT_FOUND: u32 = 0x01;
     /// The client could not prove who it is.
     pub const AUTHENTICATION_NOT_SUCCESSFUL: u32 = 0x03;
+    /// The client may not do that.
+    pub const PERMISSION_DENIED: u32 = 0x0c;
 }
+
+const ANOTHER_OBJECT: Malformed = Malformed("it is another object than was asked for");
+const NO_SYMMETRIC_KEY: Malformed = Malformed("it is no symmetric key");
 
 /// A server's answer, wiped when dropped.
 pub struct Answer {
@@ -353,7 +356,8 @@ impl Answer {
             1 if said.is_none_or(|said| said == operation as u32) => {
                 let reason = item.find(tag::RESULT_REASON)?.map(|reason| reason.enumeration()).transpose()?;
                 let message = item.find(tag::RESULT_MESSAGE)?.map(|message| message.text()).transpose()?;
-                Ok(Err(Failure { reason: reason.unwrap_or(0), message: message.unwrap_or_default().to_owned() }))
+                let message = message.unwrap_or_default().chars().take(LONGEST_WORDS).collect();
+                Ok(Err(Failure { reason: reason.unwrap_or(0), message }))
             }
             0 | 1 => Err(Malformed("the answer is to another question")),
             _ => Err(Malformed("the server puts the answer off, which it was not allowed to")),
@@ -373,14 +377,6 @@ impl Answer {
         versions.collect()
     }
 
-    /// The server's clock when it answered, in seconds since 1970-01-01 UTC.
-    ///
-    /// # Errors
-    /// When it is missing, which KMIP does not allow.
-    pub fn time(&self) -> Result<i64, Malformed> {
-        Item::parse(&self.message)?.get(tag::RESPONSE_HEADER)?.get(tag::TIME_STAMP)?.date_time()
-    }
-
     /// The identifiers that the answer names: of what was found, or was made.
     ///
     /// # Errors
@@ -398,13 +394,16 @@ impl Answer {
         Ok(identifiers)
     }
 
-    /// What is known of a key.
+    /// What is known of the symmetric key `identifier`.
     ///
     /// # Errors
-    /// When its state, date or length is missing or makes no sense.
-    pub fn attributes(&self) -> Result<Attributes, Malformed> {
+    /// When it is another object, or its state, date or length is missing or makes no sense.
+    pub fn attributes(&self, identifier: &str) -> Result<Attributes, Malformed> {
         let (mut state, mut initial_date, mut bits) = (None, None, None);
-        let (mut volume, mut description) = (None, None);
+        let (mut volume, mut description, mut names) = (None, None, Vec::new());
+        if self.payload()?.get(tag::UNIQUE_IDENTIFIER)?.text()? != identifier {
+            return Err(ANOTHER_OBJECT);
+        }
         for item in self.payload()?.items()? {
             let item = item?;
             if item.tag != tag::ATTRIBUTE {
@@ -413,6 +412,8 @@ impl Answer {
             // An attribute that was asked for and is not set may come without a value.
             let Some(value) = item.find(tag::ATTRIBUTE_VALUE)? else { continue };
             match item.get(tag::ATTRIBUTE_NAME)?.text()? {
+                "Name" => names.push(value.get(tag::NAME_VALUE)?.text()?.to_owned()),
+                "Object Type" if value.enumeration()? != SYMMETRIC_KEY_OBJECT => return Err(NO_SYMMETRIC_KEY),
                 "State" => state = Some(read_state(value.enumeration()?)?),
                 "Initial Date" => initial_date = Some(value.date_time()?),
                 "Cryptographic Length" => bits = Some(value.integer()?),
@@ -429,7 +430,7 @@ impl Answer {
         }
         match (state, initial_date, bits) {
             (Some(state), Some(initial_date), Some(bits)) => {
-                Ok(Attributes { state, initial_date, bits, volume, description })
+                Ok(Attributes { names, state, initial_date, bits, volume, description })
             }
             _ => Err(Malformed("the key's state, date or length is missing")),
         }
@@ -442,10 +443,10 @@ impl Answer {
     pub fn key(&self, identifier: &str) -> Result<&[u8], Malformed> {
         let payload = self.payload()?;
         if payload.get(tag::UNIQUE_IDENTIFIER)?.text()? != identifier {
-            return Err(Malformed("it is another object than was asked for"));
+            return Err(ANOTHER_OBJECT);
         }
         if payload.get(tag::OBJECT_TYPE)?.enumeration()? != SYMMETRIC_KEY_OBJECT {
-            return Err(Malformed("it is no symmetric key"));
+            return Err(NO_SYMMETRIC_KEY);
         }
         let block = payload.get(tag::SYMMETRIC_KEY)?.get(tag::KEY_BLOCK)?;
         if block.find(tag::KEY_WRAPPING_DATA)?.is_some() {

@@ -1,39 +1,36 @@
 //! A KMIP server as the key manager: OASIS Key Management Interoperability Protocol 1.0 to 1.4.
 //!
-//! A volume's key is a symmetric key with the name `volcrypt/<volume id>`. KMIP demands no unique names of a server, so
-//! two hosts that make the key of one new volume at the same moment may make two. Which one counts is agreed on by
-//! looking only: the older one, and of two that are equally old the one with the smaller identifier. The server
-//! tells ages in whole seconds, so a maker waits until the second of its own key is over before it looks: from then on
-//! no key can come that would be older.
+//! A volume's key is a symmetric key with the name `volcrypt/<volume id>`, which is made here and handed over
+//! (Register), and has beside it what other hosts have to know of the volume, and its check value. See [`settle`] for
+//! which key counts when two hosts make one for the same new volume.
+//!
+//! [`settle`]: settle
 
 mod client;
 mod connection;
 pub mod message;
+mod settle;
 pub mod ttlv;
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use self::client::{Client, NoAnswer};
-use self::message::{Attributes, Failure, Label, Request, State};
-use super::{Description, Key, KeyInfo, KeyManager};
+use self::client::{Client, Talk};
+use self::connection::Trouble;
+use self::message::{Failure, Label, Request, State};
+use self::settle::{Found, find, settle};
+use self::ttlv::Malformed;
+use super::{CheckValue, Description, Key, KeyInfo, KeyManager};
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
 pub use connection::{certificates, split_address};
 
-/// The largest key that servers make themselves: AES has no longer one. XTS takes two of them, and those are handed
-/// to the server.
-const LARGEST_MADE_BY_SERVER: u32 = 256;
-
-/// After this, the server's clock shows another second for sure; the two clocks need not show the same.
-const ONE_SECOND: Duration = Duration::from_millis(1100);
-
 /// How a KMIP server is reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KmipConfig {
-    /// Servers that hold the same keys, each as `HOST:PORT`; the first one that answers is asked.
+    /// Servers that hold the same keys, each as `HOST:PORT`. The one that answered last is asked first.
     pub servers: Vec<String>,
     /// The certificates of the authorities that servers have to be vouched for by, in PEM.
     pub ca: PathBuf,
@@ -41,7 +38,7 @@ pub struct KmipConfig {
     pub certificate: PathBuf,
     /// Its private key, in PEM.
     pub key: PathBuf,
-    /// How long all servers together may take for one answer: 1 to 60 seconds.
+    /// How long all that is asked for one key may take, of all servers together: 1 to 60 seconds.
     pub deadline: Duration,
 }
 
@@ -50,10 +47,30 @@ pub struct KmipKeyManager {
     client: Client,
 }
 
-/// A key on the server.
-struct Found {
-    identifier: String,
-    attributes: Attributes,
+/// Why a piece of work with one server came to nothing.
+enum Fault {
+    /// The server is at fault; another one may do it.
+    Server(Trouble),
+    /// It is decided.
+    Final(Refusal),
+}
+
+impl From<Trouble> for Fault {
+    fn from(trouble: Trouble) -> Self {
+        Fault::Server(trouble)
+    }
+}
+
+impl From<Malformed> for Fault {
+    fn from(malformed: Malformed) -> Self {
+        Fault::Server(malformed.into())
+    }
+}
+
+impl From<Refusal> for Fault {
+    fn from(refusal: Refusal) -> Self {
+        Fault::Final(refusal)
+    }
 }
 
 impl KmipKeyManager {
@@ -62,251 +79,175 @@ impl KmipKeyManager {
         KmipKeyManager { client: Client::new(config) }
     }
 
-    /// The keys of `volume` that the server has or remembers, the one that counts first.
-    fn find(&self, volume: &VolumeId) -> Result<Vec<Found>, Refusal> {
-        self.find_at(volume).map(|(found, _)| found)
-    }
-
-    /// As [`find`](Self::find), with the server's clock before it looked.
-    fn find_at(&self, volume: &VolumeId) -> Result<(Vec<Found>, i64), Refusal> {
-        let answer = self.ask(&Request::locate_name(&name_of(volume)), volume)?;
-        let now = answer.time().map_err(|error| self.malformed(volume, error.0))?;
-        let mut found = Vec::new();
-        for identifier in answer.identifiers().map_err(|error| self.malformed(volume, error.0))? {
-            // It may have been destroyed since.
-            if let Some(attributes) = self.attributes(volume, &identifier)? {
-                found.push(Found { identifier, attributes });
+    /// Does `work`, which is about `what`, with the first server that can, in the time that there is for all of them.
+    fn with_any<T>(
+        &self,
+        what: &str,
+        work: impl Fn(&Talk<'_>) -> Result<Option<T>, Fault>,
+    ) -> Result<Option<T>, Refusal> {
+        let deadline = Instant::now() + self.client.config().deadline;
+        let (mut troubles, mut none) = (Vec::new(), false);
+        let servers: Vec<usize> = self.client.order().collect();
+        for (turn, &server) in servers.iter().enumerate() {
+            // One that does not answer leaves time for those after it. There are never more than fit.
+            let share = deadline.saturating_duration_since(Instant::now()) / (servers.len() - turn) as u32;
+            let talk = self.client.talk(server, Instant::now() + share);
+            match work(&talk) {
+                Ok(Some(done)) => {
+                    self.client.prefer(server);
+                    return Ok(Some(done));
+                }
+                // One that was restored from a backup, or lags behind, may not have it yet.
+                Ok(None) => none = true,
+                Err(Fault::Final(refusal)) => return Err(refusal),
+                Err(Fault::Server(trouble)) => {
+                    tracing::warn!(server = talk.name(), "KMIP server {}: {trouble}", talk.name());
+                    troubles.push((talk.name().to_owned(), trouble));
+                }
             }
         }
-        found.sort_by(|one, other| {
-            let rank = |found: &Found| (found.attributes.state == State::Destroyed, found.attributes.initial_date);
-            rank(one).cmp(&rank(other)).then_with(|| one.identifier.cmp(&other.identifier))
-        });
-        Ok((found, now))
-    }
-
-    fn attributes(&self, volume: &VolumeId, identifier: &str) -> Result<Option<Attributes>, Refusal> {
-        match self.client.ask(&Request::get_attributes(identifier)) {
-            Ok(answer) => answer.attributes().map(Some).map_err(|error| self.malformed(volume, error.0)),
-            Err(NoAnswer::Refused(failure)) if failure.reason == Failure::ITEM_NOT_FOUND => Ok(None),
-            Err(no_answer) => Err(self.refusal(volume, no_answer)),
+        match troubles.is_empty() {
+            true if none => Ok(None),
+            _ => Err(self.refusal(what, troubles)),
         }
     }
 
-    /// Has a key handed out that was found.
-    fn fetch(&self, volume: &VolumeId, found: &Found) -> Result<Key, Refusal> {
-        match found.attributes.state {
-            State::PreActive | State::Active => {}
-            State::Revoked => {
-                return Err(Refusal::new(
-                    Reason::KeyDestroyed,
-                    format!(
-                        "the key of volume {volume} was revoked on the KMIP server (object {}): if the volume may still be \
-                         used, have the server's administrator make it active again",
-                        found.identifier
-                    ),
-                ));
-            }
-            State::Destroyed => {
-                return Err(Refusal::new(
-                    Reason::KeyDestroyed,
-                    format!(
-                        "the key of volume {volume} was destroyed on the KMIP server and its data can never be read again: \
-                         to use the device anew, have a rule give it another id"
-                    ),
-                ));
+    /// What all `troubles` together come to.
+    fn refusal(&self, what: &str, troubles: Vec<(String, Trouble)>) -> Refusal {
+        let said = |(name, trouble): &(String, Trouble)| format!("{name}: {trouble}");
+        let all = troubles.iter().map(said).collect::<Vec<_>>().join("; ");
+        let is_right = |failure: &Failure| {
+            matches!(failure.reason, Failure::AUTHENTICATION_NOT_SUCCESSFUL | Failure::PERMISSION_DENIED)
+        };
+        for (_, trouble) in &troubles {
+            match trouble {
+                Trouble::Local(sentence) => return Refusal::new(Reason::Configuration, sentence),
+                Trouble::Refused(failure) if is_right(failure) => {
+                    let sentence = format!(
+                        "the KMIP server does not let this host have {what} ({all}): have its administrator look at the rights \
+                         of the certificate {}",
+                        self.client.config().certificate.display()
+                    );
+                    return Refusal::new(Reason::NotAllowed, sentence);
+                }
+                _ => {}
             }
         }
-        let answer = self.ask(&Request::get(&found.identifier), volume)?;
-        let bytes = answer.key(&found.identifier).map_err(|error| self.malformed(volume, error.0))?;
-        let bits = bytes.len() * 8;
-        if bits != usize::try_from(found.attributes.bits).unwrap_or(0) || KeySize::try_from(bits as u32).is_err() {
-            let sentence = format!(
-                "the KMIP server's key of volume {volume} (object {}) has {bits} bits, and {} by its attributes; a key has \
-                 128, 256 or 512: have the server's administrator look at it",
-                found.identifier, found.attributes.bits
-            );
-            return Err(Refusal::new(Reason::WrongKey, sentence));
+        let unreachable = |trouble: &Trouble| matches!(trouble, Trouble::Io(_) | Trouble::Tls(_));
+        match troubles.iter().all(|(_, trouble)| unreachable(trouble)) {
+            true => Refusal::new(
+                Reason::TimedOut,
+                format!(
+                    "no KMIP server could be asked for {what} ({all}): see that one of them runs and can be reached from here"
+                ),
+            ),
+            false => Refusal::new(
+                Reason::KeyManager,
+                format!(
+                    "no KMIP server has done what was asked for {what} ({all}): have their administrator look at them"
+                ),
+            ),
         }
-        Key::filled(bytes.len(), |room| {
-            room.copy_from_slice(bytes);
-            Ok(())
+    }
+
+    /// The key of `volume` that counts, and what is known of the volume.
+    fn fetch(&self, volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {
+        self.with_any(&key_of(volume), |talk| {
+            let Some(found) = settle(&[talk], volume)? else { return Ok(None) };
+            hand_out(talk, volume, &found).map(Some)
         })
     }
 
-    /// Makes a key on the server, which may turn out not to be the one that counts. Returns its identifier.
-    fn make(
-        &self,
-        volume: &VolumeId,
-        size: KeySize,
-        description: Option<&str>,
-    ) -> Result<(String, Option<Key>), Refusal> {
-        let label = Label { name: &name_of(volume), volume: volume.as_str(), description };
-        let (request, key) = match size.bits() <= LARGEST_MADE_BY_SERVER {
-            true => (Request::create(&label, size), None),
-            false => {
-                let key = Key::random(size)?;
-                (Request::register(&label, size, &key), Some(key))
-            }
-        };
-        let answer = self.ask(&request, volume)?;
-        match answer.identifiers().map_err(|error| self.malformed(volume, error.0))?.as_slice() {
-            [identifier] => Ok((identifier.clone(), key)),
-            _ => Err(self.malformed(volume, "it names no new object")),
-        }
-    }
-
-    /// Has the key of `volume` that counts, which is made if there is none.
-    fn create_with(
-        &self,
-        volume: &VolumeId,
-        size: KeySize,
-        description: Option<&str>,
-    ) -> Result<(Key, Found), Refusal> {
-        let (mut found, now) = self.find_at(volume)?;
-        let made = if found.is_empty() { Some(self.make(volume, size, description)?) } else { None };
-        // Another host's new key may be about to have an equally old rival.
-        if found.first().is_none_or(|first| first.attributes.initial_date >= now) {
-            std::thread::sleep(ONE_SECOND);
-            found = self.find(volume)?;
-        }
-        if found.is_empty() {
-            return Err(no_key(volume));
-        }
-        let first = found.remove(0);
-        let key = self.fetch(volume, &first)?;
-        if key.bits() != size.bits() as usize {
-            let sentence = format!(
-                "volume {volume} has a key of {0} bits already, {1} are asked for: use a profile with key_size = {0}",
-                key.bits(),
-                size.bits()
-            );
-            return Err(Refusal::new(Reason::Configuration, sentence));
-        }
-        match made {
-            Some((identifier, Some(registered))) if identifier == first.identifier && !key.same_as(&registered) => {
-                let sentence = format!(
-                    "the new key of volume {volume} is not what the KMIP server gave back, and was not used: have its \
-                     administrator look at object {identifier}"
-                );
-                return Err(Refusal::new(Reason::KeyManager, sentence));
-            }
-            // Another host was quicker, and nobody has used this one.
-            Some((identifier, _)) if identifier != first.identifier => {
-                if let Some(own) = found.iter().find(|found| found.identifier == identifier) {
-                    self.end(volume, own)?;
-                }
-            }
-            _ => {}
-        }
-        if first.attributes.state == State::PreActive {
-            self.activate(volume, &first)?;
-        }
-        Ok((key, first))
-    }
-
-    /// Lets a key be used, unless it may be already.
-    fn activate(&self, volume: &VolumeId, found: &Found) -> Result<(), Refusal> {
-        match self.client.ask(&Request::activate(&found.identifier)) {
-            Ok(_) => Ok(()),
-            // Another host was quicker.
-            Err(NoAnswer::Refused(failure)) if self.is_active(volume, found)? => {
-                tracing::debug!("{} is active already: {}", found.identifier, failure.message);
-                Ok(())
-            }
-            Err(no_answer) => Err(self.refusal(volume, no_answer)),
-        }
-    }
-
-    fn is_active(&self, volume: &VolumeId, found: &Found) -> Result<bool, Refusal> {
-        Ok(self.attributes(volume, &found.identifier)?.is_some_and(|attributes| attributes.state == State::Active))
-    }
-
-    /// Revokes and destroys one key. One that is gone is destroyed already.
-    fn end(&self, volume: &VolumeId, found: &Found) -> Result<(), Refusal> {
-        if found.attributes.state == State::Active {
-            self.unless_gone(volume, &Request::revoke(&found.identifier))?;
-        }
-        self.unless_gone(volume, &Request::destroy(&found.identifier))
-    }
-
-    fn unless_gone(&self, volume: &VolumeId, request: &Request) -> Result<(), Refusal> {
-        match self.client.ask(request) {
-            Ok(_) => Ok(()),
-            Err(NoAnswer::Refused(failure)) if failure.reason == Failure::ITEM_NOT_FOUND => Ok(()),
-            Err(no_answer) => Err(self.refusal(volume, no_answer)),
-        }
-    }
-
-    fn ask(&self, request: &Request, volume: &VolumeId) -> Result<message::Answer, Refusal> {
-        self.client.ask(request).map_err(|no_answer| self.refusal(volume, no_answer))
-    }
-
-    fn refusal(&self, volume: &VolumeId, no_answer: NoAnswer) -> Refusal {
-        let (reason, sentence) = match no_answer {
-            NoAnswer::Refused(Failure { reason: Failure::ITEM_NOT_FOUND, .. }) => return no_key(volume),
-            NoAnswer::Refused(Failure { reason, message }) => {
-                let sentence = format!(
-                    "the KMIP server refuses this host the key of volume {volume} (reason {reason}: {message}): have its \
-                     administrator look at the rights of the certificate {}",
-                    self.client.config().certificate.display()
-                );
-                (Reason::NotAllowed, sentence)
-            }
-            NoAnswer::Malformed(reasons) => {
-                (Reason::KeyManager, format!("no KMIP server gave a usable answer about volume {volume}: {reasons}"))
-            }
-            NoAnswer::Unreachable(reasons) => (
-                Reason::TimedOut,
-                format!(
-                    "no KMIP server could be asked for the key of volume {volume}: {reasons}; see that one of them runs \
-                     and can be reached from here"
-                ),
+    /// Hands a new key to the server and lets it be used, if it is the one that counts in the end.
+    ///
+    /// All servers have to say that there is none: a key that only one of them knows would be replaced by another.
+    fn make(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
+        let deadline = Instant::now() + self.client.config().deadline;
+        let talks: Vec<_> = self.client.order().map(|server| self.client.talk(server, deadline)).collect();
+        let talks: Vec<&Talk<'_>> = talks.iter().collect();
+        let named = |talk: &Talk<'_>, fault: Fault| match fault {
+            Fault::Final(refusal) => refusal,
+            Fault::Server(trouble) => self.refusal(
+                &format!("a new key of volume {volume}, for which every server has to answer"),
+                vec![(talk.name().to_owned(), trouble)],
             ),
-            NoAnswer::Local(sentence) => (Reason::Configuration, sentence),
         };
-        Refusal::new(reason, sentence)
-    }
-
-    fn malformed(&self, volume: &VolumeId, what: &str) -> Refusal {
-        self.refusal(volume, NoAnswer::Malformed(what.to_owned()))
+        // There is at least one: the configuration has no empty list.
+        let first = talks[0];
+        let key = Key::random(wanted.key_size)?;
+        let check_value = key.check_value(volume);
+        let text = wanted.to_text(check_value).map_err(|error| Refusal::new(Reason::KeyManager, error.to_string()))?;
+        let mut none = true;
+        for talk in &talks {
+            none &= find(talk, volume).map_err(|fault| named(talk, fault))?.is_empty();
+        }
+        if none {
+            let label = Label { name: &name_of(volume), volume: volume.as_str(), description: &text };
+            let made = first.ask(&Request::register(&label, wanted.key_size, &key));
+            // It may have been made though no answer came; and a server that lets no name be used twice has taken
+            // another host's meanwhile.
+            if let Err(trouble) = made
+                && find(first, volume).map_err(|fault| named(first, fault))?.is_empty()
+            {
+                return Err(named(first, trouble.into()));
+            }
+        }
+        let settled = settle(&talks, volume).map_err(|fault| named(first, fault))?;
+        let found = settled.ok_or_else(|| no_key(volume))?;
+        let (kept, description) = hand_out(first, volume, &found).map_err(|fault| named(first, fault))?;
+        let is_own = found.check_value == check_value;
+        if is_own && (!kept.same_as(&key) || description != *wanted) {
+            let sentence = format!(
+                "the new key of volume {volume} is not what the KMIP server gave back, and was not used: have its \
+                 administrator look at object {}",
+                found.identifier
+            );
+            return Err(Refusal::new(Reason::KeyManager, sentence));
+        }
+        // Another host was quicker, or the server has done twice what it was asked twice. That one stays does no harm.
+        if let Err(fault) = give_up(first, volume, check_value) {
+            let refusal = named(first, fault);
+            tracing::warn!("a new key of volume {volume} that nobody uses stays on the server: {refusal}");
+        }
+        self.client.prefer(self.client.order().next().unwrap_or(0));
+        Ok((kept, description))
     }
 }
 
 impl KeyManager for KmipKeyManager {
     /// # Errors
-    /// [`Reason::NoKey`] when the server has no such key, [`Reason::KeyDestroyed`] when it was revoked or destroyed,
-    /// [`Reason::NotAllowed`] when this host may not have it, [`Reason::TimedOut`] when no server answers,
-    /// [`Reason::KeyManager`] when an answer makes no sense.
+    /// [`Reason::NoKey`] when no server has such a key, [`Reason::KeyDestroyed`] when it was revoked or destroyed,
+    /// [`Reason::WrongKey`] when it is not the one that was made for the volume, [`Reason::NotAllowed`] when this
+    /// host may not have it, [`Reason::TimedOut`] when no server answers, [`Reason::KeyManager`] when an answer makes
+    /// no sense.
     fn get(&self, volume: &VolumeId) -> Result<Key, Refusal> {
-        match self.find(volume)?.first() {
-            Some(found) => self.fetch(volume, found),
-            None => Err(no_key(volume)),
-        }
+        self.fetch(volume)?.map(|(key, _)| key).ok_or_else(|| no_key(volume))
     }
 
     /// # Errors
     /// As [`get`](KeyManager::get), and [`Reason::Configuration`] when there is a key of another size.
-    fn create(&self, volume: &VolumeId, size: KeySize) -> Result<Key, Refusal> {
-        self.create_with(volume, size, None).map(|(key, _)| key)
+    fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
+        let (key, description) = match self.fetch(volume)? {
+            Some(present) => present,
+            None => self.make(volume, wanted)?,
+        };
+        match description.key_size == wanted.key_size {
+            true => Ok((key, description)),
+            false => Err(Refusal::new(
+                Reason::Configuration,
+                format!(
+                    "volume {volume} has a key of {0} bits already, {1} are asked for: use a profile with key_size = {0}",
+                    description.key_size.bits(),
+                    wanted.key_size.bits()
+                ),
+            )),
+        }
     }
 
     /// # Errors
-    /// As [`create`](KeyManager::create), and [`Reason::KeyManager`] when the description that counts makes no sense.
-    fn create_described(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
-        let text = wanted.to_text().map_err(|error| Refusal::new(Reason::KeyManager, error.to_string()))?;
-        let (key, found) = self.create_with(volume, wanted.key_size, Some(&text))?;
-        let described = describe(volume, &found)?;
-        Ok((key, described.unwrap_or_else(|| wanted.clone())))
-    }
-
-    /// # Errors
-    /// As [`get`](KeyManager::get), and [`Reason::KeyManager`] when the description makes no sense.
+    /// As [`get`](KeyManager::get).
     fn described(&self, volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {
-        let found = self.find(volume)?;
-        let Some(first) = found.first() else { return Ok(None) };
-        let Some(description) = describe(volume, first)? else { return Ok(None) };
-        Ok(Some((self.fetch(volume, first)?, description)))
+        self.fetch(volume)
     }
 
     /// To destroy a key again is no error where the server remembers it.
@@ -314,80 +255,103 @@ impl KeyManager for KmipKeyManager {
     /// # Errors
     /// [`Reason::NoKey`] when the server has no such key, and those of [`get`](KeyManager::get).
     fn destroy(&self, volume: &VolumeId) -> Result<(), Refusal> {
-        let found = self.find(volume)?;
-        if found.is_empty() {
-            return Err(no_key(volume));
-        }
-        for found in found.iter().filter(|found| found.attributes.state != State::Destroyed) {
-            self.end(volume, found)?;
-        }
-        // What was made meanwhile is one that nobody has used.
-        match self.find(volume)?.iter().all(|found| found.attributes.state == State::Destroyed) {
-            true => Ok(()),
-            false => Err(Refusal::new(
-                Reason::KeyManager,
-                format!("the KMIP server still has a key of volume {volume} after it was destroyed: destroy it again"),
-            )),
-        }
+        let destroyed = self.with_any(&key_of(volume), |talk| {
+            let found = find(talk, volume)?;
+            for found in found.iter().filter(|found| found.attributes.state != State::Destroyed) {
+                if found.attributes.state == State::Active {
+                    unless_gone(talk, &Request::revoke(&found.identifier))?;
+                }
+                unless_gone(talk, &Request::destroy(&found.identifier))?;
+            }
+            let left = find(talk, volume)?;
+            match left.iter().all(|found| found.attributes.state == State::Destroyed) {
+                true if found.is_empty() => Ok(None),
+                true => Ok(Some(())),
+                false => Err(Fault::Final(Refusal::new(
+                    Reason::KeyManager,
+                    format!(
+                        "the KMIP server still has a key of volume {volume} after it was destroyed: destroy it again"
+                    ),
+                ))),
+            }
+        })?;
+        destroyed.ok_or_else(|| no_key(volume))
     }
 
     fn list(&self) -> Result<Vec<KeyInfo>, Refusal> {
-        // What goes wrong here is no volume's.
-        let nobody = |no_answer| match no_answer {
-            NoAnswer::Unreachable(reasons) => Refusal::new(
-                Reason::TimedOut,
-                format!(
-                    "no KMIP server could be asked: {reasons}; see that one of them runs and can be reached from here"
-                ),
-            ),
-            NoAnswer::Local(sentence) => Refusal::new(Reason::Configuration, sentence),
-            NoAnswer::Malformed(reasons) => {
-                Refusal::new(Reason::KeyManager, format!("no KMIP server gave a usable answer: {reasons}"))
+        let infos = self.with_any("the list of keys", |talk| {
+            let mut infos = Vec::new();
+            for identifier in talk.ask(&Request::locate_all())?.identifiers()? {
+                let attributes = match talk.ask(&Request::get_attributes(&identifier)) {
+                    Ok(answer) => answer.attributes(&identifier),
+                    Err(Trouble::Refused(failure)) if failure.reason == Failure::ITEM_NOT_FOUND => continue,
+                    Err(trouble) => return Err(trouble.into()),
+                };
+                // Whatever else somebody put into that group is none of ours.
+                let Ok(attributes) = attributes else { continue };
+                let volume: Option<VolumeId> = attributes.volume.as_ref().and_then(|volume| volume.parse().ok());
+                let size = u32::try_from(attributes.bits).ok().and_then(|bits| KeySize::try_from(bits).ok());
+                let (Some(volume), Some(key_size)) = (volume, size) else { continue };
+                let destroyed = matches!(attributes.state, State::Revoked | State::Destroyed);
+                infos.push(KeyInfo { volume, key_size, version: 1, created_at: attributes.initial_date, destroyed });
             }
-            NoAnswer::Refused(failure) => Refusal::new(
-                Reason::NotAllowed,
-                format!(
-                    "the KMIP server refuses this host the list of keys (reason {}: {})",
-                    failure.reason, failure.message
-                ),
-            ),
-        };
-        let malformed = |error: ttlv::Malformed| nobody(NoAnswer::Malformed(error.0.to_owned()));
-        let answer = self.client.ask(&Request::locate_all()).map_err(nobody)?;
-        let mut infos = Vec::new();
-        for identifier in answer.identifiers().map_err(malformed)? {
-            let attributes = match self.client.ask(&Request::get_attributes(&identifier)) {
-                Ok(answer) => answer.attributes().map_err(malformed)?,
-                Err(NoAnswer::Refused(failure)) if failure.reason == Failure::ITEM_NOT_FOUND => continue,
-                Err(no_answer) => return Err(nobody(no_answer)),
-            };
-            // Whoever else put an object into that group, it is none of ours.
-            let volume = attributes.volume.as_ref().and_then(|volume| volume.parse().ok());
-            let size = u32::try_from(attributes.bits).ok().and_then(|bits| KeySize::try_from(bits).ok());
-            let (Some(volume), Some(key_size)) = (volume, size) else { continue };
-            let destroyed = matches!(attributes.state, State::Revoked | State::Destroyed);
-            infos.push(KeyInfo { volume, key_size, version: 1, created_at: attributes.initial_date, destroyed });
-        }
-        infos.sort_by(|one, other| one.volume.as_str().cmp(other.volume.as_str()));
-        Ok(infos)
+            infos.sort_by(|one, other| one.volume.as_str().cmp(other.volume.as_str()));
+            Ok(Some(infos))
+        })?;
+        Ok(infos.unwrap_or_default())
     }
 }
 
-/// What is kept of the volume beside its key.
-fn describe(volume: &VolumeId, found: &Found) -> Result<Option<Description>, Refusal> {
-    let Some(text) = &found.attributes.description else { return Ok(None) };
-    Description::parse(text).map(Some).map_err(|error| {
+/// Has a key handed out that was found, if it is the one that its description was written for.
+fn hand_out(talk: &Talk<'_>, volume: &VolumeId, found: &Found) -> Result<(Key, Description), Fault> {
+    let Found { identifier, description, check_value, .. } = found;
+    let answer = talk.ask(&Request::get(identifier))?;
+    let bytes = answer.key(identifier)?;
+    let wrong = |what: String| {
         let sentence = format!(
-            "what the KMIP server keeps of volume {volume} beside its key (object {}) makes no sense ({error}): have its \
-             administrator restore the object",
-            found.identifier
+            "the KMIP server's key of volume {volume} (object {identifier}) {what}: have its administrator restore the key \
+             that was made for the volume"
         );
-        Refusal::new(Reason::KeyManager, sentence)
-    })
+        Refusal::new(Reason::WrongKey, sentence)
+    };
+    if bytes.len() != description.key_size.bytes() {
+        let (is, was) = (bytes.len() * 8, description.key_size.bits());
+        return Err(wrong(format!("has {is} bits and not the {was} that it was made with")).into());
+    }
+    let key = Key::filled(bytes.len(), |room| {
+        room.copy_from_slice(bytes);
+        Ok(())
+    })?;
+    match key.check_value(volume) == *check_value {
+        true => Ok((key, description.clone())),
+        false => Err(wrong("is another one than was made for it".to_owned()).into()),
+    }
+}
+
+/// Destroys what was made here, has this check value, and was never chosen.
+fn give_up(talk: &Talk<'_>, volume: &VolumeId, check_value: CheckValue) -> Result<(), Fault> {
+    let is_left = |found: &Found| found.attributes.state == State::PreActive && found.check_value == check_value;
+    let found = find(talk, volume)?;
+    found
+        .iter()
+        .filter(|found| is_left(found))
+        .try_for_each(|found| unless_gone(talk, &Request::destroy(&found.identifier)))
+}
+
+fn unless_gone(talk: &Talk<'_>, request: &Request) -> Result<(), Fault> {
+    match talk.ask(request) {
+        Ok(_) => Ok(()),
+        Err(Trouble::Refused(failure)) if failure.reason == Failure::ITEM_NOT_FOUND => Ok(()),
+        Err(trouble) => Err(trouble.into()),
+    }
 }
 
 fn name_of(volume: &VolumeId) -> String {
     format!("volcrypt/{volume}")
+}
+
+fn key_of(volume: &VolumeId) -> String {
+    format!("the key of volume {volume}")
 }
 
 fn no_key(volume: &VolumeId) -> Refusal {

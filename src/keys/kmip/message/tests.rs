@@ -69,6 +69,8 @@ fn only_a_raw_aes_key_that_was_asked_for_is_one() {
 fn a_state_that_is_not_known_lets_no_key_be_used() {
     let with_state = |state| {
         done(Operation::GetAttributes, |payload| {
+            payload.text(tag::UNIQUE_IDENTIFIER, "7");
+            attribute(payload, "Name", |value| name_value(value, "volcrypt/x"));
             attribute(payload, "State", |value| value.enumeration(tag::ATTRIBUTE_VALUE, state));
             attribute(payload, "Cryptographic Length", |value| value.integer(tag::ATTRIBUTE_VALUE, 512));
             attribute(payload, "Initial Date", |value| value.date_time(tag::ATTRIBUTE_VALUE, 1_800_000_000));
@@ -76,11 +78,14 @@ fn a_state_that_is_not_known_lets_no_key_be_used() {
         })
     };
     for (number, state) in [(1, State::PreActive), (2, State::Active), (4, State::Revoked), (6, State::Destroyed)] {
-        let expected = Attributes { state, initial_date: 1_800_000_000, bits: 512, volume: None, description: None };
-        assert_eq!(with_state(number).attributes(), Ok(expected));
+        let names = vec!["volcrypt/x".to_owned()];
+        let expected =
+            Attributes { names, state, initial_date: 1_800_000_000, bits: 512, volume: None, description: None };
+        assert_eq!(with_state(number).attributes("7"), Ok(expected));
     }
-    assert!(with_state(7).attributes().is_err());
-    assert!(done(Operation::GetAttributes, |_| {}).attributes().is_err());
+    assert!(with_state(7).attributes("7").is_err());
+    assert!(with_state(2).attributes("8").is_err());
+    assert!(done(Operation::GetAttributes, |_| {}).attributes("7").is_err());
 }
 
 #[test]
@@ -88,7 +93,7 @@ fn a_request_never_outgrows_the_space_that_is_set_aside_for_its_key() {
     let key = Key::random(512.try_into().unwrap()).unwrap();
     let longest = "v".repeat(64);
     let name = format!("volcrypt/{longest}");
-    let label = Label { name: &name, volume: &longest, description: Some(&"d".repeat(1024)) };
+    let label = Label { name: &name, volume: &longest, description: &"d".repeat(1024) };
     let request = Request::register(&label, 512.try_into().unwrap(), &key);
     assert!(request.payload.len() < REQUEST_SPACE, "{}", request.payload.len());
     let message = request.encode(VERSIONS[0]);

@@ -1,0 +1,188 @@
+//! Which key of a volume counts.
+//!
+//! KMIP demands no unique names of a server, so two hosts that enrol one new volume at the same moment may make a key
+//! each. To activate a key is to choose it: a key that was ever activated counts, and nobody uses another. Before one is
+//! activated, whoever is about to waits, looks again, and takes the oldest (of two that are equally old, the one whose
+//! identifier comes first). A key that comes later than that look is made by a host that waits in its turn, and then
+//! finds the other one active.
+//!
+//! That needs a server on which what one client has done is seen by the next one, within the time that is waited for.
+//! Where that fails in spite of all, two keys are active; then neither is used until an administrator has decided.
+
+use std::time::{Duration, Instant};
+
+use super::client::Talk;
+use super::connection::Trouble;
+use super::message::{Attributes, Failure, Request, State};
+use super::{Fault, name_of};
+use crate::keys::{CheckValue, Description};
+use crate::refusal::{Reason, Refusal};
+use crate::volume::VolumeId;
+
+/// How long to wait before a key is chosen: servers tell ages in whole seconds, and their clocks may differ a little.
+const PATIENCE: Duration = Duration::from_millis(2500);
+/// How long a choice may take after the look that it is made by.
+const PROMPTLY: Duration = Duration::from_secs(1);
+/// The most keys of one name that are looked at. More than a few were not made by volcrypt.
+const MOST: usize = 16;
+
+/// A key on the server that was made for a volume.
+pub(super) struct Found {
+    /// What the server calls it.
+    pub(super) identifier: String,
+    /// What the server knows of it.
+    pub(super) attributes: Attributes,
+    /// What is known of the volume.
+    pub(super) description: Description,
+    /// The check value of the key that was made for it.
+    pub(super) check_value: CheckValue,
+}
+
+/// The keys of `volume` that the server has or remembers.
+pub(super) fn find(talk: &Talk<'_>, volume: &VolumeId) -> Result<Vec<Found>, Fault> {
+    let name = name_of(volume);
+    let identifiers = talk.ask(&Request::locate_name(&name))?.identifiers()?;
+    if identifiers.len() > MOST {
+        let sentence = format!(
+            "the KMIP server has {} objects called {name:?}, and volcrypt makes one: have its administrator look at them",
+            identifiers.len()
+        );
+        return Err(Refusal::new(Reason::KeyManager, sentence).into());
+    }
+    let mut found = Vec::new();
+    for identifier in identifiers {
+        let attributes = match talk.ask(&Request::get_attributes(&identifier)) {
+            Ok(answer) => answer.attributes(&identifier)?,
+            // It was destroyed since.
+            Err(Trouble::Refused(failure)) if failure.reason == Failure::ITEM_NOT_FOUND => continue,
+            Err(trouble) => return Err(trouble.into()),
+        };
+        found.push(read(volume, &name, identifier, attributes)?);
+    }
+    Ok(found)
+}
+
+/// Takes an object for a key of `volume` only if it says so itself, whatever the server was asked for.
+fn read(volume: &VolumeId, name: &str, identifier: String, attributes: Attributes) -> Result<Found, Refusal> {
+    let foreign = |what: String| {
+        let sentence = format!(
+            "the KMIP server's object {identifier} is called {name:?} but {what}: have its administrator rename it, or \
+             restore it if it was changed"
+        );
+        Refusal::new(Reason::KeyManager, sentence)
+    };
+    if !attributes.names.iter().any(|own| own == name) {
+        return Err(foreign("does not have that name".to_owned()));
+    }
+    if attributes.volume.as_deref() != Some(volume.as_str()) {
+        return Err(foreign("was not made for that volume".to_owned()));
+    }
+    let Some(text) = &attributes.description else {
+        return Err(foreign("does not say what is on the volume".to_owned()));
+    };
+    let (description, check_value) = Description::parse(text)
+        .map_err(|error| foreign(format!("what it says of the volume makes no sense ({error})")))?;
+    Ok(Found { identifier, attributes, description, check_value })
+}
+
+/// The key of `volume` that counts, which can be used from here on; nothing if there is none. All of `talks` are asked,
+/// and the first one is told.
+pub(super) fn settle(talks: &[&Talk<'_>], volume: &VolumeId) -> Result<Option<Found>, Fault> {
+    let mut found = find_all(talks, volume)?;
+    if found.is_empty() {
+        return Ok(None);
+    }
+    let mut patient = false;
+    loop {
+        if let Some(chosen) = chosen(volume, &mut found)? {
+            return Ok(Some(chosen));
+        }
+        if patient {
+            // It was activated just now, and is not any more.
+            return Err(undecided(volume, "none of them can be used".to_owned()).into());
+        }
+        talks.iter().for_each(|talk| talk.wait(PATIENCE / talks.len() as u32));
+        let looked = Instant::now();
+        found = find_all(talks, volume)?;
+        if let Some(chosen) = chosen(volume, &mut found)? {
+            return Ok(Some(chosen));
+        }
+        let age = |found: &&Found| (found.attributes.initial_date, found.identifier.clone());
+        let Some(oldest) = found.iter().min_by_key(age) else { return Ok(None) };
+        if looked.elapsed() < PROMPTLY {
+            activate(talks[0], &oldest.identifier)?;
+            patient = true;
+        }
+        found = find_all(talks, volume)?;
+    }
+}
+
+/// The one key that was activated, if any was.
+fn chosen(volume: &VolumeId, found: &mut Vec<Found>) -> Result<Option<Found>, Refusal> {
+    let is = |state: State| move |found: &Found| found.attributes.state == state;
+    let active: Vec<&str> =
+        found.iter().filter(|found| is(State::Active)(found)).map(|found| found.identifier.as_str()).collect();
+    if let [one, more @ ..] = active.as_slice()
+        && !more.is_empty()
+    {
+        let both = format!("{one} and {} can be used both", more.join(", "));
+        return Err(undecided(volume, both));
+    }
+    if let Some(place) = found.iter().position(is(State::Active)) {
+        return Ok(Some(found.swap_remove(place)));
+    }
+    // What was ended had been chosen before: one that is not chosen is ended only when another one is.
+    if let Some(revoked) = found.iter().find(|found| is(State::Revoked)(found)) {
+        let sentence = format!(
+            "the key of volume {volume} was revoked on the KMIP server (object {}): if the volume is still needed, have its \
+             administrator register the same key anew, with the same names and application specific information",
+            revoked.identifier
+        );
+        return Err(Refusal::new(Reason::KeyDestroyed, sentence));
+    }
+    match found.iter().any(is(State::Destroyed)) {
+        true => Err(Refusal::new(
+            Reason::KeyDestroyed,
+            format!(
+                "the key of volume {volume} was destroyed on the KMIP server and its data can never be read again: to use \
+                 the device anew, have a rule give it another id"
+            ),
+        )),
+        false => Ok(None),
+    }
+}
+
+fn undecided(volume: &VolumeId, what: String) -> Refusal {
+    Refusal::new(
+        Reason::KeyManager,
+        format!(
+            "the KMIP server has several keys of volume {volume}, of which {what}: have its administrator revoke all but the \
+             one whose check value 'volcrypt volume show {volume}' shows on the hosts that use it"
+        ),
+    )
+}
+
+/// What all servers know together; they hold the same keys, but one may be late.
+fn find_all(talks: &[&Talk<'_>], volume: &VolumeId) -> Result<Vec<Found>, Fault> {
+    let mut all: Vec<Found> = Vec::new();
+    for talk in talks {
+        for found in find(talk, volume)? {
+            if !all.iter().any(|known| known.identifier == found.identifier) {
+                all.push(found);
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// Lets a key be used. Another host may be quicker.
+fn activate(talk: &Talk<'_>, identifier: &str) -> Result<(), Fault> {
+    let refused = match talk.ask(&Request::activate(identifier)) {
+        Ok(_) => return Ok(()),
+        Err(trouble) => trouble,
+    };
+    match talk.ask(&Request::get_attributes(identifier)).map(|answer| answer.attributes(identifier)) {
+        Ok(Ok(Attributes { state: State::Active, .. })) => Ok(()),
+        _ => Err(refused.into()),
+    }
+}

@@ -4,7 +4,7 @@
 # machines: two
 # limit: 1500
 
-# shellcheck disable=SC2034 # The helpers read it.
+# shellcheck disable=SC2034,SC2154 # The helpers read them, or set them.
 lab_portal=192.168.77.1:3260
 volume=prot-move-0
 key=/root/move.key
@@ -94,6 +94,44 @@ case_a_guest_comes_from_a_host_that_names_mappings() {
     stays
 }
 
+# The XML that goes with the guest names the emulator of a host without the wrapper.
+case_between_hosts_with_and_without_the_wrapper() {
+    second intercept xml
+    first migrate_without_wrapper hv2
+    first nothing_left
+    second is_here
+    expect_contains "$(second virsh dumpxml vm)" "<source dev='/dev/mapper/volcrypt-$volume'" 'disk'
+    expect_contains "$(second virsh dumpxml vm)" '<emulator>/usr/bin/' 'emulator'
+    second migrate_to hv1
+    second nothing_here
+    first is_here
+    expect_contains "$(first virsh dumpxml vm)" "<source dev='$(lun_path prot-move)'" 'disk'
+    expect_contains "$(first virsh dumpxml vm)" '<emulator>/usr/libexec/volcrypt/emulators/' 'emulator'
+    second volcrypt volume retire "$volume" >/dev/null
+    refused "host hv2: disk sda: volume $volume is retired"
+    second volcrypt volume enrol "$(lun_path prot-move)" >/dev/null
+}
+
+case_between_hosts_without_the_wrapper() {
+    local turn
+    first intercept xml
+    first migrate_without_wrapper hv2
+    for ((turn = 1; turn <= 10; turn++)); do
+        second is_here
+        second migrate_to hv1
+        second nothing_here
+        first is_here
+        first migrate_to hv2
+        first nothing_left
+    done
+    second is_here
+    first intercept open
+    second intercept open
+    second migrate_to hv1
+    first is_here
+    expect_contains "$(first virsh dumpxml vm)" "<source dev='$(lun_path prot-move)'" 'disk'
+}
+
 case_a_qemu_that_dies_at_the_destination_leaves_the_guest_at_its_source() {
     first slow_network
     first migrate_in_background
@@ -181,6 +219,18 @@ migrate_as_mapped() {
     grep -q "<source dev=./dev/mapper/volcrypt-$volume." /root/vm.xml
     sed -i 's|<emulator>[^<]*/|<emulator>/usr/bin/|' /root/vm.xml
     migrate_to "$1" --xml /root/vm.xml
+}
+
+migrate_without_wrapper() {
+    virsh dumpxml --migratable vm | sed 's|<emulator>[^<]*/|<emulator>/usr/bin/|' >/root/vm.xml
+    migrate_to "$1" --xml /root/vm.xml
+}
+
+# intercept MODE
+intercept() {
+    sed -i '/^\[hook\]$/,$d' "$volcrypt_config"
+    printf '%s\n' '[hook]' "intercept = \"$1\"" >>"$volcrypt_config"
+    systemctl reload volcryptd
 }
 
 # is_here: the guest works here, on the one mapping there is.

@@ -1,10 +1,13 @@
-//! What every key manager promises, asked of each one, KMIP's of a real server (PyKMIP); and what becomes of a KMIP
-//! server's faults.
+//! What every key manager promises, asked of each one, KMIP's of a real server (PyKMIP), Barbican's of a real one
+//! with a real Keystone; and what becomes of the servers' faults.
 
 mod key_managers {
     pub mod authority;
+    pub mod barbican;
+    mod barbican_faults;
     mod conformance;
     mod faults;
     pub mod proxy;
     pub mod pykmip;
+    pub mod scripted;
 }

@@ -29,6 +29,7 @@ use crate::audit::Asker;
 use crate::domain::{Facts, Requester};
 use crate::encryptor::{MappingSpec, VolumeEncryptor, VolumeLocks};
 use crate::guest::Domains;
+use crate::keys::barbican::BarbicanKeyManager;
 use crate::keys::kmip::KmipKeyManager;
 use crate::keys::{EmbeddedKeyManager, Key, KeyFileManager, KeyManager, OneKeyForEveryVolume};
 use crate::policy::{Config, ConfigError, Decision, KeyManagerConfig, Protection};
@@ -356,6 +357,10 @@ impl Vault {
             KeyManagerConfig::Kmip { directory, kmip } => {
                 let store = Arc::new(Store::open(directory)?);
                 Ok(Vault { store, keys: Box::new(KmipKeyManager::new(kmip.clone())) })
+            }
+            KeyManagerConfig::Barbican { directory, barbican } => {
+                let store = Arc::new(Store::open(directory)?);
+                Ok(Vault { store, keys: Box::new(BarbicanKeyManager::new(barbican.as_ref().clone())) })
             }
             KeyManagerConfig::KeyFile { file } => {
                 tracing::warn!(

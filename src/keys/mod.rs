@@ -6,6 +6,7 @@ use crate::policy::KeySize;
 use crate::refusal::Refusal;
 use crate::volume::VolumeId;
 
+pub mod barbican;
 mod description;
 mod embedded;
 mod kek;

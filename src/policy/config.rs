@@ -230,7 +230,7 @@ impl Config {
         let profiles = profiles(file.profiles)?;
         let rules = rules(file.rules, &profiles)?;
         Ok(Config {
-            key_manager: KeyManagerConfig::new(file.key_manager, file.kmip)?,
+            key_manager: KeyManagerConfig::new(file.key_manager, file.kmip, file.barbican)?,
             daemon: daemon(file.daemon)?,
             hook: hook(file.hook)?,
             policy: policy(file.policy)?,

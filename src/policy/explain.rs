@@ -50,14 +50,20 @@ impl Config {
                     .to_owned(),
             );
         }
-        if let KeyManagerConfig::Kmip { kmip, .. } = &self.key_manager
-            && kmip.deadline >= self.daemon.open_deadline.min(self.hook.deadline)
+        let slow = match &self.key_manager {
+            KeyManagerConfig::Kmip { kmip, .. } => Some(("the KMIP servers have", kmip.deadline, "[kmip]")),
+            KeyManagerConfig::Barbican { barbican, .. } => {
+                Some(("Keystone and Barbican have", barbican.deadline, "[barbican]"))
+            }
+            _ => None,
+        };
+        if let Some((who, deadline, section)) = slow
+            && deadline >= self.daemon.open_deadline.min(self.hook.deadline)
         {
-            warnings.push(
-                "the KMIP servers have as long to answer as a guest's open or the hook waits, so a guest is told of \
-                 nothing but the time; make deadline_seconds in [kmip] shorter"
-                    .to_owned(),
-            );
+            warnings.push(format!(
+                "{who} as long to answer as a guest's open or the hook waits, so a guest is told of nothing but the time; \
+                 make deadline_seconds in {section} shorter"
+            ));
         }
         for (index, rule) in self.rules().iter().enumerate() {
             let name = rule.name();
@@ -89,6 +95,13 @@ impl Config {
                  database in {}.{export}",
                 kmip.servers.join(", "),
                 kmip.deadline.as_secs(),
+                directory.display()
+            ),
+            KeyManagerConfig::Barbican { directory, barbican } => format!(
+                "Keys are kept in the Barbican that Keystone at {} names, both of which have {} seconds to answer; what is \
+                 known of volumes is in the database in {}.{export}",
+                barbican.auth_url,
+                barbican.deadline.as_secs(),
                 directory.display()
             ),
             KeyManagerConfig::KeyFile { file } => format!("Keys are read from the file {}.{export}", file.display()),

@@ -12,6 +12,7 @@ use super::profile::Provider;
 pub(super) struct File {
     pub(super) key_manager: KeyManagerTable,
     pub(super) kmip: Option<Spanned<KmipTable>>,
+    pub(super) barbican: Option<Spanned<BarbicanTable>>,
     pub(super) daemon: DaemonTable,
     pub(super) hook: HookTable,
     pub(super) policy: PolicyTable,
@@ -38,6 +39,23 @@ pub(super) struct KmipTable {
     pub(super) ca: Option<Spanned<String>>,
     pub(super) certificate: Option<Spanned<String>>,
     pub(super) key: Option<Spanned<String>>,
+    pub(super) deadline_seconds: Option<Spanned<i64>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct BarbicanTable {
+    pub(super) auth_url: Option<Spanned<String>>,
+    pub(super) ca: Option<Spanned<String>>,
+    pub(super) application_credential_id: Option<String>,
+    pub(super) application_credential_name: Option<String>,
+    pub(super) user: Option<String>,
+    pub(super) user_domain: Option<String>,
+    pub(super) project: Option<String>,
+    pub(super) project_domain: Option<String>,
+    pub(super) secret: Option<Spanned<String>>,
+    pub(super) interface: Option<Spanned<String>>,
+    pub(super) region: Option<String>,
     pub(super) deadline_seconds: Option<Spanned<i64>>,
 }
 

@@ -4,13 +4,18 @@ use toml::Spanned;
 
 use super::config::seconds;
 use super::error::Fault;
-use super::file::{KeyManagerTable, KmipTable};
+use super::file::{BarbicanTable, KeyManagerTable, KmipTable};
+use crate::keys::barbican::{BarbicanConfig, Credential, check_url};
 use crate::keys::kmip::{KmipConfig, split_address};
 
 /// Where the database and the key-encryption key are, unless the configuration says otherwise.
 pub const DEFAULT_DIRECTORY: &str = "/var/lib/volcrypt";
 /// In seconds.
 const DEFAULT_KMIP_DEADLINE: u64 = 5;
+/// In seconds.
+const DEFAULT_BARBICAN_DEADLINE: u64 = 5;
+/// OpenStack's own default.
+const DEFAULT_DOMAIN: &str = "Default";
 
 /// Which key manager is used.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +32,13 @@ pub enum KeyManagerConfig {
         /// How the server is reached.
         kmip: KmipConfig,
     },
+    /// OpenStack Barbican.
+    Barbican {
+        /// Where the database of enrolled volumes stands, an absolute path.
+        directory: PathBuf,
+        /// How Barbican is reached.
+        barbican: Box<BarbicanConfig>,
+    },
     /// Keys in clear text in a file, for tests only.
     KeyFile {
         /// The file, an absolute path.
@@ -38,18 +50,24 @@ impl KeyManagerConfig {
     /// Where the database of enrolled volumes stands.
     pub fn directory(&self) -> &Path {
         match self {
-            KeyManagerConfig::Embedded { directory } | KeyManagerConfig::Kmip { directory, .. } => directory,
+            KeyManagerConfig::Embedded { directory }
+            | KeyManagerConfig::Kmip { directory, .. }
+            | KeyManagerConfig::Barbican { directory, .. } => directory,
             KeyManagerConfig::KeyFile { .. } => Path::new(DEFAULT_DIRECTORY),
         }
     }
 
-    pub(super) fn new(table: KeyManagerTable, kmip: Option<Spanned<KmipTable>>) -> Result<Self, Fault> {
-        // What is wrong with it is wrong also while it is not used.
+    pub(super) fn new(
+        table: KeyManagerTable,
+        kmip: Option<Spanned<KmipTable>>,
+        barbican: Option<Spanned<BarbicanTable>>,
+    ) -> Result<Self, Fault> {
+        // What is wrong with them is wrong also while they are not used.
         let kmip = kmip.map(new_kmip).transpose()?;
+        let barbican = barbican.map(new_barbican).transpose()?;
         let refuse = |span, sentence: &str| Err(Fault::new(span, sentence));
         match table.kind.as_ref().map(|kind| kind.get_ref().as_str()) {
-            kind @ (None | Some("embedded" | "kmip")) => {
-                let is_kmip = kind == Some("kmip");
+            kind @ (None | Some("embedded" | "kmip" | "barbican")) => {
                 if let Some(file) = table.file {
                     return refuse(file.span(), "file belongs to the type \"key-file\"; remove it, or use directory");
                 }
@@ -60,13 +78,19 @@ impl KeyManagerConfig {
                     );
                 }
                 let directory = table.directory.map_or(Ok(PathBuf::from(DEFAULT_DIRECTORY)), absolute)?;
-                match (is_kmip, kmip) {
-                    (false, _) => Ok(KeyManagerConfig::Embedded { directory }),
-                    (true, Some(kmip)) => Ok(KeyManagerConfig::Kmip { directory, kmip }),
-                    (true, None) => {
-                        let span = table.kind.as_ref().map_or(0..0, Spanned::span);
+                let span = table.kind.as_ref().map_or(0..0, Spanned::span);
+                match (kind, kmip, barbican) {
+                    (Some("kmip"), Some(kmip), _) => Ok(KeyManagerConfig::Kmip { directory, kmip }),
+                    (Some("kmip"), None, _) => {
                         refuse(span, "the type \"kmip\" needs a section [kmip] that names its servers; add one")
                     }
+                    (Some("barbican"), _, Some(barbican)) => {
+                        Ok(KeyManagerConfig::Barbican { directory, barbican: Box::new(barbican) })
+                    }
+                    (Some("barbican"), _, None) => {
+                        refuse(span, "the type \"barbican\" needs a section [barbican] that names Keystone; add one")
+                    }
+                    _ => Ok(KeyManagerConfig::Embedded { directory }),
                 }
             }
             Some("key-file") => {
@@ -90,7 +114,8 @@ impl KeyManagerConfig {
                 }
             }
             Some(other) => {
-                let sentence = format!("key manager type {other:?} is not known; use \"embedded\" or \"kmip\"");
+                let sentence =
+                    format!("key manager type {other:?} is not known; use \"embedded\", \"kmip\" or \"barbican\"");
                 Err(Fault::new(table.kind.map_or(0..0, |kind| kind.span()), sentence))
             }
         }
@@ -117,6 +142,57 @@ fn new_kmip(table: Spanned<KmipTable>) -> Result<KmipConfig, Fault> {
         certificate: absolute(certificate.ok_or_else(|| missing("certificate = \"/path\", this host's own"))?)?,
         key: absolute(key.ok_or_else(|| missing("key = \"/path\", the private key of its certificate"))?)?,
         deadline: seconds("deadline_seconds", deadline_seconds, DEFAULT_KMIP_DEADLINE, 1..=60)?,
+    })
+}
+
+fn new_barbican(table: Spanned<BarbicanTable>) -> Result<BarbicanConfig, Fault> {
+    let span = table.span();
+    let table = table.into_inner();
+    let missing = |what: &str| Fault::new(span.clone(), format!("the section [barbican] needs {what}; add it"));
+    let auth_url = table.auth_url.ok_or_else(|| missing("auth_url = \"https://HOST:5000/v3\", Keystone's address"))?;
+    check_url(auth_url.get_ref()).map_err(|sentence| Fault::new(auth_url.span(), sentence))?;
+    let ca = table.ca.map(absolute).transpose()?;
+    if ca.is_none() && auth_url.get_ref().starts_with("https:") {
+        return Err(missing("ca = \"/path\", the authorities that vouch for the servers"));
+    }
+    let domain = |domain: Option<String>| domain.unwrap_or_else(|| DEFAULT_DOMAIN.to_owned());
+    let (user_domain, project_domain) = (domain(table.user_domain), domain(table.project_domain));
+    let credential = match (table.application_credential_id, table.application_credential_name, table.user) {
+        (Some(id), None, None) => Credential::Application(id),
+        (None, Some(name), Some(user)) => Credential::NamedApplication { name, user, user_domain },
+        (None, None, Some(user)) => {
+            let project = table.project.ok_or_else(|| missing("project, whose keys user is to have"))?;
+            Credential::Password { user, user_domain, project, project_domain }
+        }
+        (None, Some(_), None) => return Err(missing("user, whose application_credential_name is meant")),
+        (Some(_), _, _) => {
+            let sentence =
+                "application_credential_id says who this host is; remove application_credential_name and user";
+            return Err(Fault::new(span, sentence));
+        }
+        (None, None, None) => return Err(missing("application_credential_id, which says who this host is")),
+    };
+    let interface = match table.interface {
+        None => "public".to_owned(),
+        Some(interface) if ["public", "internal", "admin"].contains(&interface.get_ref().as_str()) => {
+            interface.into_inner()
+        }
+        Some(interface) => {
+            let sentence =
+                format!("{:?} is no interface; use \"public\", \"internal\" or \"admin\"", interface.get_ref());
+            return Err(Fault::new(interface.span(), sentence));
+        }
+    };
+    Ok(BarbicanConfig {
+        auth_url: auth_url.into_inner(),
+        credential,
+        secret: absolute(
+            table.secret.ok_or_else(|| missing("secret = \"/path\", the application credential's secret"))?,
+        )?,
+        ca,
+        interface,
+        region: table.region,
+        deadline: seconds("deadline_seconds", table.deadline_seconds, DEFAULT_BARBICAN_DEADLINE, 1..=60)?,
     })
 }
 

@@ -10,6 +10,7 @@ use volcrypt::refusal::{Reason, Refusal};
 use volcrypt::store::{EnrolledDevice, Store};
 use volcrypt::volume::VolumeId;
 
+use super::barbican::Barbican;
 use super::pykmip::PyKmip;
 
 /// Makes a key manager as another host or another start of the daemon would.
@@ -174,5 +175,20 @@ fn kmip() {
     two_hosts_that_make_a_key_at_once_have_the_same(&host, 5, 512);
     what_is_said_of_a_volume_is_what_the_first_host_said(&host);
     // PyKMIP forgets what it destroyed.
+    what_was_destroyed_is_gone_for_everybody(&host, Reason::NoKey);
+}
+
+#[test]
+fn barbican() {
+    let servers = Barbican::start();
+    let host = || -> Box<dyn KeyManager> { Box::new(servers.manager("host1")) };
+    a_key_is_the_same_for_all_and_for_ever(&host, 256);
+    a_key_is_the_same_for_all_and_for_ever(&host, 512);
+    keys_of_two_volumes_differ(&host);
+    what_is_not_there_is_told_from_the_rest(&host);
+    another_size_is_refused(&host);
+    two_hosts_that_make_a_key_at_once_have_the_same(&host, 2, 512);
+    what_is_said_of_a_volume_is_what_the_first_host_said(&host);
+    // Barbican forgets what it deleted.
     what_was_destroyed_is_gone_for_everybody(&host, Reason::NoKey);
 }

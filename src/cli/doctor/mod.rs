@@ -13,6 +13,7 @@ use crate::policy::{Config, Intercept, KeyManagerConfig};
 use crate::protocol::{GuardStatus, Status};
 
 mod apparmor;
+mod barbican;
 mod guests;
 mod host;
 mod kmip;
@@ -40,8 +41,10 @@ pub(super) fn examine(config: &Path, daemon: &Daemon<'_>, survey: Survey) -> Out
         daemon_answers(&status),
         service::descriptor_store(),
     ];
-    if let Ok(Config { key_manager: KeyManagerConfig::Kmip { kmip, .. }, .. }) = Config::load(config) {
-        findings.extend(kmip::certificates_hold(&kmip));
+    match Config::load(config).map(|config| config.key_manager) {
+        Ok(KeyManagerConfig::Kmip { kmip, .. }) => findings.extend(kmip::certificates_hold(&kmip)),
+        Ok(KeyManagerConfig::Barbican { barbican, .. }) => findings.push(barbican::gives_a_token(*barbican)),
+        _ => {}
     }
     let status = status.ok();
     let intercept = status.as_ref().map(|status| status.intercept);

@@ -142,7 +142,7 @@ impl Connection {
 }
 
 /// What is wrong with a TLS connection, for whoever manages the certificates.
-fn tls_fault(error: &rustls::Error) -> String {
+pub(in crate::keys) fn tls_fault(error: &rustls::Error) -> String {
     use rustls::CertificateError::{
         Expired, ExpiredContext, NotValidForName, NotValidForNameContext, NotValidYet, NotValidYetContext,
         UnknownIssuer,

@@ -1,0 +1,276 @@
+//! OpenStack Barbican as the key manager, with Keystone deciding who may have a key.
+//!
+//! A volume's key is a secret with the name `volcrypt/<volume id>`, which is made here and handed over, and has beside
+//! it, as metadata, what other hosts have to know of the volume, and its check value. See [`settle`] for which key
+//! counts when two hosts make one for the same new volume.
+//!
+//! [`settle`]: settle
+
+mod client;
+mod http;
+mod keystone;
+mod refusals;
+mod settle;
+mod wiped;
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs;
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use serde::Serialize;
+use zeroize::Zeroizing;
+
+use self::client::{Asking, Client, Consumer};
+use self::http::NoAnswer;
+use self::refusals::About;
+use self::settle::{Found, label};
+use super::{CheckValue, Description, Key, KeyInfo, KeyManager};
+use crate::policy::KeySize;
+use crate::refusal::{Reason, Refusal};
+use crate::volume::VolumeId;
+
+pub use http::check_url;
+pub use keystone::Credential;
+
+/// What the name of every key begins with; the volume's id follows.
+const PREFIX: &str = "volcrypt/";
+/// How long a key that is there may be delayed by saying who uses it.
+const LONGEST_REGISTRATION: Duration = Duration::from_secs(1);
+
+/// How Barbican is reached.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BarbicanConfig {
+    /// Keystone, as `https://HOST:PORT/v3`.
+    pub auth_url: String,
+    /// Who this host is.
+    pub credential: Credential,
+    /// The file with the application credential's secret, or the password.
+    pub secret: PathBuf,
+    /// The certificates of the authorities that servers have to be vouched for by, in PEM. Needed for https.
+    pub ca: Option<PathBuf>,
+    /// Which of Barbican's addresses in the catalogue is used: `public`, `internal` or `admin`.
+    pub interface: String,
+    /// The region whose Barbican is used, where there are several.
+    pub region: Option<String>,
+    /// How long all that is asked for one key may take together: 1 to 60 seconds.
+    pub deadline: Duration,
+}
+
+/// Keeps volume keys in Barbican.
+pub struct BarbicanKeyManager {
+    client: Client,
+    /// The secrets of which Barbican knows that this host uses them.
+    registered: Mutex<HashSet<String>>,
+}
+
+impl BarbicanKeyManager {
+    /// A key manager that works by `config`; nothing is connected yet.
+    pub fn new(config: BarbicanConfig) -> Self {
+        BarbicanKeyManager { client: Client::new(config), registered: Mutex::default() }
+    }
+
+    /// Has Keystone give this host a token; returns where its catalogue says that Barbican is.
+    ///
+    /// # Errors
+    /// [`Reason::NotAllowed`] when it gives none, [`Reason::TimedOut`] when it does not answer, [`Reason::KeyManager`]
+    /// when what it says makes no sense, [`Reason::Configuration`] when something on this side is not right.
+    pub fn introduce(&self) -> Result<String, Refusal> {
+        self.client.begin().introduce().map_err(|no_answer| self.refusal(About::NoVolume, no_answer))
+    }
+
+    /// The key of `volume` that counts, and what is known of the volume.
+    fn fetch(&self, volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {
+        let mut asking = self.client.begin();
+        let Some(found) = self.settle(&mut asking, volume)? else { return Ok(None) };
+        self.hand_out(&asking, volume, &found).map(Some)
+    }
+
+    /// Has a key handed out that was found, if it is the one that its description was written for.
+    fn hand_out(&self, asking: &Asking<'_>, volume: &VolumeId, found: &Found) -> Result<(Key, Description), Refusal> {
+        let Found { id, description, check_value, .. } = found;
+        let key = asking.payload(id).map_err(|no_answer| self.refusal(About::Secret(volume, id), no_answer))?;
+        let wrong = |what: String| {
+            let sentence = format!(
+                "Barbican's key of volume {volume} (secret {id}) {what}: have its owner restore the key that was made for the \
+                 volume"
+            );
+            Refusal::new(Reason::WrongKey, sentence)
+        };
+        let (bits, made_with) = (key.bits(), description.key_size.bits());
+        if bits != made_with as usize {
+            return Err(wrong(format!("has {bits} bits and not the {made_with} that it was made with")));
+        }
+        if key.check_value(volume) != *check_value {
+            return Err(wrong("is another one than was made for it".to_owned()));
+        }
+        self.register(asking, volume, id);
+        Ok((key, description.clone()))
+    }
+
+    /// Hands a new key to Barbican and chooses it, if it is the one that counts in the end.
+    fn make(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
+        let mut asking = self.client.begin();
+        let refusal = |no_answer| self.refusal(About::NewKey(volume), no_answer);
+        let key = Key::random(wanted.key_size)?;
+        let check_value = key.check_value(volume);
+        let text = wanted.to_text(check_value).map_err(|error| Refusal::new(Reason::KeyManager, error.to_string()))?;
+        let id = asking.store(&name_of(volume), &key).map_err(refusal)?;
+        asking.put_metadata(&id, &label(volume, &text)).map_err(refusal)?;
+        let found = self.settle(&mut asking, volume)?.ok_or_else(|| self.no_key(volume))?;
+        let (kept, description) = self.hand_out(&asking, volume, &found)?;
+        let is_own = found.check_value == check_value;
+        if is_own && (!kept.same_as(&key) || description != *wanted) {
+            let sentence = format!(
+                "the new key of volume {volume} is not what Barbican gave back, and was not used: have its administrator look \
+                 at the secret {id}"
+            );
+            return Err(Refusal::new(Reason::KeyManager, sentence));
+        }
+        // Another host was quicker. That one stays does no harm.
+        if let Err(refusal) = self.give_up(&asking, volume, check_value) {
+            tracing::warn!("a new key of volume {volume} that nobody uses stays in Barbican: {refusal}");
+        }
+        Ok((kept, description))
+    }
+
+    /// Deletes what was made here, has this check value, and was never chosen.
+    fn give_up(&self, asking: &Asking<'_>, volume: &VolumeId, check_value: CheckValue) -> Result<(), Refusal> {
+        for found in self.find(asking, volume)? {
+            if !found.is_chosen && found.check_value == check_value {
+                asking
+                    .delete(&found.id)
+                    .map_err(|no_answer| self.refusal(About::Secret(volume, &found.id), no_answer))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Has Barbican know that this host uses a secret. The key is there, so what goes wrong here keeps nobody waiting.
+    fn register(&self, asking: &Asking<'_>, volume: &VolumeId, id: &str) {
+        let is_new = self.registered.lock().unwrap_or_else(PoisonError::into_inner).insert(id.to_owned());
+        if !is_new {
+            return;
+        }
+        let of_host = |path| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+        let (host, machine) = (of_host("/proc/sys/kernel/hostname"), of_host("/etc/machine-id"));
+        let consumer = Consumer { service: "volcrypt", resource_type: &host, resource_id: &machine };
+        if let Err(no_answer) = asking.within(LONGEST_REGISTRATION).consume(id, &consumer) {
+            let refusal = self.refusal(About::Secret(volume, id), no_answer);
+            tracing::warn!("Barbican does not know that this host uses the secret {id}: {refusal}");
+        }
+    }
+}
+
+impl KeyManager for BarbicanKeyManager {
+    /// # Errors
+    /// [`Reason::NoKey`] when Barbican has no such key, [`Reason::WrongKey`] when it is not the one that was made for the
+    /// volume, [`Reason::NotAllowed`] when this host may not have it, [`Reason::TimedOut`] when Keystone or Barbican
+    /// does not answer, [`Reason::KeyManager`] when an answer makes no sense.
+    fn get(&self, volume: &VolumeId) -> Result<Key, Refusal> {
+        self.fetch(volume)?.map(|(key, _)| key).ok_or_else(|| self.no_key(volume))
+    }
+
+    /// # Errors
+    /// As [`get`](KeyManager::get), and [`Reason::Configuration`] when there is a key of another size.
+    fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
+        let (key, description) = match self.fetch(volume)? {
+            Some(present) => present,
+            None => self.make(volume, wanted)?,
+        };
+        match description.key_size == wanted.key_size {
+            true => Ok((key, description)),
+            false => Err(Refusal::new(
+                Reason::Configuration,
+                format!(
+                    "volume {volume} has a key of {0} bits already, {1} are asked for: use a profile with key_size = {0}",
+                    description.key_size.bits(),
+                    wanted.key_size.bits()
+                ),
+            )),
+        }
+    }
+
+    /// # Errors
+    /// As [`get`](KeyManager::get).
+    fn described(&self, volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {
+        self.fetch(volume)
+    }
+
+    /// # Errors
+    /// [`Reason::NoKey`] when Barbican has no such key, and those of [`get`](KeyManager::get).
+    fn destroy(&self, volume: &VolumeId) -> Result<(), Refusal> {
+        let mut asking = self.client.begin();
+        let mut found = self.find(&asking, volume)?;
+        // The one that counts goes last, so that none takes its place if this breaks off.
+        found.sort_by_key(|found| found.is_chosen);
+        let unfinished = self.named(&asking, volume)?;
+        let unfinished = unfinished.iter().filter_map(|secret| secret.id().ok()).map(str::to_owned);
+        let ids: Vec<String> = unfinished
+            .filter(|id| found.iter().all(|found| found.id != *id))
+            .chain(found.iter().map(|found| found.id.clone()))
+            .collect();
+        if ids.is_empty() {
+            return Err(self.no_key(volume));
+        }
+        for id in ids {
+            asking.renew();
+            asking.delete(&id).map_err(|no_answer| self.refusal(About::Secret(volume, &id), no_answer))?;
+        }
+        match self.named(&asking, volume)?.is_empty() {
+            true => Ok(()),
+            false => Err(Refusal::new(
+                Reason::KeyManager,
+                format!("Barbican still has a key of volume {volume} after it was destroyed: destroy it again"),
+            )),
+        }
+    }
+
+    /// Each page has the deadline for itself.
+    fn list(&self) -> Result<Vec<KeyInfo>, Refusal> {
+        let mut asking = self.client.begin();
+        let mut infos: BTreeMap<VolumeId, KeyInfo> = BTreeMap::new();
+        let mut offset = 0;
+        loop {
+            asking.renew();
+            let nobody = |no_answer| self.refusal(About::NoVolume, no_answer);
+            let (secrets, total) = asking.secrets(&format!("{PREFIX}%"), offset).map_err(nobody)?;
+            let count = secrets.len();
+            offset += count;
+            for secret in secrets {
+                let volume = secret.name.as_ref().and_then(|name| name.strip_prefix(PREFIX)?.parse::<VolumeId>().ok());
+                let size = secret.bit_length.and_then(|bits| KeySize::try_from(bits).ok());
+                let created = keystone::seconds(&secret.created).and_then(|seconds| i64::try_from(seconds).ok());
+                // Whoever else gives a secret such a name, it is none of ours.
+                let (Some(volume), Some(key_size), Some(created_at)) = (volume, size, created) else { continue };
+                asking.renew();
+                let metadata = match asking.metadata(secret.id().map_err(nobody)?) {
+                    Ok(metadata) => metadata,
+                    Err(NoAnswer::Refused(answered)) if matches!(answered.status, 403 | 404) => continue,
+                    Err(no_answer) => return Err(nobody(no_answer)),
+                };
+                if settle::is_chosen(&metadata) {
+                    let info = KeyInfo { volume: volume.clone(), key_size, version: 1, created_at, destroyed: false };
+                    infos.entry(volume).or_insert(info);
+                }
+            }
+            if count == 0 || offset >= total {
+                return Ok(infos.into_values().collect());
+            }
+        }
+    }
+}
+
+fn name_of(volume: &VolumeId) -> String {
+    format!("{PREFIX}{volume}")
+}
+
+/// JSON, in memory that is wiped.
+fn to_json(value: &impl Serialize) -> Zeroizing<Vec<u8>> {
+    // Nothing here is longer, and memory that is outgrown would not be wiped.
+    let mut text = Zeroizing::new(Vec::with_capacity(16 << 10));
+    // Texts and numbers can always be written to memory.
+    let _ = serde_json::to_writer(&mut *text, value);
+    text
+}

@@ -1,0 +1,122 @@
+//! A real Barbican with a real Keystone, which `tests/prerequisites` installs.
+
+use std::fs;
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use volcrypt::keys::barbican::{BarbicanConfig, BarbicanKeyManager, Credential};
+
+use super::scripted::{Reply, Request, Scripted, forward};
+
+/// Running servers. They end with this value.
+pub struct Barbican {
+    folder: tempfile::TempDir,
+    keystone: u16,
+    front: Scripted,
+    barbican: u16,
+    processes: Vec<Child>,
+}
+
+impl Barbican {
+    /// Starts both, with users and a project and without keys.
+    pub fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let copied = Command::new("cp").arg("-r").arg(target().join("template/.")).arg(folder.path()).status().unwrap();
+        assert!(copied.success(), "run tests/prerequisites");
+        let [keystone, barbican] = [free_port(), free_port()];
+        let front = Scripted::start(move |request| forward(barbican, request));
+        let front_port = front.port();
+        let mut servers = Barbican { folder, keystone, front, barbican, processes: Vec::new() };
+        for (name, port, other) in [("keystone", keystone, front_port), ("barbican", barbican, keystone)] {
+            let process = run(servers.folder.path(), name, port, other);
+            servers.processes.push(process);
+        }
+        for (name, port) in [("keystone", keystone), ("barbican", barbican)] {
+            let up = (0..1200).any(|_| {
+                std::thread::sleep(Duration::from_millis(50));
+                TcpStream::connect(("127.0.0.1", port)).is_ok()
+            });
+            let said = fs::read_to_string(servers.folder.path().join(format!("{name}.out"))).unwrap_or_default();
+            assert!(up, "{name}: {said}");
+        }
+        servers
+    }
+
+    /// How `user`, one of `host1`, `host2` and `owner`, reaches them with its application credential.
+    pub fn config(&self, user: &str) -> BarbicanConfig {
+        let secret = self.folder.path().join(format!("{user}.secret"));
+        fs::write(&secret, format!("{user}\n")).unwrap();
+        fs::set_permissions(&secret, fs::Permissions::from_mode(0o600)).unwrap();
+        let credential = Credential::NamedApplication {
+            name: "hypervisor".to_owned(),
+            user: user.to_owned(),
+            user_domain: "Default".to_owned(),
+        };
+        BarbicanConfig {
+            auth_url: format!("http://127.0.0.1:{}/v3", self.keystone),
+            credential,
+            secret,
+            ca: None,
+            interface: "public".to_owned(),
+            region: Some("here".to_owned()),
+            deadline: Duration::from_secs(30),
+        }
+    }
+
+    /// What all that is asked of Barbican goes through.
+    pub fn front(&self) -> &Scripted {
+        &self.front
+    }
+
+    /// Has `spoil` answer those requests to Barbican that it wants to; the others are handed on.
+    pub fn spoil(&self, spoil: impl Fn(&Request) -> Option<Reply> + Send + Sync + 'static) {
+        let barbican = self.barbican;
+        self.front.answer(move |request| spoil(request).unwrap_or_else(|| forward(barbican, request)));
+    }
+
+    /// The port that Barbican itself listens on.
+    pub fn barbican(&self) -> u16 {
+        self.barbican
+    }
+
+    /// The key manager of another host's.
+    pub fn manager(&self, user: &str) -> BarbicanKeyManager {
+        BarbicanKeyManager::new(self.config(user))
+    }
+}
+
+impl Drop for Barbican {
+    fn drop(&mut self) {
+        for process in &mut self.processes {
+            // It may have ended by itself.
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+}
+
+fn target() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/openstack")
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+fn run(folder: &Path, name: &str, port: u16, other: u16) -> Child {
+    let program = target().join("venv/bin/python");
+    let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/key_managers/openstack.py");
+    let output = fs::File::create(folder.join(format!("{name}.out"))).unwrap();
+    Command::new(&program)
+        .arg(script)
+        .arg(name)
+        .arg(folder)
+        .args([port.to_string(), other.to_string()])
+        .stdout(Stdio::null())
+        .stderr(output)
+        .spawn()
+        .unwrap_or_else(|error| panic!("{}: {error}; run tests/prerequisites", program.display()))
+}

@@ -33,6 +33,23 @@ struct FakeDaemon {
 }
 
 impl FakeDaemon {
+    /// One that answers as many requests; gives them all at the end.
+    fn answering(answers: Vec<Value>) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(folder.path().join("control.sock")).unwrap();
+        let thread = thread::spawn(move || {
+            let requests = answers.into_iter().map(|answer| {
+                let (mut stream, _) = listener.accept().unwrap();
+                let mut buffer = [0; 4096];
+                let (length, _) = receive_with_descriptors(&stream, &mut buffer).unwrap();
+                writeln!(stream, "{answer}").unwrap();
+                serde_json::from_slice(&buffer[..length]).unwrap()
+            });
+            Value::Array(requests.collect())
+        });
+        FakeDaemon { folder, thread }
+    }
+
     fn new(answer: Value, content: &'static str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(folder.path().join("control.sock")).unwrap();
@@ -376,4 +393,26 @@ fn a_place_is_identified_by_a_handle_on_it() {
 
     let missing = run(&["volume", "identify", "/nowhere"], Path::new("/nowhere")).unwrap_err();
     assert!(missing.starts_with("/nowhere cannot be looked at"), "{missing}");
+}
+
+#[test]
+fn a_rotation_goes_on_step_by_step_to_its_end() {
+    let under_way = |remaining: u64, after: Value| {
+        json!({ "done": { "kek-rotation": { "under-way": {
+            "old": "0".repeat(32), "new": "1".repeat(32), "resumed": false, "remaining": remaining, "after": after
+        } } } })
+    };
+    let finished = |home: &str| json!({ "done": { "kek-rotation": { "finished": { "new": "1".repeat(32), "home": home, "keys": 3 } } } });
+    for (home, said) in [("file", "The old one is removed"), ("credential", "volcrypt.kek, in the drop-in")] {
+        let answers = vec![under_way(3, Value::Null), under_way(1, json!(["two", 1])), finished(home)];
+        let daemon = FakeDaemon::answering(answers);
+        let outcome = daemon.run(&["key", "rotate-kek"]).unwrap();
+        assert!(outcome.text.contains("wraps all 3 keys") && outcome.text.contains(said), "{}", outcome.text);
+        assert!(outcome.text.contains("backups of the database") || outcome.text.contains("Backups of the database"));
+        let go_on = |after: Value| json!({ "rotate-kek": { "go-on": { "after": after } } });
+        assert_eq!(daemon.request(), json!([{ "rotate-kek": "begin" }, go_on(Value::Null), go_on(json!(["two", 1]))]));
+    }
+    let refusal = json!({ "refused": { "sentence": "one key cannot be unwrapped: destroy it", "errno": 126 } });
+    let daemon = FakeDaemon::answering(vec![under_way(1, Value::Null), refusal]);
+    assert_eq!(daemon.run(&["key", "rotate-kek"]).unwrap_err(), "one key cannot be unwrapped: destroy it");
 }

@@ -43,6 +43,10 @@ pub enum Kind {
     OwnerChanged,
     /// The configuration was read anew.
     PolicyReloaded,
+    /// Another key-encryption key wraps new keys, and the others are being rewrapped.
+    KekRotationStarted,
+    /// All keys are rewrapped, and the old key-encryption key is dropped.
+    KekRotated,
 }
 
 /// Something that happened.

@@ -166,6 +166,12 @@ pub enum VolumeCommand {
 pub enum KeyCommand {
     /// List the keys; the keys themselves are never shown
     List(Format),
+    /// Replace the key-encryption key, which wraps all keys in the database, or go on with that where it was broken off
+    ///
+    /// Guests notice nothing. With a key-encryption key in a file, a new one is made. With one from the credential
+    /// volcrypt.kek, the new one has to be there as the credential volcrypt.kek.new. Backups of the database that were
+    /// made before need the old one: keep a copy of it as long as they are kept.
+    RotateKek,
 }
 
 /// `volcrypt grant`.

@@ -27,6 +27,7 @@ mod domain;
 mod error;
 mod grant;
 pub mod identify;
+mod kek;
 mod key;
 mod policy;
 mod rewrite;
@@ -115,6 +116,7 @@ pub fn run(arguments: &Arguments, socket: &Path, libvirt: Libvirt) -> Result<Out
         Command::Status(format) => status::show(daemon, *format)?,
         Command::Volume(command) => on_volume(daemon, command)?,
         Command::Key(KeyCommand::List(format)) => key::list(daemon, *format)?,
+        Command::Key(KeyCommand::RotateKek) => kek::rotate(daemon)?,
         Command::Grant(GrantCommand::Add { volume, domain, duration }) => {
             grant::add(daemon, volume, domain, *duration)?
         }

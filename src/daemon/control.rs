@@ -129,6 +129,10 @@ impl Control {
             Request::Volumes => Ok(Reply::Volumes(self.volumes(self.broker.vault()?.store.volumes()?)?)),
             Request::Volume { id } => self.volume(self.broker.volume(&id)?),
             Request::Keys => Ok(Reply::Keys(self.broker.vault()?.keys.list()?)),
+            Request::RotateKek(step) => {
+                let step = self.broker.vault().and_then(|vault| vault.keys.rotate_kek(&step));
+                Ok(Reply::KekRotation(self.recorded(step)?))
+            }
             Request::Enrol { device, owner } => {
                 let enrolled = at(&device).and_then(|device| self.broker.enrol(device, owner.as_deref()));
                 self.volume(self.recorded(enrolled)?)

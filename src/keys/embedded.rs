@@ -1,52 +1,86 @@
 //! The embedded key manager: wrapped keys in volcrypt's own database.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use super::{Description, Key, KeyEncryptionKey, KeyInfo, KeyManager};
+use super::kek_places::{Found, KekPlaces};
+use super::{CheckValue, Description, KekRotation, Key, KeyEncryptionKey, KeyInfo, KeyManager, RotationStep};
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
-use crate::store::{Store, WrappedKey, seconds_now};
+use crate::store::{Inserted, Keks, Store, WrappedKey, seconds_now};
 use crate::volume::VolumeId;
+
+mod rotation;
+
+use rotation::Pace;
 
 /// The version of the one record that every key has.
 const VERSION: u32 = 1;
 
 /// Keeps volume keys in the database, wrapped by a [`KeyEncryptionKey`] that is kept elsewhere: in a
-/// systemd credential, or in a file of its own.
+/// systemd credential, or in a file of its own. While it is replaced, there are two.
 pub struct EmbeddedKeyManager {
     store: Arc<Store>,
-    kek: KeyEncryptionKey,
+    places: KekPlaces,
+    ring: RwLock<Arc<Ring>>,
+    rotating: Mutex<()>,
+    pace: Pace,
+}
+
+/// The key-encryption keys in use.
+struct Ring {
+    current: (CheckValue, KeyEncryptionKey),
+    /// The one that is on its way out, if it is there.
+    outgoing: Option<(CheckValue, Arc<KeyEncryptionKey>)>,
+}
+
+impl Ring {
+    fn by(&self, value: CheckValue) -> Option<&KeyEncryptionKey> {
+        match &self.outgoing {
+            _ if self.current.0 == value => Some(&self.current.1),
+            Some((own, kek)) if *own == value => Some(kek),
+            _ => None,
+        }
+    }
 }
 
 impl EmbeddedKeyManager {
     /// Opens the keys in `store` with the key-encryption key that [`KeyEncryptionKey::load`] finds in
-    /// `credentials` or `directory`. It is made only for a database that never had one.
+    /// `credentials` or `directory`, or with the two that are in use while one takes the other's place. It is made only
+    /// for a database that never had one.
     ///
     /// # Errors
-    /// [`Reason::NoKey`] when the key-encryption key is missing, unusable, or not the one the database
-    /// was made with; [`Reason::StoreUnavailable`] when the database fails.
+    /// [`Reason::NoKey`] when the key-encryption key is missing, unusable, or not the one that the database
+    /// is used with; [`Reason::StoreUnavailable`] when the database fails.
     pub fn open(store: Arc<Store>, credentials: Option<&Path>, directory: &Path) -> Result<Self, Refusal> {
-        let expected = store.kek_check_value()?;
-        let may_create = expected.is_none() && !store.has_keys()?;
-        let kek = KeyEncryptionKey::load(credentials, directory, may_create)?;
-        let found = kek.check_value();
-        let expected = match expected {
-            Some(expected) => expected,
-            None => store.tie_to_kek(found)?,
-        };
-        if found != expected {
-            return Err(Refusal::new(
-                Reason::NoKey,
-                format!(
-                    "the key-encryption key is not the one {} was made with: restore the credential volcrypt.kek or {} \
-                     from backup (check value {expected}, found {found})",
-                    store.path().display(),
-                    directory.join("kek").display()
-                ),
-            ));
+        let places = KekPlaces::new(credentials, directory);
+        if store.keks()?.current.is_none() {
+            let kek = places.first(!store.has_keys()?)?;
+            store.tie_to_kek(kek.check_value())?;
         }
-        Ok(EmbeddedKeyManager { store, kek })
+        let ring = RwLock::new(Arc::new(load(&store, &places, None)?));
+        let manager = EmbeddedKeyManager { store, places, ring, rotating: Mutex::default(), pace: Pace::default() };
+        if let Keks { current: Some(new), outgoing: Some(old) } = manager.store.keks()? {
+            tracing::warn!(
+                "the key-encryption key {old} is being replaced by {new}, which was broken off: run 'volcrypt key \
+                 rotate-kek' to go on"
+            );
+            if manager.ring().outgoing.is_none() && manager.store.count_keys_wrapped_by(old)? > 0 {
+                tracing::error!("{}", manager.missing(old));
+            }
+        }
+        Ok(manager)
+    }
+
+    fn ring(&self) -> Arc<Ring> {
+        Arc::clone(&self.ring.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Looks anew which key-encryption keys are in use.
+    fn reload(&self) -> Result<Arc<Ring>, Refusal> {
+        let ring = Arc::new(load(&self.store, &self.places, Some(&self.ring()))?);
+        *self.ring.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&ring);
+        Ok(ring)
     }
 
     /// Opens a record that was found.
@@ -62,7 +96,42 @@ impl EmbeddedKeyManager {
                 ),
             ));
         };
-        self.kek.unwrap(&info.volume, info.version, info.key_size, wrapped)
+        let Some(by) = record.kek else {
+            return Err(Refusal::new(
+                Reason::NoKey,
+                format!(
+                    "the key record of volume {} is damaged (nothing says what wraps it): restore the database from backup",
+                    info.volume
+                ),
+            ));
+        };
+        if let Some(kek) = self.ring().by(by) {
+            return kek.unwrap(&info.volume, info.version, info.key_size, wrapped);
+        }
+        // A rotation began elsewhere, or ended since the record was read.
+        let ring = self.reload()?;
+        if let Some(kek) = ring.by(by) {
+            return kek.unwrap(&info.volume, info.version, info.key_size, wrapped);
+        }
+        match self.store.wrapped_key(&info.volume)? {
+            Some(WrappedKey { info, wrapped: Some(wrapped), kek: Some(now) }) if now != by => match ring.by(now) {
+                Some(kek) => kek.unwrap(&info.volume, info.version, info.key_size, &wrapped),
+                None => Err(self.missing(now)),
+            },
+            _ => Err(self.missing(by)),
+        }
+    }
+
+    fn missing(&self, kek: CheckValue) -> Refusal {
+        Refusal::new(
+            Reason::NoKey,
+            format!(
+                "the key-encryption key with check value {kek} is missing, which keys in {} still need: restore it from backup \
+                 as {}, and run 'systemctl restart volcryptd'",
+                self.store.path().display(),
+                self.places.names()
+            ),
+        )
     }
 
     /// Opens a record that was found, if its key has `size`.
@@ -95,9 +164,6 @@ impl EmbeddedKeyManager {
             return self.unwrap_sized(&record, size);
         }
         let key = Key::random(size)?;
-        let wrapped = self.kek.wrap(volume, VERSION, &key)?;
-        // Nothing is stored that does not open.
-        self.compare(volume, &key, self.kek.unwrap(volume, VERSION, size, &wrapped)?)?;
         let info = KeyInfo {
             volume: volume.clone(),
             key_size: size,
@@ -105,13 +171,23 @@ impl EmbeddedKeyManager {
             created_at: seconds_now(),
             destroyed: false,
         };
-        let stored = self.store.insert_key(&info, &wrapped)?;
+        let mut ring = self.ring();
+        let inserted = loop {
+            let (value, kek) = &ring.current;
+            let wrapped = kek.wrap(volume, VERSION, &key)?;
+            // Nothing is stored that does not open.
+            self.compare(volume, &key, kek.unwrap(volume, VERSION, size, &wrapped)?)?;
+            match self.store.insert_key(&info, &wrapped, *value)? {
+                Inserted::OtherKek => ring = self.reload()?,
+                inserted => break inserted,
+            }
+        };
         let record = self.store.wrapped_key_from_disk(volume)?.ok_or_else(|| no_key(volume))?;
         let read = self.unwrap_sized(&record, size)?;
-        match stored {
-            true => self.compare(volume, &key, read),
+        match inserted {
+            Inserted::Stored => self.compare(volume, &key, read),
             // Somebody else made one meanwhile; that is the volume's key.
-            false => Ok(read),
+            _ => Ok(read),
         }
     }
 }
@@ -148,6 +224,11 @@ impl KeyManager for EmbeddedKeyManager {
     fn list(&self) -> Result<Vec<KeyInfo>, Refusal> {
         self.store.key_infos()
     }
+
+    fn rotate_kek(&self, step: &RotationStep) -> Result<KekRotation, Refusal> {
+        let _only_one = self.rotating.lock().unwrap_or_else(PoisonError::into_inner);
+        self.rotate(step)
+    }
 }
 
 impl EmbeddedKeyManager {
@@ -164,6 +245,71 @@ impl EmbeddedKeyManager {
             )),
         }
     }
+}
+
+/// Finds the key-encryption keys that the database says are in use. One on its way out that is in `before` need not be
+/// on the disk any more: as long as this process lives its keys open.
+fn load(store: &Store, places: &KekPlaces, before: Option<&Ring>) -> Result<Ring, Refusal> {
+    loop {
+        let keks = store.keks()?;
+        match load_these(keks, store, places, before) {
+            // What is in the files may belong to what the database says by now.
+            Err(_) if store.keks()? != keks => {}
+            loaded => return loaded,
+        }
+    }
+}
+
+fn load_these(keks: Keks, store: &Store, places: &KekPlaces, before: Option<&Ring>) -> Result<Ring, Refusal> {
+    let Keks { current: Some(expected), outgoing } = keks else {
+        return Err(Refusal::new(
+            Reason::NoKey,
+            format!(
+                "{} does not say which key-encryption key it was made with: restore it from backup",
+                store.path().display()
+            ),
+        ));
+    };
+    let mut all = places.read(outgoing.is_some());
+    let mut take = |value| {
+        let at = all.iter().position(|found| found.is(value))?;
+        all.swap_remove(at).kek.ok()
+    };
+    let current = take(expected);
+    let outgoing = outgoing.and_then(|value| {
+        let remembered = || before?.outgoing.clone().filter(|(own, _)| *own == value).map(|(_, kek)| kek);
+        Some((value, take(value).map(Arc::new).or_else(remembered)?))
+    });
+    match current {
+        Some(current) => Ok(Ring { current: (expected, current), outgoing }),
+        None => Err(not_found(expected, all, store, places)),
+    }
+}
+
+/// Why the key-encryption key `expected` is not among `all`.
+fn not_found(expected: CheckValue, all: Vec<Found>, store: &Store, places: &KekPlaces) -> Refusal {
+    let mut others = Vec::new();
+    for found in all {
+        match found.kek {
+            Ok(kek) => others.push(format!("found {}", kek.check_value())),
+            Err(refusal) => return refusal,
+        }
+    }
+    if others.is_empty() {
+        return places.first(false).err().unwrap_or_else(|| no_kek(expected, "not there before", store, places));
+    }
+    no_kek(expected, &others.join(", "), store, places)
+}
+
+fn no_kek(expected: CheckValue, found: &str, store: &Store, places: &KekPlaces) -> Refusal {
+    Refusal::new(
+        Reason::NoKey,
+        format!(
+            "the key-encryption key is not the one {} was made with: restore {} from backup (check value {expected}, {found})",
+            store.path().display(),
+            places.names()
+        ),
+    )
 }
 
 fn no_key(volume: &VolumeId) -> Refusal {

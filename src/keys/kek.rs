@@ -13,9 +13,9 @@ use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
 /// The name of systemd's credential that holds the key.
-const CREDENTIAL: &str = "volcrypt.kek";
+pub(super) const CREDENTIAL: &str = "volcrypt.kek";
 /// The name of the key's file in the database's directory.
-const FILE_NAME: &str = "kek";
+pub(super) const FILE_NAME: &str = "kek";
 const PURPOSE: &str = "the key-encryption key";
 const KEY_LENGTH: usize = 32;
 
@@ -67,7 +67,8 @@ impl KeyEncryptionKey {
         )))
     }
 
-    fn create(path: &Path) -> Result<Self, Refusal> {
+    /// Makes a random key at `path`, durably, or takes the one that is there.
+    pub(super) fn create(path: &Path) -> Result<Self, Refusal> {
         let made = Key::filled(KEY_LENGTH, |bytes| {
             rand::fill(bytes)
                 .map_err(|_| no_key(format!("the system's random number generator failed; {PURPOSE} was not made")))
@@ -88,6 +89,11 @@ impl KeyEncryptionKey {
             Some(key) => Ok(key),
             None => Err(no_key(format!("{} ({PURPOSE}) vanished while it was made: try again", path.display()))),
         }
+    }
+
+    /// Whether it is one byte over and over: what a file holds that was never written.
+    pub(super) fn is_blank(&self) -> bool {
+        self.key.bytes().iter().all(|byte| *byte == self.key.bytes()[0])
     }
 
     /// What tells this key from another one without revealing it: the first 16 bytes of HMAC-SHA-256
@@ -169,7 +175,8 @@ fn associated_data(volume: &VolumeId, version: u32, bits: usize) -> Vec<u8> {
     [CONTEXT, &number(id.len()), id, &version.to_be_bytes(), &number(bits)].concat()
 }
 
-fn read(path: &Path, trust: Trust) -> Result<Option<KeyEncryptionKey>, Refusal> {
+/// The key in the file at `path`, if there is a file.
+pub(super) fn read(path: &Path, trust: Trust) -> Result<Option<KeyEncryptionKey>, Refusal> {
     let Some(content) = secret_file::read(path, PURPOSE, trust, 2 * KEY_LENGTH + 1)? else { return Ok(None) };
     let wrong = || {
         no_key(format!(

@@ -3,16 +3,18 @@
 use std::fmt;
 
 use crate::policy::KeySize;
-use crate::refusal::Refusal;
+use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
 pub mod barbican;
 mod description;
 mod embedded;
 mod kek;
+mod kek_places;
 mod key;
 mod key_file;
 pub mod kmip;
+mod rotation;
 mod secret_file;
 
 pub use description::Description;
@@ -20,6 +22,7 @@ pub use embedded::EmbeddedKeyManager;
 pub use kek::KeyEncryptionKey;
 pub use key::{CheckValue, Key};
 pub use key_file::{KeyFileManager, OneKeyForEveryVolume};
+pub use rotation::{KekHome, KekRotation, RotationStep};
 
 /// Where volume keys live.
 ///
@@ -45,6 +48,17 @@ pub trait KeyManager: Send + Sync {
 
     /// What is known of every key; the keys themselves stay where they are.
     fn list(&self) -> Result<Vec<KeyInfo>, Refusal>;
+
+    /// Takes a step in the replacement of the key-encryption key, of a second or so.
+    ///
+    /// # Errors
+    /// [`Reason::Configuration`] from a key manager that has none.
+    fn rotate_kek(&self, _step: &RotationStep) -> Result<KekRotation, Refusal> {
+        Err(Refusal::new(
+            Reason::Configuration,
+            "the key manager in use has no key-encryption key to replace: only the embedded database's keys are wrapped by one",
+        ))
+    }
 }
 
 /// What may be shown of a key.

@@ -10,6 +10,9 @@ use aws_lc_rs::rand;
 use super::Key;
 use crate::refusal::{Reason, Refusal};
 
+/// How the name of a file begins that is still being written.
+const TEMPORARY: &str = ".new-";
+
 /// Who vouches that nobody else has read a file.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Trust {
@@ -86,7 +89,7 @@ pub(super) fn write_new(path: &Path, key: &Key) -> io::Result<()> {
     let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
     let mut suffix = [0; 8];
     rand::fill(&mut suffix).map_err(|_| io::Error::other("the system's random number generator failed"))?;
-    let temporary = directory.join(format!(".new-{:016x}", u64::from_be_bytes(suffix)));
+    let temporary = directory.join(format!("{TEMPORARY}{:016x}", u64::from_be_bytes(suffix)));
     let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
     let written = file
         .set_permissions(Permissions::from_mode(0o600))
@@ -96,6 +99,50 @@ pub(super) fn write_new(path: &Path, key: &Key) -> io::Result<()> {
     let removed = fs::remove_file(&temporary);
     written.and(removed)?;
     File::open(directory)?.sync_all()
+}
+
+/// Has what stands at `path`, and its name, on the disk: somebody else may have written it.
+///
+/// # Errors
+/// Those of open(2) and fsync(2).
+pub(super) fn sync(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()?;
+    sync_directory(path)
+}
+
+/// Gives the file at `from` the name `to` in the same directory, durably, in the place of what had it.
+///
+/// # Errors
+/// Those of rename(2) and fsync(2).
+pub(super) fn replace(from: &Path, to: &Path) -> io::Result<()> {
+    fs::rename(from, to)?;
+    sync_directory(to)
+}
+
+/// Removes the file at `path`, durably.
+///
+/// # Errors
+/// Those of unlink(2) and fsync(2).
+pub(super) fn remove(path: &Path) -> io::Result<()> {
+    fs::remove_file(path)?;
+    sync_directory(path)
+}
+
+/// Removes from `directory` what [`write_new`] left there if it was killed. No other thread may be in it.
+pub(super) fn sweep(directory: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let suffix = name.to_str().and_then(|name| name.strip_prefix(TEMPORARY));
+        if suffix.is_some_and(|suffix| suffix.len() == 16 && suffix.bytes().all(|byte| byte.is_ascii_hexdigit())) {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+fn sync_directory(path: &Path) -> io::Result<()> {
+    File::open(path.parent().ok_or(io::ErrorKind::InvalidInput)?)?.sync_all()
 }
 
 fn no_key(sentence: String) -> Refusal {

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::Identification;
 use super::registration::receive_with_descriptors;
 use crate::audit::Link;
-use crate::keys::KeyInfo;
+use crate::keys::{KekRotation, KeyInfo, RotationStep};
 use crate::policy::Intercept;
 use crate::store::{AuditPage, AuditQuery, Grant, Verified, VolumeRecord};
 use crate::volume::VolumeId;
@@ -46,6 +46,8 @@ pub enum Request {
     },
     /// Every key, without the keys.
     Keys,
+    /// A step in the replacement of the key-encryption key.
+    RotateKek(RotationStep),
     /// Make the blank volume on a device ready for its first use.
     Enrol {
         /// A path of the device.
@@ -177,6 +179,8 @@ pub enum Reply {
     Grants(Vec<Grant>),
     /// The answer to [`Request::Keys`].
     Keys(Vec<KeyInfo>),
+    /// The answer to [`Request::RotateKek`].
+    KekRotation(KekRotation),
     /// The answer to [`Request::Audit`].
     Audit(AuditPage),
     /// The answer to [`Request::VerifyAudit`].

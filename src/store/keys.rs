@@ -1,6 +1,6 @@
-//! Wrapped keys, and the check value of the key that wraps them.
+//! Wrapped keys.
 
-use rusqlite::{Connection, OptionalExtension, TransactionBehavior, params};
+use rusqlite::{Connection, OptionalExtension, Row, TransactionBehavior, params};
 
 use super::change::Change;
 use super::{Store, fault};
@@ -10,9 +10,6 @@ use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
-/// The name of the check value's row in `meta`.
-const KEK_CHECK: &str = "kek_check_value";
-
 /// The record of a key, as it stands in the database.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct WrappedKey {
@@ -20,6 +17,19 @@ pub(crate) struct WrappedKey {
     pub(crate) info: KeyInfo,
     /// The wrapped key; `None` once it was destroyed.
     pub(crate) wrapped: Option<Vec<u8>>,
+    /// The check value of the key-encryption key that wraps it; `None` once it was destroyed.
+    pub(crate) kek: Option<CheckValue>,
+}
+
+/// What became of a key that was to be stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Inserted {
+    /// It is stored.
+    Stored,
+    /// The volume has a key record already, destroyed or not.
+    Present,
+    /// Another key-encryption key wraps new keys by now.
+    OtherKek,
 }
 
 impl Store {
@@ -27,16 +37,26 @@ impl Store {
     pub(crate) fn wrapped_key(&self, volume: &VolumeId) -> Result<Option<WrappedKey>, Refusal> {
         let connection = self.connection();
         let row = connection.query_row(
-            "SELECT version, key_size, wrapped, created_at, destroyed_at IS NOT NULL FROM keys
-             WHERE volume_id = ?1 ORDER BY version DESC LIMIT 1",
+            &format!("SELECT {COLUMNS} FROM keys WHERE volume_id = ?1 ORDER BY version DESC LIMIT 1"),
             [volume.as_str()],
-            |row| Ok((row.get(0)?, row.get::<_, u32>(1)?, row.get(2)?, row.get(3)?, row.get(4)?)),
+            read_row,
         );
         let row = row.optional().map_err(|error| self.fault(&error))?;
-        let Some((version, bits, wrapped, created_at, destroyed)) = row else { return Ok(None) };
-        let key_size = self.key_size(bits)?;
-        let info = KeyInfo { volume: volume.clone(), key_size, version, created_at, destroyed };
-        Ok(Some(WrappedKey { info, wrapped }))
+        row.map(|row| self.key_record(row)).transpose()
+    }
+
+    /// The record that a row is.
+    pub(super) fn key_record(&self, row: KeyRow) -> Result<WrappedKey, Refusal> {
+        let corrupt = |detail: &str| fault::corrupt(&self.path, detail);
+        let info = KeyInfo {
+            volume: row.volume.parse().map_err(|error| corrupt(&format!("{error}")))?,
+            key_size: self.key_size(row.bits)?,
+            version: row.version,
+            created_at: row.created_at,
+            destroyed: row.destroyed,
+        };
+        let kek = row.kek.map(CheckValue::try_from).transpose().map_err(|detail| corrupt(&detail))?;
+        Ok(WrappedKey { info, wrapped: row.wrapped, kek })
     }
 
     /// As [`Store::wrapped_key`], but from the files and not from what this process remembers of
@@ -69,9 +89,8 @@ impl Store {
             .collect()
     }
 
-    /// Stores a key durably unless the volume has a key record already, destroyed or not. Returns
-    /// whether it was stored.
-    pub(crate) fn insert_key(&self, info: &KeyInfo, wrapped: &[u8]) -> Result<bool, Refusal> {
+    /// Stores a key, wrapped by `kek`, durably unless the volume has a key record already.
+    pub(crate) fn insert_key(&self, info: &KeyInfo, wrapped: &[u8], kek: CheckValue) -> Result<Inserted, Refusal> {
         let fault = |error| self.fault(&error);
         self.change(|transaction| {
             let present: bool = transaction
@@ -80,15 +99,27 @@ impl Store {
                 })
                 .map_err(fault)?;
             if present {
-                return Ok(Change::Needless(false));
+                return Ok(Change::Needless(Inserted::Present));
+            }
+            // What is on its way out must not wrap anything new: it would be gone before that is noticed.
+            if self.read_keks(transaction)?.current != Some(kek) {
+                return Ok(Change::Needless(Inserted::OtherKek));
             }
             transaction
                 .execute(
-                    "INSERT INTO keys (volume_id, version, key_size, wrapped, created_at) VALUES (?1, ?2, ?3, ?4, ?5)",
-                    params![info.volume.as_str(), info.version, info.key_size.bits(), wrapped, info.created_at],
+                    "INSERT INTO keys (volume_id, version, key_size, wrapped, created_at, kek)
+                     VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+                    params![
+                        info.volume.as_str(),
+                        info.version,
+                        info.key_size.bits(),
+                        wrapped,
+                        info.created_at,
+                        kek.to_string()
+                    ],
                 )
                 .map_err(fault)?;
-            Ok(Change::Unrecorded(true))
+            Ok(Change::Unrecorded(Inserted::Stored))
         })
     }
 
@@ -102,7 +133,7 @@ impl Store {
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(fault)?;
         let destroyed = transaction
             .execute(
-                "UPDATE keys SET wrapped = NULL, destroyed_at = ?2 WHERE volume_id = ?1 AND destroyed_at IS NULL",
+                "UPDATE keys SET wrapped = NULL, kek = NULL, destroyed_at = ?2 WHERE volume_id = ?1 AND destroyed_at IS NULL",
                 params![volume.as_str(), now],
             )
             .map_err(fault)?;
@@ -140,45 +171,9 @@ impl Store {
         }
     }
 
-    /// The check value of the key-encryption key that this database was made with.
-    pub(crate) fn kek_check_value(&self) -> Result<Option<CheckValue>, Refusal> {
-        self.read_kek_check_value(&self.connection())
-    }
-
     /// Whether there is any key record, destroyed ones included.
     pub(crate) fn has_keys(&self) -> Result<bool, Refusal> {
         any_key(&self.connection()).map_err(|error| self.fault(&error))
-    }
-
-    /// Ties the database to the key-encryption key with `check_value`, unless it is tied already or
-    /// holds keys of an unknown one. Returns what it is tied to now.
-    pub(crate) fn tie_to_kek(&self, check_value: CheckValue) -> Result<CheckValue, Refusal> {
-        let fault = |error| self.fault(&error);
-        let mut connection = self.connection();
-        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(fault)?;
-        if let Some(present) = self.read_kek_check_value(&transaction)? {
-            return Ok(present);
-        }
-        if any_key(&transaction).map_err(fault)? {
-            return Err(fault::corrupt(
-                &self.path,
-                "it holds keys but not the check value of their key-encryption key",
-            ));
-        }
-        transaction
-            .execute("INSERT INTO meta (name, value) VALUES (?1, ?2)", [KEK_CHECK, &check_value.to_string()])
-            .map_err(fault)?;
-        transaction.commit().map_err(fault)?;
-        self.merge_log(&connection);
-        Ok(check_value)
-    }
-
-    fn read_kek_check_value(&self, connection: &Connection) -> Result<Option<CheckValue>, Refusal> {
-        let text: Option<String> = connection
-            .query_row("SELECT value FROM meta WHERE name = ?1", [KEK_CHECK], |row| row.get(0))
-            .optional()
-            .map_err(|error| self.fault(&error))?;
-        text.map(CheckValue::try_from).transpose().map_err(|detail| fault::corrupt(&self.path, &detail))
     }
 
     fn key_size(&self, bits: u32) -> Result<KeySize, Refusal> {
@@ -186,6 +181,32 @@ impl Store {
     }
 }
 
-fn any_key(connection: &Connection) -> rusqlite::Result<bool> {
+pub(super) fn any_key(connection: &Connection) -> rusqlite::Result<bool> {
     connection.query_row("SELECT EXISTS (SELECT 1 FROM keys)", [], |row| row.get(0))
+}
+
+/// What [`read_row`] reads.
+pub(super) const COLUMNS: &str = "volume_id, version, key_size, wrapped, created_at, destroyed_at IS NOT NULL, kek";
+
+/// A row as SQLite types it.
+pub(super) struct KeyRow {
+    volume: String,
+    version: u32,
+    bits: u32,
+    wrapped: Option<Vec<u8>>,
+    created_at: i64,
+    destroyed: bool,
+    kek: Option<String>,
+}
+
+pub(super) fn read_row(row: &Row<'_>) -> rusqlite::Result<KeyRow> {
+    Ok(KeyRow {
+        volume: row.get(0)?,
+        version: row.get(1)?,
+        bits: row.get(2)?,
+        wrapped: row.get(3)?,
+        created_at: row.get(4)?,
+        destroyed: row.get(5)?,
+        kek: row.get(6)?,
+    })
 }

@@ -19,13 +19,15 @@ mod change;
 mod fault;
 mod files;
 mod grants;
+mod keks;
 mod keys;
 mod schema;
 mod volumes;
 
 pub use audit::{AuditPage, AuditQuery, Verified};
 pub use grants::Grant;
-pub(crate) use keys::WrappedKey;
+pub(crate) use keks::{Keks, Rewrapped};
+pub(crate) use keys::{Inserted, WrappedKey};
 pub(crate) use volumes::not_enrolled;
 pub use volumes::{EnrolledDevice, VolumeRecord, VolumeState};
 

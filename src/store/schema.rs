@@ -12,8 +12,12 @@ pub(super) type Migration = &'static str;
 
 /// The steps in order. The version of a database (`PRAGMA user_version`) is the number of steps it
 /// has taken. A step that was released is never changed.
-pub(super) const MIGRATIONS: &[Migration] =
-    &[include_str!("schema/1.sql"), include_str!("schema/2.sql"), include_str!("schema/3.sql")];
+pub(super) const MIGRATIONS: &[Migration] = &[
+    include_str!("schema/1.sql"),
+    include_str!("schema/2.sql"),
+    include_str!("schema/3.sql"),
+    include_str!("schema/4.sql"),
+];
 
 /// Marks the file as volcrypt's (`PRAGMA application_id`): `vlcr` in ASCII.
 const APPLICATION_ID: i32 = i32::from_be_bytes(*b"vlcr");

@@ -5,6 +5,7 @@ use super::super::control::Control;
 use super::super::guests::Guests;
 use super::super::identify::identify;
 use super::*;
+use crate::keys::{KekHome, KekRotation, RotationStep};
 use crate::policy::Outcome;
 use crate::protocol::{GuardStatus, Identification, Reply, Request, Response};
 
@@ -104,4 +105,41 @@ fn a_device_and_a_file_are_identified_through_a_handle_alone() {
     assert!(identify(&world.broker(false), world.path()).is_err());
     // Without a handle there is nothing to look at.
     assert!(ask(world.broker(false), &Request::Identify).is_err());
+}
+
+#[test]
+fn the_key_encryption_key_is_replaced_step_by_step() {
+    let world = World::new();
+    let device = world.add_volume("one", 0);
+    world.broker(false).enrol(device, None).unwrap();
+    let rotate = |step| ask(world.broker(false), &Request::RotateKek(step));
+    let begun = rotate(RotationStep::Begin).unwrap();
+    let Reply::KekRotation(KekRotation::UnderWay { old, new, resumed: false, remaining: 1, after: None }) = begun
+    else {
+        panic!("{begun:?}")
+    };
+    // Each request is a daemon's that was started meanwhile.
+    let again = rotate(RotationStep::Begin).unwrap();
+    let resumed = KekRotation::UnderWay { old, new, resumed: true, remaining: 1, after: None };
+    assert!(matches!(again, Reply::KekRotation(again) if again == resumed));
+    for _ in 0..2 {
+        let ended = rotate(RotationStep::GoOn { after: None }).unwrap();
+        let finished = KekRotation::Finished { new, home: KekHome::File, keys: 1 };
+        assert!(matches!(ended, Reply::KekRotation(ended) if ended == finished));
+    }
+    let broker = world.broker(false);
+    let record = broker.volume(&"one".parse().unwrap()).unwrap();
+    broker.key(&record).unwrap();
+}
+
+#[test]
+fn a_key_manager_without_a_key_encryption_key_has_none_to_replace() {
+    let world = World::new();
+    let file = world.folder.path().join("fixed.key");
+    std::fs::write(&file, [7; 64]).unwrap();
+    std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    let keys = crate::keys::KeyFileManager::open(&file, crate::keys::OneKeyForEveryVolume).unwrap();
+    let broker = world.broker(false).with_keys(Box::new(keys));
+    let (sentence, _) = ask(broker, &Request::RotateKek(RotationStep::Begin)).unwrap_err();
+    assert!(sentence.contains("has no key-encryption key to replace"), "{sentence}");
 }

@@ -9,6 +9,8 @@ use tempfile::TempDir;
 use super::*;
 use crate::store::tests::private_directory;
 
+mod rotation;
+
 /// A directory with a database and a key-encryption key.
 struct Place(TempDir);
 
@@ -127,7 +129,7 @@ fn handles_that_open_a_new_database_at_once_agree_on_the_key_encryption_key() {
         let values: Vec<_> = thread::scope(|scope| {
             let open = || {
                 start.wait();
-                place.open().kek.check_value()
+                place.open().ring().current.0
             };
             let threads: Vec<_> = (0..8).map(|_| scope.spawn(open)).collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
@@ -198,7 +200,7 @@ fn a_missing_key_encryption_key_is_never_made_anew() {
     fs::remove_file(place.kek()).unwrap();
     refused(place.try_open(), Reason::NoKey);
     // Not even when somebody has deleted the check value.
-    place.sql("DELETE FROM meta");
+    place.sql("PRAGMA foreign_keys = OFF; DELETE FROM keks");
     refused(place.try_open(), Reason::NoKey);
     assert!(!place.kek().exists());
 }
@@ -212,7 +214,7 @@ fn another_key_encryption_key_is_refused() {
     let sentence = refused(place.try_open(), Reason::NoKey);
     assert!(sentence.contains("volcrypt.kek") && sentence.contains(place.kek().to_str().unwrap()), "{sentence}");
     // Without the check value the keys would be orphaned silently: refused as well.
-    place.sql("DELETE FROM meta");
+    place.sql("PRAGMA foreign_keys = OFF; DELETE FROM keks");
     refused(place.try_open(), Reason::StoreUnavailable);
     // As a credential it is no better.
     fs::rename(place.kek(), other.path().join("volcrypt.kek")).unwrap();
@@ -297,7 +299,8 @@ fn a_key_that_reached_the_disk_wrong_is_not_handed_out() {
     let place = Place::new();
     let manager = place.open();
     let key = Key::random(size(512)).unwrap();
-    let wrapped = manager.kek.wrap(&id("one"), VERSION, &key).unwrap();
+    let ring = manager.ring();
+    let wrapped = ring.current.1.wrap(&id("one"), VERSION, &key).unwrap();
     let info = KeyInfo {
         volume: id("one"),
         key_size: size(512),
@@ -305,7 +308,7 @@ fn a_key_that_reached_the_disk_wrong_is_not_handed_out() {
         created_at: seconds_now(),
         destroyed: false,
     };
-    assert_eq!(manager.store.insert_key(&info, &wrapped), Ok(true));
+    assert_eq!(manager.store.insert_key(&info, &wrapped, ring.current.0), Ok(Inserted::Stored));
     // The disk changes a bit behind everybody's back.
     let log = place.path().join("volcrypt.db");
     let mut content = fs::read(&log).unwrap();

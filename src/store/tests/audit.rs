@@ -260,7 +260,8 @@ fn a_change_and_its_record_are_one() {
         created_at: 5,
         destroyed: false,
     };
-    store.insert_key(&info, &[1, 2]).unwrap();
+    let kek = store.tie_to_kek(record("one").check_value).unwrap();
+    store.insert_key(&info, &[1, 2], kek).unwrap();
     for _ in 0..2 {
         assert_eq!(store.destroy_keys(&info.volume, 6), Ok(true));
     }

@@ -172,6 +172,24 @@ pub enum KeyCommand {
     /// volcrypt.kek, the new one has to be there as the credential volcrypt.kek.new. Backups of the database that were
     /// made before need the old one: keep a copy of it as long as they are kept.
     RotateKek,
+    /// Copy the database, while it is in use, to a new file that only root can read
+    ///
+    /// The copy holds what is known of volumes, their wrapped keys and the audit log as they are at one moment. The
+    /// key-encryption key is not in it: keep that elsewhere, for without it no key opens.
+    Backup {
+        /// The file to make, which must not exist yet; or a directory, for a file named after the time
+        #[arg(value_name = "FILE|DIRECTORY")]
+        to: PathBuf,
+    },
+    /// Put a backup in the database's place, while volcryptd is stopped; the present database is kept beside it
+    ///
+    /// The backup is looked at first: that it is whole, and that the key-encryption key that is here opens every key in
+    /// it.
+    Restore {
+        /// The backup
+        #[arg(value_name = "FILE")]
+        backup: PathBuf,
+    },
 }
 
 /// `volcrypt grant`.

@@ -1,7 +1,7 @@
 //! The operator's command, `volcrypt`.
 //!
-//! It is a thin client: everything but `config check`, `rewrite --reverse` and parts of `doctor` is asked of the
-//! daemon.
+//! It is a thin client: everything but `config check`, `rewrite --reverse`, backups of the database and parts of
+//! `doctor` is asked of the daemon.
 //! What it knows of libvirt comes in from outside as [`Libvirt`], because linking libvirt
 //! takes a process fourteen milliseconds to start and only this one command can afford that.
 
@@ -21,6 +21,7 @@ use crate::store::AuditQuery;
 
 mod arguments;
 mod audit;
+mod backup;
 mod device;
 pub mod doctor;
 mod domain;
@@ -117,6 +118,8 @@ pub fn run(arguments: &Arguments, socket: &Path, libvirt: Libvirt) -> Result<Out
         Command::Volume(command) => on_volume(daemon, command)?,
         Command::Key(KeyCommand::List(format)) => key::list(daemon, *format)?,
         Command::Key(KeyCommand::RotateKek) => kek::rotate(daemon)?,
+        Command::Key(KeyCommand::Backup { to }) => backup::back_up(&arguments.config, to)?,
+        Command::Key(KeyCommand::Restore { backup }) => backup::restore(&arguments.config, backup)?,
         Command::Grant(GrantCommand::Add { volume, domain, duration }) => {
             grant::add(daemon, volume, domain, *duration)?
         }

@@ -72,6 +72,27 @@ impl EmbeddedKeyManager {
         Ok(manager)
     }
 
+    /// Opens every key, and holds those of volumes that have a record against it. Returns how many there are.
+    ///
+    /// # Errors
+    /// Those of the first key that does not open or is not the right one.
+    pub fn check_all(&self) -> Result<u64, Refusal> {
+        let mut checked = 0;
+        for info in self.store.key_infos()?.iter().filter(|info| !info.destroyed) {
+            let key = self.get(&info.volume)?;
+            if let Some(record) = self.store.volume(&info.volume)?
+                && key.check_value(&info.volume) != record.check_value
+            {
+                return Err(Refusal::new(
+                    Reason::WrongKey,
+                    format!("the key of volume {} is not the one it was enrolled with", info.volume),
+                ));
+            }
+            checked += 1;
+        }
+        Ok(checked)
+    }
+
     fn ring(&self) -> Arc<Ring> {
         Arc::clone(&self.ring.read().unwrap_or_else(PoisonError::into_inner))
     }

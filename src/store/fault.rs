@@ -43,6 +43,6 @@ pub(super) fn corrupt(path: &Path, detail: &str) -> Refusal {
 
 fn damaged(path: &dyn std::fmt::Display, detail: &str) -> String {
     format!(
-        "{path} is damaged ({detail}): stop volcryptd, keep a copy of it, remove {path}-wal and {path}-shm and put the backup in its place"
+        "{path} is damaged ({detail}): stop volcryptd and run 'volcrypt key restore' with a backup, which keeps the damaged file beside it"
     )
 }

@@ -17,6 +17,21 @@ pub(super) const FILE_NAME: &str = "volcrypt.db";
 ///
 /// SQLite gives the log beside the database the mode of the database.
 pub(super) fn prepare(directory: &Path) -> Result<PathBuf, Refusal> {
+    let directory = check_directory(directory)?;
+    let path = directory.join(FILE_NAME);
+    if let Err(error) = fs::symlink_metadata(&path)
+        && error.kind() == io::ErrorKind::NotFound
+    {
+        make(&directory, &path).map_err(|error| {
+            refusal(format!("{} cannot be made ({error}): make its directory writable for volcryptd", path.display()))
+        })?;
+    }
+    check_file(&path)?;
+    Ok(path)
+}
+
+/// Checks the directory of a database, and returns its path without symbolic links.
+pub(super) fn check_directory(directory: &Path) -> Result<PathBuf, Refusal> {
     let refuse = |error: io::Error| unusable(directory, &error);
     let directory = directory.canonicalize().map_err(refuse)?;
     let metadata = fs::metadata(&directory).map_err(|error| unusable(&directory, &error))?;
@@ -34,25 +49,16 @@ pub(super) fn prepare(directory: &Path) -> Result<PathBuf, Refusal> {
             metadata.mode() & 0o7777
         )));
     }
+    Ok(directory)
+}
 
-    let path = directory.join(FILE_NAME);
-    let metadata = match fs::symlink_metadata(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {
-            make(&directory, &path).map_err(|error| {
-                refusal(format!(
-                    "{} cannot be made ({error}): make its directory writable for volcryptd",
-                    path.display()
-                ))
-            })?;
-            fs::symlink_metadata(&path)
-        }
-        other => other,
-    }
-    .map_err(|error| unusable(&path, &error))?;
+/// Checks the file of a database.
+fn check_file(path: &Path) -> Result<(), Refusal> {
+    let metadata = fs::symlink_metadata(path).map_err(|error| unusable(path, &error))?;
     if !metadata.is_file() {
         return Err(refusal(format!("{} is not a regular file: put the database itself there", path.display())));
     }
-    check_owner(&path, &metadata)?;
+    check_owner(path, &metadata)?;
     if metadata.mode() & 0o077 != 0 {
         return Err(refusal(format!(
             "{0} is open to others (mode {1:04o}): run `chmod 0600 {0}`",
@@ -60,7 +66,7 @@ pub(super) fn prepare(directory: &Path) -> Result<PathBuf, Refusal> {
             metadata.mode() & 0o7777
         )));
     }
-    Ok(path)
+    Ok(())
 }
 
 /// Makes an empty file of mode 0600, durably. It is made with mknod and never opened here: closing a
@@ -100,13 +106,19 @@ pub(super) fn identity(path: &Path) -> Result<FileIdentity, Refusal> {
 
 /// Whether a write-ahead log with something in it stands beside the database at `path`.
 pub(super) fn has_write_ahead_log(path: &Path) -> Result<bool, Refusal> {
-    let mut log = path.as_os_str().to_owned();
-    log.push("-wal");
+    let log = beside(path, "-wal");
     match fs::symlink_metadata(&log) {
         Ok(metadata) => Ok(metadata.len() > 0),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(unusable(Path::new(&log), &error)),
+        Err(error) => Err(unusable(&log, &error)),
     }
+}
+
+/// `path` with `suffix` at its end: what SQLite calls the files beside a database.
+pub(super) fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
 }
 
 /// The URI that opens `path` as a file nobody can change: without locks and without files beside

@@ -15,19 +15,23 @@ use rusqlite::{Connection, ErrorCode, MAIN_DB, OpenFlags};
 use crate::refusal::{Reason, Refusal};
 
 mod audit;
+mod backup;
 mod change;
 mod fault;
 mod files;
 mod grants;
 mod keks;
 mod keys;
+mod restore;
 mod schema;
 mod volumes;
 
 pub use audit::{AuditPage, AuditQuery, Verified};
+pub use backup::{Contents, back_up};
 pub use grants::Grant;
 pub(crate) use keks::{Keks, Rewrapped};
 pub(crate) use keys::{Inserted, WrappedKey};
+pub use restore::Staged;
 pub(crate) use volumes::not_enrolled;
 pub use volumes::{EnrolledDevice, VolumeRecord, VolumeState};
 

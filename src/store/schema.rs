@@ -28,35 +28,67 @@ const CHECK: &str = "SELECT quick_check FROM sqlite_schema, pragma_quick_check(s
                      WHERE type = 'table' AND sqlite_schema.name <> 'audit'
                      UNION ALL SELECT quick_check FROM pragma_quick_check('sqlite_schema')";
 
+/// What a file turns out to be.
+pub(super) enum Found {
+    /// An empty database.
+    New,
+    /// A database of volcrypt's, of this version, that is as it was written.
+    Sound(usize),
+    /// Another program's.
+    Foreign,
+    /// A newer volcrypt's, of this version.
+    Newer(usize),
+    /// It is not as it was written; in SQLite's words.
+    Damaged(String),
+}
+
 /// Looks at a database without changing it: is it new or volcrypt's, not newer than `migrations`,
 /// and undamaged?
 pub(super) fn examine(connection: &Connection, path: &Path, migrations: &[Migration]) -> Result<(), Refusal> {
-    let fault = |error| fault::refusal(path, &error);
-    // One transaction, so that all answers are about the same state: another process may be making
-    // the tables right now.
-    let connection = connection.unchecked_transaction().map_err(fault)?;
-    let application: i32 = number(&connection, "PRAGMA application_id").map_err(fault)?;
-    let version = version(&connection).map_err(fault)?;
-    let tables: i64 = number(&connection, "SELECT count(*) FROM sqlite_schema").map_err(fault)?;
-    let new = application == 0 && version == 0 && tables == 0;
-    if !new && application != APPLICATION_ID {
-        return Err(Refusal::new(
+    match look(connection, migrations, CHECK).map_err(|error| fault::refusal(path, &error))? {
+        Found::New | Found::Sound(_) => Ok(()),
+        Found::Foreign => Err(Refusal::new(
             Reason::StoreUnavailable,
             format!("{} is another program's database and was left as it is: move it away", path.display()),
-        ));
+        )),
+        Found::Newer(version) => Err(newer(path, version, migrations.len())),
+        Found::Damaged(detail) => Err(fault::corrupt(path, &detail)),
+    }
+}
+
+/// Whether a file that begins with these bytes is a database of volcrypt's, damaged or not: the magic at the start, and the
+/// application's id in bytes 68 to 71 (<https://www.sqlite.org/fileformat.html>).
+pub(super) fn is_ours(head: &[u8; 100]) -> bool {
+    head.starts_with(b"SQLite format 3\0") && head[68..72] == APPLICATION_ID.to_be_bytes()
+}
+
+/// As [`examine`], with every table looked at.
+pub(super) fn inspect(connection: &Connection) -> rusqlite::Result<Found> {
+    look(connection, MIGRATIONS, "PRAGMA quick_check")
+}
+
+fn look(connection: &Connection, migrations: &[Migration], check: &str) -> rusqlite::Result<Found> {
+    // One transaction, so that all answers are about the same state: another process may be making
+    // the tables right now.
+    let connection = connection.unchecked_transaction()?;
+    let application: i32 = number(&connection, "PRAGMA application_id")?;
+    let version = version(&connection)?;
+    let tables: i64 = number(&connection, "SELECT count(*) FROM sqlite_schema")?;
+    let new = application == 0 && version == 0 && tables == 0;
+    if !new && application != APPLICATION_ID {
+        return Ok(Found::Foreign);
     }
     if version > migrations.len() {
-        return Err(newer(path, version, migrations.len()));
+        return Ok(Found::Newer(version));
     }
-    let verdicts = connection
-        .prepare(CHECK)
-        .and_then(|mut statement| statement.query_map([], |row| row.get(0))?.collect::<Result<Vec<String>, _>>())
-        .map_err(fault)?;
-    match verdicts.iter().find(|verdict| *verdict != "ok") {
-        None => Ok(()),
+    let mut statement = connection.prepare(check)?;
+    let verdicts = statement.query_map([], |row| row.get(0))?.collect::<Result<Vec<String>, _>>()?;
+    Ok(match verdicts.iter().find(|verdict| *verdict != "ok") {
+        None if new => Found::New,
+        None => Found::Sound(version),
         // The verdict is about pages and indexes; one line is enough for a sentence.
-        Some(detail) => Err(fault::corrupt(path, detail.lines().next_back().unwrap_or(detail))),
-    }
+        Some(detail) => Found::Damaged(detail.lines().next_back().unwrap_or(detail).to_owned()),
+    })
 }
 
 /// Takes the steps that `connection` has not taken yet.

@@ -1,0 +1,156 @@
+//! `volcrypt key backup` and `volcrypt key restore`: copies of the database, made and put in place without the daemon.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::CommandError;
+use super::time::utc;
+use crate::keys::EmbeddedKeyManager;
+use crate::policy::{Config, KeyManagerConfig};
+use crate::protocol::{CONTROL_SOCKET, WRAPPER_SOCKET};
+use crate::refusal::{Reason, Refusal};
+use crate::store::{self, Contents, Staged, seconds_now};
+
+/// What listens on which socket: unix(7), `/proc/net/unix`.
+const SOCKETS: &str = "/proc/net/unix";
+
+/// Copies the database to `to`, or to a new file in the directory `to`.
+pub(super) fn back_up(config: &Path, to: &Path) -> Result<String, CommandError> {
+    let config = key_manager(config)?;
+    let to = match to.is_dir() {
+        true => to.join(format!("volcrypt-{}.db", stamp())),
+        false => to.to_owned(),
+    };
+    let contents = store::back_up(config.directory(), &to).map_err(CommandError::Refused)?;
+    let Contents { volumes, keys, records, keks } = &contents;
+    let mut text =
+        format!("{} holds {volumes} volumes, {keys} wrapped keys and {records} audit records.\n", to.display());
+    match (&config, keks.as_slice()) {
+        (KeyManagerConfig::Embedded { directory }, keks @ [_, ..]) => {
+            let keks: Vec<String> = keks.iter().map(ToString::to_string).collect();
+            text.push_str(&format!(
+                "The key-encryption key is NOT in it, and without that no key opens: back up {} as well, or what the \
+                 credential volcrypt.kek is made from, and keep it elsewhere (check value {}).\n",
+                directory.join("kek").display(),
+                keks.join(" and ")
+            ));
+        }
+        (KeyManagerConfig::Kmip { .. }, _) => text.push_str("The keys are not in it: they are on the KMIP server.\n"),
+        (KeyManagerConfig::Barbican { .. }, _) => text.push_str("The keys are not in it: they are in Barbican.\n"),
+        (KeyManagerConfig::KeyFile { file }, _) => {
+            text.push_str(&format!("The key is not in it: it is in {}.\n", file.display()));
+        }
+        (KeyManagerConfig::Embedded { .. }, []) => {}
+    }
+    Ok(text)
+}
+
+/// Puts `backup` in the database's place.
+pub(super) fn restore(config: &Path, backup: &Path) -> Result<String, CommandError> {
+    let config = key_manager(config)?;
+    check_stopped()?;
+    let refused = |refusal: Refusal| CommandError::Refused(refusal);
+    let staged = Staged::new(backup, config.directory()).map_err(refused)?;
+    let contents = staged.contents().map_err(refused)?;
+    let opened = match (&config, staged.store(), &contents) {
+        (KeyManagerConfig::Embedded { directory }, Some(store), Some(contents)) if !contents.keks.is_empty() => {
+            let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
+            EmbeddedKeyManager::open(store, credentials.as_deref(), directory)
+                .and_then(|keys| keys.check_all())
+                .map_err(|refusal| refused(not_opened(backup, contents, credentials.is_some(), &refusal)))?
+        }
+        _ => 0,
+    };
+    check_stopped()?;
+    let kept = staged.put_in_place(&stamp()).map_err(refused)?;
+    let volumes = contents.map_or(0, |contents| contents.volumes);
+    let mut text =
+        format!("The database is that of {}: {volumes} volumes; {opened} keys were opened.\n", backup.display());
+    if let Some(kept) = kept {
+        text.push_str(&format!("The one before is kept as {}: remove it once all is well.\n", kept.display()));
+    }
+    text.push_str(
+        "What was enrolled after the backup was made is missing. Start volcryptd: 'systemctl start volcryptd.socket \
+         volcryptd-control.socket volcryptd'.\n",
+    );
+    Ok(text)
+}
+
+fn key_manager(config: &Path) -> Result<KeyManagerConfig, CommandError> {
+    Ok(Config::load(config).map_err(CommandError::Configuration)?.key_manager)
+}
+
+/// Now, as part of a file's name.
+fn stamp() -> String {
+    utc(seconds_now()).replace(['-', ':'], "")
+}
+
+/// A backup whose keys do not open is not put in place.
+fn not_opened(backup: &Path, contents: &Contents, has_credentials: bool, refusal: &Refusal) -> Refusal {
+    let keks: Vec<String> = contents.keks.iter().map(ToString::to_string).collect();
+    let credential = match has_credentials {
+        true => "",
+        false => {
+            "; if it is a credential, run 'systemd-run --pipe --wait --property=LoadCredentialEncrypted=volcrypt.kek:FILE \
+             volcrypt key restore BACKUP'"
+        }
+    };
+    Refusal::new(
+        refusal.reason(),
+        format!(
+            "the keys in {} do not open here, and nothing was changed ({refusal}): it needs the key-encryption key of when it \
+             was made, check value {}{credential}",
+            backup.display(),
+            keks.join(" and ")
+        ),
+    )
+}
+
+/// Neither the daemon nor systemd, which would start it at any moment, may listen for guests and clients.
+fn check_stopped() -> Result<(), CommandError> {
+    let sockets = fs::read_to_string(SOCKETS).unwrap_or_default();
+    match listening(&sockets, &[CONTROL_SOCKET, WRAPPER_SOCKET]) {
+        None => Ok(()),
+        Some(socket) => Err(CommandError::Refused(Refusal::new(
+            Reason::NotAllowed,
+            format!(
+                "volcryptd runs, or is started as soon as somebody asks ({socket}): run 'systemctl stop volcryptd.socket \
+                 volcryptd-control.socket volcryptd' first; guests that open a disk meanwhile wait"
+            ),
+        ))),
+    }
+}
+
+/// The first of `sockets` on which somebody listens: the flag `__SO_ACCEPTCON`.
+fn listening<'a>(table: &str, sockets: &[&'a str]) -> Option<&'a str> {
+    let listens = |line: &str, socket: &str| {
+        let mut fields = line.split_ascii_whitespace();
+        let flags = fields.nth(3).and_then(|flags| u32::from_str_radix(flags, 16).ok());
+        flags.is_some_and(|flags| flags & 0x1_0000 != 0) && fields.nth(3) == Some(socket)
+    };
+    sockets.iter().copied().find(|socket| table.lines().any(|line| listens(line, socket)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_listens_is_told_from_who_is_connected() {
+        let table = "Num       RefCount Protocol Flags    Type St Inode Path\n\
+                     0000000000000000: 00000003 00000000 00000000 0001 03 2345 /run/volcrypt/wrapper.sock\n\
+                     0000000000000000: 00000002 00000000 00010000 0001 01 1234 /run/volcrypt/control.sock\n\
+                     0000000000000000: 00000002 00000000 00010000 0001 01 1235\n";
+        let all = [WRAPPER_SOCKET, CONTROL_SOCKET];
+        assert_eq!(listening(table, &all), Some(CONTROL_SOCKET));
+        assert_eq!(listening(table, &[WRAPPER_SOCKET]), None);
+        let own = tempfile::tempdir().unwrap();
+        let path = own.path().join("control.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let listening =
+            |path: &Path| listening(&fs::read_to_string(SOCKETS).unwrap(), &[path.to_str().unwrap()]).is_some();
+        assert!(listening(&path));
+        drop(listener);
+        assert!(!listening(&path));
+    }
+}

@@ -1,0 +1,176 @@
+//! A copy of the database that is made while it is in use.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use rusqlite::config::DbConfig;
+use rusqlite::{Connection, ErrorCode, OpenFlags};
+use rustix::fs::{CWD, RenameFlags, StatVfsMountFlags};
+
+use super::schema::{self, Found};
+use super::{common_flags, fault, files, harden};
+use crate::keys::CheckValue;
+use crate::refusal::{Reason, Refusal};
+
+/// What a database holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Contents {
+    /// How many volumes have a record.
+    pub volumes: u64,
+    /// How many keys are in it, wrapped.
+    pub keys: u64,
+    /// How many audit records.
+    pub records: u64,
+    /// The check values of the key-encryption keys that it needs.
+    pub keks: Vec<CheckValue>,
+}
+
+/// Copies the database in `directory`, as it is at one moment, to the new file `to` of mode 0600, durably. Others may use
+/// it meanwhile. `to` is there whole or not at all.
+///
+/// # Errors
+/// [`Reason::StoreUnavailable`] when there is no sound database of this version, when `to` exists (it is left as it
+/// is), and when it cannot be written.
+pub fn back_up(directory: &Path, to: &Path) -> Result<Contents, Refusal> {
+    let to = &std::path::absolute(to).map_err(|error| refusal(format!("{} cannot be made ({error})", to.display())))?;
+    let path = files::check_directory(directory)?.join(files::FILE_NAME);
+    let source = connect(&path)?;
+    match schema::inspect(&source).map_err(|error| fault::refusal(&path, &error))? {
+        Found::Sound(version) if version == schema::MIGRATIONS.len() => {}
+        Found::Sound(version) => {
+            return Err(refusal(format!(
+                "{} is an older volcrypt's (version {version}): start volcryptd, which brings it to version {}, and repeat",
+                path.display(),
+                schema::MIGRATIONS.len()
+            )));
+        }
+        Found::Damaged(detail) => return Err(fault::corrupt(&path, &detail)),
+        Found::New | Found::Foreign | Found::Newer(_) => {
+            return Err(refusal(format!(
+                "{} is no database of this volcrypt: use the volcrypt that made it",
+                path.display()
+            )));
+        }
+    }
+    source
+        .set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, false)
+        .map_err(|error| fault::refusal(&path, &error))?;
+    let failed = |error: &dyn std::fmt::Display| {
+        refusal(format!("{} cannot be written ({error}), and nothing was left of it", to.display()))
+    };
+    let partial = Partial::new(to).map_err(|error| failed(&error))?;
+    let name = partial.0.to_str().ok_or_else(|| failed(&"its name is not UTF-8"))?;
+    // It writes a new database, without what stood in free pages. An empty file of ours is what it accepts.
+    source.execute("VACUUM INTO ?1", [name]).map_err(|error| match error.sqlite_error_code() {
+        // Reading all of the source went well before.
+        Some(ErrorCode::DiskFull | ErrorCode::SystemIoFailure | ErrorCode::CannotOpen) => failed(&error),
+        _ => fault::refusal(&path, &error),
+    })?;
+    let contents = contents_of(&partial.0).map_err(|error| failed(&error))?;
+    match partial.complete(to) {
+        Ok(()) => Ok(contents),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(refusal(format!(
+            "{} exists already: name a file that does not, nothing is ever overwritten",
+            to.display()
+        ))),
+        Err(error) => Err(failed(&error)),
+    }
+}
+
+/// A connection that only reads a database which others may be using.
+fn connect(path: &Path) -> Result<Connection, Refusal> {
+    let fault = |error| fault::refusal(path, &error);
+    fs::symlink_metadata(path).map_err(|error| {
+        refusal(format!(
+            "{} cannot be read ({error}): name the directory of the database in the configuration",
+            path.display()
+        ))
+    })?;
+    let read_only = rustix::fs::statvfs(path).is_ok_and(|status| status.f_flag.contains(StatVfsMountFlags::RDONLY));
+    let connection = match read_only && !files::has_write_ahead_log(path)? {
+        true => connect_immutable(path),
+        // A connection that may only read would leave files beside a database that nobody uses.
+        false => Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE | common_flags()),
+    };
+    let connection = connection.map_err(fault)?;
+    harden(&connection).map_err(fault)?;
+    // Nothing is merged into a file that may turn out to be damaged.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).map_err(fault)?;
+    Ok(connection)
+}
+
+/// A connection to a database that nobody uses, which makes no file beside it.
+pub(super) fn connect_immutable(path: &Path) -> rusqlite::Result<Connection> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI | common_flags();
+    let connection = Connection::open_with_flags(files::immutable_uri(path), flags)?;
+    harden(&connection)?;
+    Ok(connection)
+}
+
+/// Reads a copy that was made.
+fn contents_of(copy: &Path) -> rusqlite::Result<Contents> {
+    contents(&connect_immutable(copy)?)
+}
+
+pub(super) fn contents(connection: &Connection) -> rusqlite::Result<Contents> {
+    let count = |query: &str| connection.query_row(query, [], |row| row.get(0)).map(i64::unsigned_abs);
+    let keks = connection
+        .prepare(
+            "SELECT check_value FROM keks WHERE state = 'current' OR check_value IN (SELECT kek FROM keys)
+             ORDER BY state, check_value",
+        )?
+        .query_map([], |row| row.get(0))?
+        .collect::<Result<Vec<String>, _>>()?;
+    Ok(Contents {
+        volumes: count("SELECT count(*) FROM volumes")?,
+        keys: count("SELECT count(*) FROM keys WHERE wrapped IS NOT NULL")?,
+        records: count("SELECT count(*) FROM audit")?,
+        keks: keks.into_iter().filter_map(|value| CheckValue::try_from(value).ok()).collect(),
+    })
+}
+
+/// A file that is not complete yet, under another name; gone with this value.
+struct Partial(PathBuf);
+
+impl Partial {
+    fn new(to: &Path) -> io::Result<Self> {
+        let name = to.file_name().ok_or(io::ErrorKind::InvalidInput)?;
+        if to.symlink_metadata().is_ok() {
+            return Err(io::Error::new(
+                io::ErrorKind::AlreadyExists,
+                "it exists already, and nothing is ever overwritten",
+            ));
+        }
+        let path = to.with_file_name(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id()));
+        OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
+        Ok(Partial(path))
+    }
+
+    /// Gives the file its name, if nothing else has it.
+    fn complete(self, to: &Path) -> io::Result<()> {
+        File::open(&self.0)?.sync_all()?;
+        match rustix::fs::renameat_with(CWD, &self.0, CWD, to, RenameFlags::NOREPLACE) {
+            // Not every file system can do that.
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => fs::hard_link(&self.0, to)?,
+            renamed => renamed?,
+        }
+        let synced = to.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all());
+        synced.inspect_err(|_| {
+            // It may not be there after a power cut, so it is not there now.
+            let _ = fs::remove_file(to);
+        })
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        // After it got its name there is nothing to remove.
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+fn refusal(sentence: String) -> Refusal {
+    Refusal::new(Reason::StoreUnavailable, sentence)
+}

@@ -1,0 +1,218 @@
+//! A backup that takes the database's place.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rusqlite::{Connection, ErrorCode, OpenFlags};
+use rustix::fs::{FlockOperation, fcntl_lock};
+
+use super::backup::{connect_immutable, contents};
+use super::files::{FILE_NAME, beside};
+use super::schema::{self, Found};
+use super::{Contents, Store, common_flags, files, harden};
+use crate::refusal::{Reason, Refusal};
+
+/// A copy of a backup beside the database, looked at and brought to the newest version. It is gone with this value, unless
+/// it was put in the database's place.
+pub struct Staged {
+    folder: PathBuf,
+    directory: PathBuf,
+    store: Option<Arc<Store>>,
+}
+
+impl Staged {
+    /// Copies `backup` into a folder of its own in `directory`, where the database is.
+    ///
+    /// # Errors
+    /// [`Reason::StoreUnavailable`] when `backup` is no sound database of this volcrypt or an older one, when it is not
+    /// whole, and when it cannot be copied.
+    pub fn new(backup: &Path, directory: &Path) -> Result<Self, Refusal> {
+        let refuse = |what: String| Err(refusal(format!("{} {what}; nothing was changed", backup.display())));
+        let metadata = match fs::metadata(backup) {
+            Ok(metadata) => metadata,
+            Err(error) => return refuse(format!("cannot be read ({error})")),
+        };
+        if !metadata.is_file() {
+            return refuse("is no file: name the backup itself".to_owned());
+        }
+        if files::has_write_ahead_log(backup)? {
+            return refuse(format!(
+                "is not whole, because {} holds changes of it: use a backup that 'volcrypt key backup' made",
+                beside(backup, "-wal").display()
+            ));
+        }
+        match connect_immutable(backup).and_then(|connection| schema::inspect(&connection)) {
+            Ok(Found::Sound(1..)) => {}
+            Ok(Found::Sound(_) | Found::New | Found::Foreign) => {
+                return refuse("is no database of volcrypt's".to_owned());
+            }
+            Ok(Found::Newer(version)) => {
+                return refuse(format!(
+                    "was written by a newer volcrypt (version {version}, this one knows {}): install that volcrypt first",
+                    schema::MIGRATIONS.len()
+                ));
+            }
+            Ok(Found::Damaged(detail)) => return refuse(format!("is damaged ({detail}): use another backup")),
+            Err(error) => match error.sqlite_error_code() {
+                Some(ErrorCode::NotADatabase) => return refuse("is no database".to_owned()),
+                Some(ErrorCode::DatabaseCorrupt) => return refuse(format!("is damaged ({error}): use another backup")),
+                _ => return refuse(format!("cannot be read ({error})")),
+            },
+        }
+        let directory = files::check_directory(directory)?;
+        let folder = directory.join(".restore");
+        let mut staged = Staged { folder, directory, store: None };
+        staged.copy(backup).map_err(|error| {
+            refusal(format!(
+                "{} cannot be copied to {} ({error}); nothing was changed",
+                backup.display(),
+                staged.directory.display()
+            ))
+        })?;
+        staged.store = Some(Arc::new(Store::open(&staged.folder)?));
+        Ok(staged)
+    }
+
+    fn copy(&self, backup: &Path) -> io::Result<()> {
+        match fs::remove_dir_all(&self.folder) {
+            // Left there by one that was killed.
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+        DirBuilder::new().mode(0o700).create(&self.folder)?;
+        let mut copy = OpenOptions::new().write(true).create_new(true).mode(0o600).open(self.folder.join(FILE_NAME))?;
+        io::copy(&mut File::open(backup)?, &mut copy)?;
+        copy.sync_all()
+    }
+
+    /// The copy. It has to be given back before it can be put in place.
+    pub fn store(&self) -> Option<Arc<Store>> {
+        self.store.clone()
+    }
+
+    /// What is in it.
+    ///
+    /// # Errors
+    /// [`Reason::StoreUnavailable`] when it cannot be read.
+    pub fn contents(&self) -> Result<Option<Contents>, Refusal> {
+        let Some(store) = &self.store else { return Ok(None) };
+        contents(&store.connection()).map(Some).map_err(|error| store.fault(&error))
+    }
+
+    /// Puts the copy in the database's place, durably. The present one stays beside it under a name that ends in `stamp`,
+    /// which is returned; nothing if there is none.
+    ///
+    /// # Errors
+    /// [`Reason::StoreUnavailable`] when another process has the database open, and when the files cannot be
+    /// renamed.
+    pub fn put_in_place(mut self, stamp: &str) -> Result<Option<PathBuf>, Refusal> {
+        let path = self.directory.join(FILE_NAME);
+        let failed = |error: io::Error| {
+            refusal(format!(
+                "the backup cannot be put in the place of {} ({error}): mend that and repeat",
+                path.display()
+            ))
+        };
+        // Closing it merges its log.
+        if let Some(store) = self.store.take() {
+            store.merge_log(&store.connection());
+        }
+        let copy = self.folder.join(FILE_NAME);
+        if files::has_write_ahead_log(&copy)? {
+            return Err(failed(io::Error::other("its log could not be merged")));
+        }
+        File::open(&copy).and_then(|copy| copy.sync_all()).map_err(failed)?;
+
+        let kept = match path.symlink_metadata() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            _ => Some(unused(&beside(&path, &format!(".replaced-{stamp}")))),
+        };
+        let in_use = match &kept {
+            Some(kept) => {
+                merge(&path);
+                let lock = lock(&path)?;
+                keep(&path, kept).map_err(failed)?;
+                Some(lock)
+            }
+            None => None,
+        };
+        fs::rename(&copy, &path).and_then(|()| sync(&self.directory)).map_err(failed)?;
+        drop(in_use);
+        Ok(kept)
+    }
+}
+
+impl Drop for Staged {
+    fn drop(&mut self) {
+        self.store = None;
+        // It is nothing but a copy.
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}
+
+/// `name`, or with a number at its end if that is another file's.
+fn unused(name: &Path) -> PathBuf {
+    let numbered = (2..).map(|number| beside(name, &format!("-{number}")));
+    let is_free = |name: &PathBuf| name.symlink_metadata().is_err();
+    std::iter::once(name.to_owned()).chain(numbered).find(is_free).unwrap_or_else(|| name.to_owned())
+}
+
+/// Merges the log of the database that is to be kept, so that its file is all of it. What is no database of ours any
+/// more is not touched: SQLite would remove its log.
+fn merge(path: &Path) {
+    let mut head = [0; 100];
+    let is_ours = File::open(path).and_then(|mut file| file.read_exact(&mut head)).is_ok() && schema::is_ours(&head);
+    if !is_ours || !files::has_write_ahead_log(path).unwrap_or(false) {
+        return;
+    }
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | common_flags();
+    let merged = Connection::open_with_flags(path, flags).and_then(|connection| {
+        harden(&connection)?;
+        connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, bool>(0))
+    });
+    if let Err(error) = merged {
+        tracing::warn!("the log of {} is not merged: {error}", path.display());
+    }
+}
+
+/// Has the database for this process alone. Whoever has one open that is written ahead holds a lock on part of the
+/// file (<https://www.sqlite.org/wal.html>), and the kernel's lock of all of it excludes that.
+fn lock(path: &Path) -> Result<File, Refusal> {
+    let failed =
+        |error: io::Error| refusal(format!("{} cannot be opened ({error}); nothing was changed", path.display()));
+    let file = OpenOptions::new().read(true).write(true).open(path).map_err(failed)?;
+    match fcntl_lock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::AGAIN | rustix::io::Errno::ACCESS) => Err(refusal(format!(
+            "{} is in use: stop volcryptd ('systemctl stop volcryptd.socket volcryptd-control.socket volcryptd') or \
+             whatever 'fuser {}' shows, and repeat; nothing was changed",
+            path.display(),
+            path.display()
+        ))),
+        Err(error) => Err(failed(error.into())),
+    }
+}
+
+/// Gives the database at `path` a second name, and takes the files beside it away, lest they are taken for the new one's.
+fn keep(path: &Path, kept: &Path) -> io::Result<()> {
+    fs::hard_link(path, kept)?;
+    let absent_is_fine = |result: io::Result<()>| match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    };
+    absent_is_fine(fs::rename(beside(path, "-wal"), beside(kept, "-wal")))?;
+    absent_is_fine(fs::remove_file(beside(path, "-shm")))?;
+    sync(path.parent().ok_or(io::ErrorKind::InvalidInput)?)
+}
+
+fn sync(directory: &Path) -> io::Result<()> {
+    File::open(directory)?.sync_all()
+}
+
+fn refusal(sentence: String) -> Refusal {
+    Refusal::new(Reason::StoreUnavailable, sentence)
+}

@@ -1,0 +1,439 @@
+//! Backups of the database and their way back, through the command.
+
+use std::collections::BTreeMap;
+use std::fs::{self, Permissions};
+use std::hash::{DefaultHasher, Hasher};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use assert_cmd::cargo::CommandCargoExt;
+use rusqlite::Connection;
+use tempfile::TempDir;
+use volcrypt::keys::{EmbeddedKeyManager, Key, KeyEncryptionKey, KeyManager, RotationStep};
+use volcrypt::policy::Provider;
+use volcrypt::store::{EnrolledDevice, Store, VolumeRecord, VolumeState};
+use volcrypt::volume::VolumeId;
+
+/// A host's database, key-encryption key and configuration.
+struct Host(TempDir);
+
+/// Every key, by volume.
+type Keys = BTreeMap<String, Vec<u8>>;
+
+impl Host {
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let host = Host(folder);
+        fs::create_dir(host.state()).unwrap();
+        fs::set_permissions(host.state(), Permissions::from_mode(0o700)).unwrap();
+        fs::write(host.path("volcrypt.toml"), format!("[key_manager]\ndirectory = {:?}\n", host.state())).unwrap();
+        host
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn state(&self) -> PathBuf {
+        self.path("state")
+    }
+
+    fn database(&self) -> PathBuf {
+        self.state().join("volcrypt.db")
+    }
+
+    fn open(&self) -> (Arc<Store>, EmbeddedKeyManager) {
+        let store = Arc::new(Store::open(&self.state()).unwrap());
+        (Arc::clone(&store), EmbeddedKeyManager::open(store, None, &self.state()).unwrap())
+    }
+
+    /// Enrols volumes and returns their keys.
+    fn enrol(&self, names: &[&str]) -> Keys {
+        let (store, keys) = self.open();
+        names.iter().map(|name| (name.to_string(), enrol(&store, &keys, name))).collect()
+    }
+
+    /// Runs the command; gives exit code, and standard output or error.
+    fn volcrypt(&self, arguments: &[&str]) -> (i32, String) {
+        let mut command = Command::cargo_bin("volcrypt").unwrap();
+        let output = command.arg("--config").arg(self.path("volcrypt.toml")).args(arguments).output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        match output.status.code().unwrap() {
+            0 => (0, text(output.stdout)),
+            code => {
+                assert!(output.stdout.is_empty());
+                (code, text(output.stderr))
+            }
+        }
+    }
+
+    fn back_up(&self, name: &str) -> PathBuf {
+        let to = self.path(name);
+        let (code, text) = self.volcrypt(&["key", "backup", to.to_str().unwrap()]);
+        assert_eq!(code, 0, "{text}");
+        to
+    }
+
+    fn try_restore(&self, backup: &Path) -> (i32, String) {
+        self.volcrypt(&["key", "restore", backup.to_str().unwrap()])
+    }
+
+    /// Restores and returns what is said.
+    fn restore(&self, backup: &Path) -> String {
+        let (code, text) = self.try_restore(backup);
+        assert_eq!(code, 0, "{text}");
+        text
+    }
+
+    /// It is refused with one sentence that has `said` in it, and every file is as it was.
+    fn assert_refused(&self, backup: &Path, said: &str) {
+        let before = contents(&self.state());
+        let (code, text) = self.try_restore(backup);
+        assert_eq!((code, text.lines().count()), (1, 1), "{text}");
+        assert!(text.contains(said), "{said}: {text}");
+        assert_eq!(contents(&self.state()), before, "{said}");
+    }
+
+    fn assert_has(&self, keys: &Keys) {
+        let (store, manager) = self.open();
+        assert_eq!(store.volumes().unwrap().iter().map(|volume| volume.id.as_str()).collect::<Vec<_>>(), names(keys));
+        for (name, key) in keys {
+            assert_eq!(manager.get(&id(name)).unwrap().bytes(), key);
+        }
+        assert_eq!(store.verify_audit(Default::default()).unwrap().broken, None);
+    }
+
+    /// The files of the databases that were replaced.
+    fn kept(&self) -> Vec<PathBuf> {
+        let mut kept: Vec<_> = fs::read_dir(self.state()).unwrap().map(|entry| entry.unwrap().path()).collect();
+        kept.retain(|path| path.to_str().unwrap().contains(".replaced-"));
+        kept.sort();
+        kept
+    }
+}
+
+fn id(name: &str) -> VolumeId {
+    name.parse().unwrap()
+}
+
+fn names(keys: &Keys) -> Vec<&str> {
+    keys.keys().map(String::as_str).collect()
+}
+
+fn enrol(store: &Store, keys: &EmbeddedKeyManager, name: &str) -> Vec<u8> {
+    let key = keys.make(&id(name), 512.try_into().unwrap()).unwrap();
+    store.enrol(&record(name, &key)).unwrap();
+    key.bytes().to_vec()
+}
+
+fn record(name: &str, key: &Key) -> VolumeRecord {
+    VolumeRecord {
+        id: id(name),
+        device: EnrolledDevice { wwid: Some(format!("naa.{name}")), ..EnrolledDevice::default() },
+        size_bytes: 1 << 30,
+        profile: "default".to_owned(),
+        provider: Provider::Plain,
+        cipher: "aes-xts-plain64".to_owned(),
+        key_size: 512.try_into().unwrap(),
+        sector_size: 4096,
+        check_value: key.check_value(&id(name)),
+        enrolled_at: 1_790_000_000,
+        state: VolumeState::Enrolled,
+        owner: None,
+    }
+}
+
+/// Every file of `directory` with its length and a hash; without the log's index, which every reader writes to.
+fn contents(directory: &Path) -> BTreeMap<String, (usize, u64)> {
+    let entries = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap());
+    let entries = entries.map(|entry| {
+        let content = fs::read(entry.path()).unwrap();
+        let mut hasher = DefaultHasher::new();
+        hasher.write(&content);
+        (entry.file_name().into_string().unwrap(), (content.len(), hasher.finish()))
+    });
+    entries.filter(|(name, _)| !name.ends_with("-shm")).collect()
+}
+
+#[test]
+fn a_backup_comes_back_and_what_was_there_is_kept() {
+    let host = Host::new();
+    let keys = host.enrol(&["one", "two"]);
+    let backup = host.back_up("backup.db");
+    assert_eq!(fs::metadata(&backup).unwrap().mode() & 0o7777, 0o600);
+    let later = host.enrol(&["three"]);
+    let text = host.restore(&backup);
+    assert!(text.contains("2 volumes; 2 keys were opened") && text.contains("systemctl start"), "{text}");
+    host.assert_has(&keys);
+    assert!(host.state().join("kek").exists() && !host.state().join(".restore").exists());
+    // And back again.
+    let kept = host.kept();
+    assert_eq!(kept.len(), 1);
+    assert!(text.contains(kept[0].to_str().unwrap()), "{text}");
+    host.restore(&kept[0]);
+    host.assert_has(&keys.into_iter().chain(later).collect());
+    assert_eq!(fs::metadata(host.database()).unwrap().mode() & 0o7777, 0o600);
+}
+
+#[test]
+fn a_backup_is_of_one_moment_though_the_database_is_in_use() {
+    let host = Host::new();
+    let (store, keys) = host.open();
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (store, keys, ended) = (&store, &keys, &ended);
+        let enrolling = scope.spawn(move || {
+            let mut number = 0;
+            while !ended.load(Ordering::Relaxed) {
+                enrol(store, keys, &format!("volume-{number}"));
+                number += 1;
+            }
+        });
+        let rotating = scope.spawn(move || {
+            let mut step = RotationStep::Begin;
+            while !ended.load(Ordering::Relaxed) {
+                // What is hindered by the backup that reads goes on afterwards.
+                step = match keys.rotate_kek(&step) {
+                    Ok(volcrypt::keys::KekRotation::UnderWay { after, .. }) => RotationStep::GoOn { after },
+                    _ => RotationStep::Begin,
+                };
+            }
+        });
+        for number in 0..10 {
+            let backup = host.back_up(&format!("{number}.db"));
+            let database = Connection::open(&backup).unwrap();
+            let lone: i64 = database
+                .query_row("SELECT count(*) FROM volumes WHERE id NOT IN (SELECT volume_id FROM keys)", [], |row| {
+                    row.get(0)
+                })
+                .unwrap();
+            assert_eq!(lone, 0, "a volume is enrolled after its key is stored");
+            let verdict: String = database.query_row("PRAGMA integrity_check", [], |row| row.get(0)).unwrap();
+            assert_eq!(verdict, "ok");
+        }
+        ended.store(true, Ordering::Relaxed);
+        enrolling.join().unwrap();
+        rotating.join().unwrap();
+    });
+}
+
+#[test]
+fn a_backup_says_what_else_is_needed() {
+    let host = Host::new();
+    host.enrol(&["one"]);
+    let kek = KeyEncryptionKey::load(None, &host.state(), false).unwrap().check_value().to_string();
+    let folder = host.path("backups");
+    fs::create_dir(&folder).unwrap();
+    let (code, text) = host.volcrypt(&["key", "backup", folder.to_str().unwrap()]);
+    assert_eq!(code, 0);
+    assert!(text.contains("NOT in it") && text.contains("/state/kek") && text.contains(&kek), "{text}");
+    let made: Vec<_> = fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(made.len(), 1);
+    assert!(text.starts_with(made[0].to_str().unwrap()), "{text}");
+    let backup = fs::read(&made[0]).unwrap();
+    let kek = fs::read(host.state().join("kek")).unwrap();
+    assert!(kek.chunks(8).all(|part| !backup.windows(8).any(|window| window == part)));
+}
+
+#[test]
+fn no_backup_overwrites_anything_or_leaves_half_a_file() {
+    let host = Host::new();
+    let names: Vec<String> = (0..100).map(|number| format!("volume-{number}")).collect();
+    host.enrol(&names.iter().map(String::as_str).collect::<Vec<_>>());
+    let to = host.path("there");
+    fs::write(&to, "precious").unwrap();
+    let before = contents(&host.state());
+    let (code, text) = host.volcrypt(&["key", "backup", to.to_str().unwrap()]);
+    assert_eq!(code, 1);
+    assert!(text.contains("exists already"), "{text}");
+    assert_eq!(fs::read(&to).unwrap(), b"precious");
+    let (code, text) = host.volcrypt(&["key", "backup", host.path("nowhere/x").to_str().unwrap()]);
+    assert_eq!((code, text.lines().count()), (1, 1), "{text}");
+    assert_eq!(contents(&host.state()), before);
+
+    // A disk of 64 KiB, and a limit of 40 on the way to it.
+    let full = host.path("full");
+    fs::create_dir(&full).unwrap();
+    let volcrypt = Command::cargo_bin("volcrypt").unwrap();
+    for limit in ["mount -t tmpfs -o size=64k tmpfs \"$0\"", "trap '' XFSZ; ulimit -f 40"] {
+        let script =
+            format!("{limit} || exit 9; \"$1\" --config \"$2\" key backup \"$0/backup\"; echo \"$?\" $(ls -A \"$0\")");
+        let output = Command::new("unshare")
+            .args(["--mount", "--propagation", "private", "bash", "-c", &script])
+            .args([full.as_os_str(), volcrypt.get_program(), host.path("volcrypt.toml").as_os_str()])
+            .output()
+            .unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), "1\n", "nothing is left; {error}");
+        assert!(error.contains("/full/backup cannot be written") && error.lines().count() == 1, "{error}");
+    }
+}
+
+#[test]
+fn what_is_no_whole_backup_is_not_restored() {
+    let host = Host::new();
+    host.enrol(&["one"]);
+    let names: Vec<String> = (0..200).map(|number| format!("volume-{number}")).collect();
+    host.enrol(&names.iter().map(String::as_str).collect::<Vec<_>>());
+    let backup = host.back_up("backup.db");
+    let sound = fs::read(&backup).unwrap();
+    let write = |name: &str, content: &[u8]| {
+        let path = host.path(name);
+        fs::write(&path, content).unwrap();
+        path
+    };
+    host.assert_refused(&host.path("nowhere"), "cannot be read");
+    host.assert_refused(host.0.path(), "is no file");
+    host.assert_refused(&write("text", b"this is no database at all, by no means whatsoever"), "is no database");
+    host.assert_refused(&write("empty", b""), "is no database of volcrypt's");
+    host.assert_refused(&write("half", &sound[..sound.len() / 2]), "is damaged");
+    // Each page's header in its turn: no page of it goes unlooked at.
+    for page in (4096..sound.len()).step_by(4096) {
+        let mut damaged = sound.clone();
+        damaged[page..page + 8].fill(0xa5);
+        host.assert_refused(&write("damaged", &damaged), "is damaged");
+    }
+    let changed = |name: &str, sql: &str| {
+        let path = write(name, &sound);
+        Connection::open(&path).unwrap().execute_batch(sql).unwrap();
+        path
+    };
+    host.assert_refused(&changed("foreign", "PRAGMA application_id = 7"), "is no database of volcrypt's");
+    host.assert_refused(&changed("newer", "PRAGMA user_version = 99"), "newer volcrypt (version 99");
+    // A key's bytes are no business of SQLite's check.
+    let flipped = "UPDATE keys SET wrapped = zeroblob(length(wrapped)) WHERE volume_id = 'volume-7'";
+    host.assert_refused(&changed("flipped", flipped), "volume-7");
+    let swapped = "UPDATE volumes SET check_value = '00000000000000000000000000000000' WHERE id = 'volume-9'";
+    host.assert_refused(&changed("swapped", swapped), "volume volume-9 is not the one it was enrolled with");
+    let live = write("live", &sound);
+    write("live-wal", b"x");
+    host.assert_refused(&live, "live-wal holds changes");
+    host.restore(&backup);
+}
+
+#[test]
+fn a_backup_needs_its_key_encryption_key() {
+    let host = Host::new();
+    let keys = host.enrol(&["one"]);
+    let backup = host.back_up("backup.db");
+    let old = fs::read(host.state().join("kek")).unwrap();
+    let (_, manager) = host.open();
+    let mut step = RotationStep::Begin;
+    while let volcrypt::keys::KekRotation::UnderWay { after, .. } = manager.rotate_kek(&step).unwrap() {
+        step = RotationStep::GoOn { after };
+    }
+    drop(manager);
+    host.assert_refused(&backup, "needs the key-encryption key of when it was made");
+    let new = fs::read(host.state().join("kek")).unwrap();
+    fs::remove_file(host.state().join("kek")).unwrap();
+    host.assert_refused(&backup, "systemd-run --pipe --wait --property=LoadCredentialEncrypted=volcrypt.kek:FILE");
+    assert!(!host.state().join("kek").exists(), "none is made");
+    fs::write(host.state().join("kek"), &old).unwrap();
+    fs::set_permissions(host.state().join("kek"), Permissions::from_mode(0o600)).unwrap();
+    host.restore(&backup);
+    host.assert_has(&keys);
+    assert_ne!(old, new);
+}
+
+#[test]
+fn a_database_in_use_is_not_replaced() {
+    let host = Host::new();
+    let keys = host.enrol(&["one"]);
+    let backup = host.back_up("backup.db");
+    let (store, manager) = host.open();
+    let inode = fs::metadata(host.database()).unwrap().ino();
+    // To read the file here would drop the locks of this process on it.
+    let (code, text) = host.try_restore(&backup);
+    assert_eq!((code, text.lines().count()), (1, 1), "{text}");
+    assert!(text.contains("volcrypt.db is in use: stop volcryptd"), "{text}");
+    assert_eq!(fs::metadata(host.database()).unwrap().ino(), inode);
+    assert!(host.kept().is_empty());
+    assert_eq!(manager.get(&id("one")).unwrap().bytes(), keys["one"]);
+    enrol(&store, &manager, "two");
+    drop((store, manager));
+    host.restore(&backup);
+    host.assert_has(&keys);
+}
+
+#[test]
+fn what_a_killed_daemon_left_is_kept_whole_and_does_not_touch_the_new_database() {
+    let (host, killed) = (Host::new(), Host::new());
+    let keys = host.enrol(&["one"]);
+    let backup = host.back_up("backup.db");
+    let (store, manager) = host.open();
+    let reader = Connection::open(host.database()).unwrap();
+    reader.execute_batch("BEGIN; SELECT * FROM volumes").unwrap();
+    let later = enrol(&store, &manager, "two");
+    for entry in fs::read_dir(host.state()).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), killed.state().join(entry.file_name())).unwrap();
+    }
+    drop(reader);
+    assert!(fs::metadata(killed.state().join("volcrypt.db-wal")).unwrap().len() > 0);
+    killed.restore(&backup);
+    assert_eq!(killed.kept().len(), 1, "its log is merged into it");
+    killed.assert_has(&keys);
+    killed.restore(&killed.kept()[0]);
+    killed.assert_has(&keys.into_iter().chain([("two".to_owned(), later)]).collect());
+}
+
+#[test]
+fn a_database_that_is_damaged_or_lost_is_replaced() {
+    let host = Host::new();
+    let keys = host.enrol(&["one"]);
+    let backup = host.back_up("backup.db");
+    fs::write(host.database(), "garbage").unwrap();
+    fs::write(host.state().join("volcrypt.db-wal"), "more of it").unwrap();
+    fs::create_dir(host.state().join(".restore")).unwrap();
+    host.restore(&backup);
+    host.assert_has(&keys);
+    let kept = host.kept();
+    assert_eq!(fs::read(&kept[0]).unwrap(), b"garbage");
+    assert_eq!(fs::read(&kept[1]).unwrap(), b"more of it");
+    fs::remove_file(host.database()).unwrap();
+    let text = host.restore(&backup);
+    assert!(!text.contains("is kept"), "{text}");
+    host.assert_has(&keys);
+}
+
+#[test]
+fn an_older_volcrypts_backup_is_brought_to_this_version() {
+    let host = Host::new();
+    let kek = KeyEncryptionKey::load(None, &host.state(), true).unwrap();
+    let key = Key::random(512.try_into().unwrap()).unwrap();
+    let wrapped = kek.wrap(&id("one"), 1, &key).unwrap();
+    let path = host.path("old.db");
+    let old = Connection::open(&path).unwrap();
+    for step in [
+        include_str!("../src/store/schema/1.sql"),
+        include_str!("../src/store/schema/2.sql"),
+        include_str!("../src/store/schema/3.sql"),
+    ] {
+        old.execute_batch(step).unwrap();
+    }
+    old.execute_batch(&format!("PRAGMA application_id = {}; PRAGMA user_version = 3", i32::from_be_bytes(*b"vlcr")))
+        .unwrap();
+    old.execute("INSERT INTO meta VALUES ('kek_check_value', ?1)", [kek.check_value().to_string()]).unwrap();
+    old.execute("INSERT INTO keys VALUES ('one', 1, 512, ?1, 5, NULL), ('gone', 1, 512, NULL, 5, 6)", [wrapped])
+        .unwrap();
+    let check_value = key.check_value(&id("one")).to_string();
+    old.execute(
+        "INSERT INTO volumes VALUES ('one', NULL, NULL, 'naa.one', 1073741824, 'default', 'plain', 'aes-xts-plain64', 512,
+             4096, ?1, 1790000000, 'enrolled', NULL, NULL)",
+        [check_value],
+    )
+    .unwrap();
+    drop(old);
+    let before = fs::read(&path).unwrap();
+    host.restore(&path);
+    assert_eq!(fs::read(&path).unwrap(), before, "the backup is as it was");
+    host.assert_has(&Keys::from([("one".to_owned(), key.bytes().to_vec())]));
+    // The other way round there is no way.
+    let newest = host.back_up("backup.db");
+    let version: i64 =
+        Connection::open(newest).unwrap().query_row("PRAGMA user_version", [], |row| row.get(0)).unwrap();
+    assert!(version > 3);
+}

@@ -16,6 +16,8 @@ mod audit;
 mod daemon;
 #[path = "figures/hook.rs"]
 mod hook;
+#[path = "figures/keys.rs"]
+mod keys;
 #[path = "figures/lab.rs"]
 mod lab;
 #[path = "figures/measure.rs"]
@@ -93,6 +95,7 @@ fn isolate() -> Box<dyn Error> {
 fn host() -> Outcome<Vec<Figure>> {
     println!("load average of this host's {} CPUs before: {}", cpus(), fs::read_to_string("/proc/loadavg")?.trim());
     let mut figures = audit::figures()?;
+    figures.extend(keys::figures()?);
     figures.extend(rewrite::figures()?);
     {
         let daemon = Daemon::start()?;
@@ -106,6 +109,8 @@ fn host() -> Outcome<Vec<Figure>> {
     let daemon = Daemon::start()?;
     let stand_in = wrapper::StandIn::compile(daemon.folder())?;
     figures.extend(memory::figures(&daemon, &stand_in)?);
+    drop(daemon);
+    figures.extend(keys::memory(&Daemon::start()?)?);
     Ok(figures)
 }
 

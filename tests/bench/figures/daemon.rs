@@ -4,7 +4,7 @@ use std::fs;
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
 use std::os::unix::net::UnixDatagram;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -35,8 +35,13 @@ wwid = 'naa\.(?<id>6001405[0-9a-f]{25})'
 
 [profiles.large-sectors]
 sector_size = 4096
+
+[policy]
+export_keys = true
 "#;
 
+/// The database's folder in the daemon's own.
+const STORE: &str = "store";
 const START_DEADLINE: Duration = Duration::from_secs(20);
 
 /// A running daemon, with an empty database, in a folder that goes with it.
@@ -49,7 +54,7 @@ impl Daemon {
     /// Starts one, with the configuration at its usual place, where the hook reads it too.
     pub fn start() -> Outcome<Self> {
         let folder = tempfile::tempdir_in("/run")?;
-        let store = folder.path().join("store");
+        let store = folder.path().join(STORE);
         fs::create_dir(&store)?;
         fs::write(DEFAULT_PATH, format!("[key_manager]\ndirectory = {store:?}\n{CONFIGURATION}"))?;
         let _ = fs::remove_dir_all(RUNTIME_DIRECTORY);
@@ -73,6 +78,11 @@ impl Daemon {
     /// A folder for files of the measurement.
     pub fn folder(&self) -> &Path {
         self.folder.path()
+    }
+
+    /// Where its database is.
+    pub fn store(&self) -> PathBuf {
+        self.folder.path().join(STORE)
     }
 
     /// Its process id.

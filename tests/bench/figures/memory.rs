@@ -61,7 +61,7 @@ impl Drop for Waiting {
 }
 
 /// `VmRSS` of proc_pid_status(5), in bytes.
-fn resident(pid: u32) -> Outcome<u64> {
+pub fn resident(pid: u32) -> Outcome<u64> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).ok_or("the daemon has no VmRSS")?;
     Ok(line.trim().trim_end_matches(" kB").parse::<u64>()? * 1024)

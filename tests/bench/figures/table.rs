@@ -41,6 +41,8 @@ pub enum Aim {
     Below,
     /// At most this much.
     AtMost(u64),
+    /// At most so many bytes more than what it is compared with.
+    MoreBytes(u64),
     /// At most this long.
     Within(Duration),
 }
@@ -78,6 +80,7 @@ impl Figure {
             Aim::Over(most) => Some(difference <= Quantity::Time(most).number()),
             Aim::Below => Some(difference < 0.0),
             Aim::Within(most) => Some(value.number() <= Quantity::Time(most).number()),
+            Aim::MoreBytes(most) => Some(difference <= Quantity::Bytes(most).number()),
             Aim::AtMost(most) => Some(value.number() <= Quantity::Bytes(most).number()),
         };
         self.with_result(difference, met.map_or("", |met| if met { "ok" } else { "missed" }))
@@ -147,6 +150,7 @@ impl fmt::Display for Aim {
             Aim::OverUnlessEmulated(most) => write!(f, "(at most +{most:?} if not emulated)"),
             Aim::Below => f.write_str("less"),
             Aim::Within(most) => write!(f, "at most {most:?}"),
+            Aim::MoreBytes(most) => write!(f, "at most +{}", Quantity::Bytes(*most)),
             Aim::AtMost(most) => write!(f, "at most {}", Quantity::Bytes(*most)),
         }
     }

@@ -39,7 +39,10 @@ pub trait Devices: Send + Sync {
     fn open_exclusively(&self, identity: &Identity) -> io::Result<File>;
 
     /// The block devices that process `pid` has open, each as often as it has.
-    fn open_by(&self, pid: u32) -> Vec<DeviceNumber>;
+    ///
+    /// # Errors
+    /// When that cannot be told.
+    fn open_by(&self, pid: u32) -> io::Result<Vec<DeviceNumber>>;
 
     /// Every block device.
     ///
@@ -96,8 +99,8 @@ impl Devices for HostDevices {
         }
     }
 
-    fn open_by(&self, pid: u32) -> Vec<DeviceNumber> {
-        open_block_devices(pid).collect()
+    fn open_by(&self, pid: u32) -> io::Result<Vec<DeviceNumber>> {
+        open_block_devices(pid)
     }
 
     fn all(&self) -> io::Result<Vec<DeviceNumber>> {

@@ -52,7 +52,7 @@ impl Registrar {
             match self.guests.add(pid, listener) {
                 Ok(guest) => {
                     // The earlier daemon knew what it had given it.
-                    if open_block_devices(pid).next().is_some() {
+                    if open_block_devices(pid).map_or(true, |devices| !devices.is_empty()) {
                         guest.takes_volume();
                     }
                     tracing::info!(pid, "process {pid} goes on with this daemon");

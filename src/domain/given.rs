@@ -26,9 +26,14 @@ impl Given {
     }
 
     fn with(mut self, element: &Node<'_, '_>) -> Self {
+        let is_source = element.tag_name().name() == "source";
         for attribute in element.attributes().filter(|attribute| is_absolute(attribute.value())) {
-            let paths = if attribute.name() == "dir" { &mut self.folders } else { &mut self.paths };
-            paths.push(attribute.value().into());
+            match attribute.name() {
+                "dir" if is_source => self.folders.push(attribute.value().into()),
+                // The guest's name for it, which may look like a path of the host.
+                "dir" => {}
+                _ => self.paths.push(attribute.value().into()),
+            }
         }
         self.paths.extend(element.text().map(str::trim).filter(|text| is_absolute(text)).map(PathBuf::from));
         let inner = element.children().filter(|inner| inner.is_element() && inner.tag_name().name() != "mirror");

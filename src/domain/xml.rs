@@ -149,10 +149,13 @@ fn layer<'a, 'input>(image: &Node<'a, 'input>) -> Option<Node<'a, 'input>> {
     child(image, "backingStore").filter(|layer| child(layer, "source").is_some())
 }
 
+/// The formats in which an image says on which other one it stands (libvirt's src/storage_file/storage_file_probe.c).
+const STANDING_ON_OTHERS: [&str; 5] = ["cow", "qcow", "qcow2", "qed", "vmdk"];
+
 /// `format` is the element whose `type` says the image's format.
 fn is_looked_into(image: &Node<'_, '_>, format: &'static str) -> bool {
     let format = child(image, format).and_then(|format| format.attribute("type")).unwrap_or("raw");
-    format != "raw" && child(image, "backingStore").is_none()
+    STANDING_ON_OTHERS.contains(&format) && child(image, "backingStore").is_none()
 }
 
 impl Source {

@@ -9,6 +9,8 @@ mod written;
 
 pub use libvirt::{Domains, LibvirtState};
 pub use node::{Located, Node, block_device_at, is_no_device, locate};
-pub use process::{open_block_devices, open_devices, process_of, processes, processes_with_open, start_time};
+pub use process::{
+    open_block_devices, open_devices, process_of, processes, processes_with_open, start_time, writes_file,
+};
 pub use request::OpenRequest;
 pub use written::{Written, WrittenFile, written_file};

@@ -1,8 +1,8 @@
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, FileType, StatxFlags};
+use rustix::fs::{AtFlags, CWD, FileType, Statx, StatxFlags};
 
 use crate::sys::credentials::FileSystemUser;
 use crate::volume::DeviceNumber;
@@ -75,24 +75,65 @@ pub fn processes_with_open(pids: &[u32], device: DeviceNumber) -> Vec<u32> {
 
 /// The devices that process `pid` has open, each as often as it has. A process that is gone has none.
 pub fn open_devices(pid: u32) -> impl Iterator<Item = DeviceNumber> {
-    devices(pid).map(|(_, device)| device)
+    let descriptors = descriptors(pid).into_iter().flatten().flatten();
+    descriptors.filter_map(|place| open_device(&place).ok().flatten()).map(|(_, device)| device)
 }
 
 /// The block devices among them. A character device may have the same number.
-pub fn open_block_devices(pid: u32) -> impl Iterator<Item = DeviceNumber> {
-    devices(pid).filter(|(kind, _)| *kind == FileType::BlockDevice).map(|(_, device)| device)
+///
+/// # Errors
+/// When it cannot be told what a process has open that is still there.
+pub fn open_block_devices(pid: u32) -> io::Result<Vec<DeviceNumber>> {
+    let mut devices = Vec::new();
+    for place in descriptors(pid)? {
+        match open_device(&place?)? {
+            Some((FileType::BlockDevice, device)) => devices.push(device),
+            _ => {}
+        }
+    }
+    Ok(devices)
 }
 
-fn devices(pid: u32) -> impl Iterator<Item = (FileType, DeviceNumber)> {
-    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-    descriptors.filter_map(|descriptor| {
-        let place = descriptor.path();
-        // What has a name anywhere, and is no pipe or socket. The name of what a daemon gave is /dm-0 once that
-        // daemon is gone, and its mounts with it.
-        let is_named = fs::read_link(&place).is_ok_and(|target| target.is_absolute());
-        let device = is_named.then(|| device_at(&place).ok()).flatten();
-        device.filter(|(kind, _)| matches!(kind, FileType::BlockDevice | FileType::CharacterDevice))
+/// Whether process `pid` has the file that `fits` open for writing.
+pub fn writes_file(pid: u32, fits: impl Fn(&Statx) -> bool) -> bool {
+    descriptors(pid).into_iter().flatten().flatten().any(|place| {
+        let wanted = StatxFlags::TYPE | StatxFlags::INO;
+        rustix::fs::statx(CWD, &place, AtFlags::STATX_DONT_SYNC, wanted).is_ok_and(|status| fits(&status))
+            && is_for_writing(&place).unwrap_or(false)
     })
+}
+
+/// Whether the descriptor at `/proc/PID/fd/N` can be written to: proc_pid_fdinfo(5).
+fn is_for_writing(place: &Path) -> Option<bool> {
+    let process = place.parent()?.parent()?;
+    let info = fs::read_to_string(process.join("fdinfo").join(place.file_name()?)).ok()?;
+    let flags = info.lines().find_map(|line| line.strip_prefix("flags:"))?.trim();
+    Some(u32::from_str_radix(flags, 8).ok()? & libc::O_ACCMODE as u32 != 0)
+}
+
+/// The places `/proc/PID/fd/N`.
+fn descriptors(pid: u32) -> io::Result<impl Iterator<Item = io::Result<PathBuf>>> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd"))?;
+    Ok(entries.map(|entry| entry.map(|entry| entry.path())))
+}
+
+/// The device that is open at `place`, if any is. What is closed meanwhile is none.
+fn open_device(place: &Path) -> io::Result<Option<(FileType, DeviceNumber)>> {
+    // What has a name anywhere, and is no pipe or socket. The name of what a daemon gave is /dm-0 once that
+    // daemon is gone, and its mounts with it.
+    let closed = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
+    match fs::read_link(place) {
+        Ok(target) if target.is_absolute() => {}
+        Ok(_) => return Ok(None),
+        Err(error) if closed(&error) => return Ok(None),
+        Err(error) => return Err(error),
+    }
+    match device_at(place).map_err(io::Error::from) {
+        Ok((kind @ (FileType::BlockDevice | FileType::CharacterDevice), number)) => Ok(Some((kind, number))),
+        Ok(_) => Ok(None),
+        Err(error) if closed(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Kind and number of the device at `path`. It may be a process's own file system that serves the place, which
@@ -106,6 +147,26 @@ fn device_at(path: &Path) -> rustix::io::Result<(FileType, DeviceNumber)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_that_is_written_is_told_from_one_that_is_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        let writer = fs::File::create(&path).unwrap();
+        let wanted = StatxFlags::TYPE | StatxFlags::INO;
+        let own = rustix::fs::statx(CWD, &path, AtFlags::empty(), wanted).unwrap();
+        let is_written = || {
+            writes_file(std::process::id(), |status| {
+                (status.stx_ino, status.stx_dev_major, status.stx_dev_minor)
+                    == (own.stx_ino, own.stx_dev_major, own.stx_dev_minor)
+            })
+        };
+        assert!(is_written());
+        drop(writer);
+        let _reader = fs::File::open(&path).unwrap();
+        assert!(!is_written());
+        assert!(open_block_devices(0x7fff_fff0).is_err(), "nobody has this number");
+    }
 
     #[test]
     fn the_file_system_id_counts() {
@@ -135,7 +196,7 @@ mod tests {
         let number = |path| device_at(Path::new(path)).unwrap().1;
         let _null = fs::File::open("/dev/null").unwrap();
         let own = std::process::id();
-        assert!(!open_block_devices(own).any(|device| device == number("/dev/null")), "a character device");
+        assert!(!open_block_devices(own).unwrap().contains(&number("/dev/null")), "a character device");
         assert_eq!(processes_with_open(&[own, u32::MAX], number("/dev/null")), [own]);
         assert!(processes_with_open(&[own], number("/dev/full")).is_empty());
     }

@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use super::OpenRequest;
 use super::lookup::End;
 use super::node::{block_device_at, end, origin};
+use super::process::writes_file;
 use crate::domain::Given;
 use crate::volume::DeviceNumber;
 
@@ -23,9 +24,11 @@ const KEEP_NOTHING: [i64; 3] = [0x9fa0, 0x6265_6572, 0x9584_58f6];
 const NO_DISKS: [&str; 5] =
     ["/run/libvirt", "/var/cache/libvirt", "/var/log/libvirt", "/var/lib/libvirt/qemu/ram", "/dev/shm"];
 
-/// What the path of a running domain's own folder begins with, in which libvirt has QEMU write screenshots and what
-/// it is to show of the memory; `domain-7-web` follows.
-const DOMAINS_FOLDER: &[u8] = b"/var/lib/libvirt/qemu/domain-";
+/// Where libvirt keeps what it has of running domains.
+const LIBVIRT_FOLDER: &str = "/var/lib/libvirt/qemu";
+/// What the name of a running domain's own folder there begins with, in which libvirt has QEMU write screenshots and
+/// what it is to show of the memory; `7-web` follows.
+const DOMAINS_FOLDER: &[u8] = b"domain-";
 
 /// Something that a call could write to.
 #[derive(Clone, Copy, Debug)]
@@ -86,7 +89,15 @@ pub fn written_file(tid: u32, request: &OpenRequest) -> io::Result<Option<Writte
 }
 
 fn is_no_disk(path: &Path) -> bool {
-    path.as_os_str().as_bytes().starts_with(DOMAINS_FOLDER) || NO_DISKS.iter().any(|folder| path.starts_with(folder))
+    let domains = Path::new(LIBVIRT_FOLDER);
+    let is_domains =
+        |own: &Path| path.strip_prefix(own).is_ok_and(|rest| rest.as_os_str().as_bytes().starts_with(DOMAINS_FOLDER));
+    // Any of them may be a link to a larger disk.
+    let real = |folder: &Path, fits: &dyn Fn(&Path) -> bool| folder.canonicalize().is_ok_and(|folder| fits(&folder));
+    is_domains(domains)
+        || NO_DISKS.iter().any(|folder| path.starts_with(folder))
+        || real(domains, &is_domains)
+        || NO_DISKS.iter().any(|folder| real(folder.as_ref(), &|folder| path.starts_with(folder)))
 }
 
 const WANTED: StatxFlags = StatxFlags::TYPE.union(StatxFlags::INO);
@@ -101,6 +112,22 @@ fn path_of(handle: &OwnedFd) -> io::Result<PathBuf> {
 }
 
 impl Written<'_> {
+    /// The path by which `given` names this place in the same words, if it does, for which nothing has to be looked up.
+    pub fn spelled_by<'a>(&self, given: &'a Given) -> Option<&'a Path> {
+        match self {
+            Written::Device(_) => None,
+            Written::File(file) => given.find(|path| path == file.path),
+        }
+    }
+
+    /// Whether process `pid` writes to it already. QEMU opens an image anew when it takes it up again.
+    pub fn is_written_by(&self, pid: u32) -> bool {
+        match self {
+            Written::File(WrittenFile { number: Some(own), .. }) => writes_file(pid, |status| number(status) == *own),
+            _ => false,
+        }
+    }
+
     /// The path by which `given` names this place, if it does.
     pub fn named_by<'a>(&self, given: &'a Given) -> Option<&'a Path> {
         match self {

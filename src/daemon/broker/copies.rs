@@ -1,12 +1,13 @@
 //! What a guest with a protected volume may write to: a copy of the volume that nothing encrypts could come to
 //! stand there.
 
+use std::io;
 use std::path::Path;
 
 use super::Broker;
 use super::authorisation::Guest;
 use crate::domain::{Given, Requester};
-use crate::guest::{Written, block_device_at};
+use crate::guest::{Written, block_device_at, is_no_device};
 use crate::policy::Config;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::{Identity, VolumeId};
@@ -22,29 +23,32 @@ impl Broker {
     /// # Errors
     /// When the guest uses a protected volume, and neither libvirt nor the configuration allows the place.
     pub fn check_written(&self, written: Written<'_>, guest: &Guest<'_>) -> Result<(), Refusal> {
-        let volumes = self.volumes_of(guest)?;
+        let pid = guest.process().map_err(|error| untold(&error))?;
+        let volumes = self.volumes_of(pid)?;
         let Some(volume) = volumes.first() else { return Ok(()) };
         let config = self.config()?;
         let place = match written {
             Written::File(file) => Place::File(&file.path),
             Written::Device(device) => Place::Device(Box::new(self.devices.identify(device)?)),
         };
-        if place.is_allowed(&config, guest) || self.is_given(&config, written, guest) {
+        // What it was once allowed to write to it goes on to write to.
+        if place.is_allowed(&config, guest) || written.is_written_by(pid) || self.is_given(&config, written, guest) {
             return Ok(());
         }
         Err(place.refusal(guest, &volumes).of(volume))
     }
 
-    /// The protected volumes that the process of `guest` has open, each once.
-    fn volumes_of(&self, guest: &Guest<'_>) -> Result<Vec<VolumeId>, Refusal> {
-        let pid = guest.process().map_err(|error| {
-            Refusal::new(Reason::NotAllowed, format!("it cannot be told who wants to write: {error}; try again"))
-        })?;
-        // What is closed meanwhile is none of them.
-        let devices = self.devices.open_by(pid).into_iter().filter_map(|device| self.devices.identify(device).ok());
-        let mut volumes: Vec<_> = devices
-            .flat_map(|device| device.own_mappings().into_iter().map(|(volume, _)| volume).collect::<Vec<_>>())
-            .collect();
+    /// The protected volumes that process `pid` has open, each once.
+    fn volumes_of(&self, pid: u32) -> Result<Vec<VolumeId>, Refusal> {
+        let mut volumes = Vec::new();
+        for device in self.devices.open_by(pid).map_err(|error| untold(&error))? {
+            match self.devices.identify(device) {
+                Ok(device) => volumes.extend(device.own_mappings().into_iter().map(|(volume, _)| volume)),
+                // It was closed meanwhile.
+                Err(refusal) if refusal.reason() == Reason::DeviceGone => {}
+                Err(refusal) => return Err(refusal),
+            }
+        }
         volumes.sort();
         volumes.dedup();
         Ok(volumes)
@@ -53,19 +57,33 @@ impl Broker {
     /// Whether libvirt's own XML of the domain names the place, and not as the overlay of a protected volume: what
     /// is written there is that volume's.
     fn is_given(&self, config: &Config, written: Written<'_>, guest: &Guest<'_>) -> bool {
-        guest
-            .given()
-            .iter()
-            .any(|given| written.named_by(given).is_some_and(|path| !self.holds_a_volume(config, given, path, guest)))
+        let given = guest.given();
+        let is_own = |named: for<'a> fn(&Written<'_>, &'a Given) -> Option<&'a Path>| {
+            given.iter().any(|given| {
+                named(&written, given).is_some_and(|path| !self.holds_a_volume(config, given, path, guest))
+            })
+        };
+        // To look a path up may take a file server that has to do with another disk.
+        is_own(|written, given| written.spelled_by(given)) || is_own(|written, given| written.named_by(given))
     }
 
+    /// Whether there is a protected volume among what `given` names `besides`. What cannot be looked at may be one.
     fn holds_a_volume(&self, config: &Config, given: &Given, besides: &Path, guest: &Guest<'_>) -> bool {
-        let devices = given.besides(besides).filter_map(|path| block_device_at(path).ok());
-        let mut identities = devices.filter_map(|device| self.devices.identify(device).ok());
-        identities.any(|device| {
-            !device.own_mappings().is_empty() || !matches!(self.protection(config, &device, guest), Ok(None))
+        given.besides(besides).any(|path| match block_device_at(path) {
+            Ok(device) => match self.devices.identify(device) {
+                Ok(device) => {
+                    !device.own_mappings().is_empty() || !matches!(self.protection(config, &device, guest), Ok(None))
+                }
+                Err(_) => true,
+            },
+            Err(error) => !is_no_device(&error),
         })
     }
+}
+
+fn untold(error: &io::Error) -> Refusal {
+    let sentence = format!("it cannot be told what a guest that wants to write has open ({error}): try again");
+    Refusal::new(Reason::NotAllowed, sentence)
 }
 
 enum Place<'a> {

@@ -171,3 +171,19 @@ fn all_volumes_of_the_guest_are_named() {
     assert_eq!(copier.open("", &[&copier.file("file")]), [REFUSED]);
     assert!(copier.refusals()[0].contains("while it uses the protected volumes one, two: "), "{:?}", copier.refusals());
 }
+
+#[test]
+fn what_is_written_already_goes_on_to_be_written() {
+    let copier = Copier::new(229);
+    let (file, volume) = (copier.file("file"), copier.node.0.clone());
+    let opened = as_guest(copier.world.broker(true), DEADLINE, move || {
+        let before = OpenOptions::new().write(true).open(&file).unwrap();
+        let volume = OpenOptions::new().read(true).write(true).open(volume).unwrap();
+        let again = open_errno(&file);
+        drop(before);
+        let closed = open_errno(&file);
+        drop(volume);
+        [again, closed]
+    });
+    assert_eq!(opened, [None, REFUSED]);
+}

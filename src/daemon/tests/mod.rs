@@ -173,8 +173,8 @@ impl Devices for World {
         File::open(self.folder.path().join(&identity.name))
     }
 
-    fn open_by(&self, _pid: u32) -> Vec<DeviceNumber> {
-        self.open.lock().unwrap().clone()
+    fn open_by(&self, _pid: u32) -> io::Result<Vec<DeviceNumber>> {
+        Ok(self.open.lock().unwrap().clone())
     }
 
     fn all(&self) -> io::Result<Vec<DeviceNumber>> {

@@ -85,11 +85,17 @@ pub(super) fn detach(
 ) -> Result<String, CommandError> {
     let (domain, device, affect) = prepared(arguments, libvirt.find)?;
     let live = domain.running && affect.is_none_or(|affect| affect.live || !affect.config);
-    let (xml, volume) = asked(daemon, &Request::Detach { domain: domain.xml, device })?;
+    let (xml, volume) = match asked(daemon, &Request::Detach { domain: domain.xml, device: device.clone() }) {
+        // libvirt finds a disk by its target, and the kernel removes its mapping.
+        Err(CommandError::Daemon(error)) if error.is_daemon_down() => (device, None),
+        asked => asked?,
+    };
     (libvirt.change)(&domain.uuid, Operation::Detach, &xml, affect).map_err(CommandError::Domain)?;
     let mut text = format!("Detached from domain {}.\n", printable(&domain.name));
     if let Some(volume) = volume.filter(|_| live) {
-        text.push_str(&left_of(daemon, &domain.name, &volume)?);
+        text.push_str(&left_of(daemon, &domain.name, &volume).unwrap_or_else(|error| {
+            format!("Whether the mapping of volume {volume} is gone cannot be told: {error}\n")
+        }));
     }
     Ok(text)
 }

@@ -9,6 +9,7 @@ use super::inspection::{by_adopting, check_commands, check_emulator};
 use super::rewrite::judge;
 use crate::audit::Asker;
 use crate::domain::{self, Disk, Domain, Facts, Source, in_disk, lone_disk};
+use crate::guest::block_device_at;
 use crate::policy::{Config, Intercept};
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
@@ -98,9 +99,32 @@ impl Attaching<'_> {
         let xml = domain::rewrite_device(xml, &|_, source| judge(self.broker, Some(facts), source))?;
         let disk = lone_disk(&xml);
         let volume = disk.as_ref().and_then(|disk| volume_of(&disk.source));
-        let (Some(disk), Some(volume)) = (disk, volume) else { return Ok(Device { xml, volume: None, mapped: None }) };
-        let mapped = self.map(&disk, &volume, live).map_err(|refusal| in_disk(&disk, &refusal.of(&volume)))?;
+        let (Some(disk), Some(volume)) = (&disk, volume) else {
+            disk.iter().try_for_each(|disk| self.check_no_mapping(disk))?;
+            return Ok(Device { xml, volume: None, mapped: None });
+        };
+        let mapped = self.map(disk, &volume, live).map_err(|refusal| in_disk(disk, &refusal.of(&volume)))?;
         Ok(Device { xml, volume: Some(volume), mapped })
+    }
+
+    /// Whether a disk is no mapping under another name, and stands on none.
+    fn check_no_mapping(&self, disk: &Disk) -> Result<(), Refusal> {
+        let Source::Path(path) = &disk.source else { return Ok(()) };
+        let Ok(device) =
+            block_device_at(path).map_err(|_| ()).and_then(|number| self.broker.identify(number).map_err(|_| ()))
+        else {
+            return Ok(());
+        };
+        match device.own_mappings().into_iter().next() {
+            None => Ok(()),
+            Some((volume, _)) => {
+                let sentence = format!(
+                    "{} is the mapping of volume {volume} or stands on it: name the volume's own device",
+                    path.display()
+                );
+                Err(in_disk(disk, &Refusal::new(Reason::NotAllowed, sentence).of(&volume)))
+            }
+        }
     }
 
     fn map(&self, disk: &Disk, volume: &VolumeId, live: bool) -> Result<Option<Mapped>, Refusal> {

@@ -111,9 +111,10 @@ impl Control {
                 Ok(admitted.map_or(Reply::Nothing, Reply::Xml))
             }
             Request::Hook { operation: HookOperation::Restore, domain, xml } => {
-                let restored = incoming::restore(&self.broker, &domain, &xml).inspect_err(|refusal| {
-                    tracing::error!(domain, "domain {} cannot be restored: {refusal}", printable(&domain))
-                })?;
+                let restored = incoming::restore(&self.broker, &domain, &xml, &|program| program.is_file())
+                    .inspect_err(|refusal| {
+                        tracing::error!(domain, "domain {} cannot be restored: {refusal}", printable(&domain))
+                    })?;
                 Ok(restored.map_or(Reply::Nothing, Reply::Xml))
             }
             Request::Hook { operation: HookOperation::Started, domain, .. } => {

@@ -31,12 +31,23 @@ pub fn admit(broker: &Broker, name: &str, xml: &str) -> Result<Option<String>, R
 }
 
 /// The XML with which libvirt is to restore the domain in `xml` from a file, if it is another: as for [`admit`]. What
-/// names no mapping is looked at when it starts.
+/// names no mapping is looked at when it starts. `is_there` says whether a program can be run.
 ///
 /// # Errors
 /// As for [`admit`].
-pub fn restore(broker: &Broker, name: &str, xml: &str) -> Result<Option<String>, Refusal> {
-    inspect(broker, name, xml, |mapped| !mapped.is_empty())
+pub fn restore(
+    broker: &Broker,
+    name: &str,
+    xml: &str,
+    is_there: &dyn Fn(&Path) -> bool,
+) -> Result<Option<String>, Refusal> {
+    let restored = inspect(broker, name, xml, |mapped| !mapped.is_empty())?;
+    // XML that libvirt does not take has it delete a managed save as well. What names no such emulator is refused when the
+    // domain starts.
+    Ok(restored.filter(|xml| {
+        let emulator = Domain::parse(xml).ok().and_then(|domain| domain.emulator);
+        emulator.is_none_or(|emulator| is_there(&emulator))
+    }))
 }
 
 fn inspect(

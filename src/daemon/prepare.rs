@@ -6,10 +6,11 @@ use super::broker::{Broker, Ready, no_such_device};
 use super::by_xml;
 use super::inspection::{Inspection, by_adopting};
 use crate::audit::{Asker, Kind};
-use crate::domain::{Domain, Facts, Source, in_disk, sources_before};
+use crate::domain::{Domain, Facts, Source, in_disk, quoted, sources_before};
 use crate::guest::{block_device_at, is_no_device};
 use crate::policy::Intercept;
 use crate::refusal::{Reason, Refusal};
+use crate::volume::VolumeId;
 
 /// Makes every protected disk of the domain in `xml` ready for QEMU's open, or refuses; either is
 /// recorded.
@@ -33,6 +34,15 @@ pub fn prepare(broker: &Broker, name: &str, xml: &str) -> Result<(), Refusal> {
 fn prepare_domain(broker: &Broker, name: &str, domain: &Domain) -> Result<(), Refusal> {
     let ready = |path: &Path, facts: &Facts| match block_device_at(path) {
         Ok(device) => broker.make_ready(&broker.identify(device)?, facts),
+        Err(error) if is_no_device(&error) && VolumeId::of_mapping(path).is_some() => Err(Refusal::new(
+            Reason::DeviceGone,
+            format!(
+                "{} is not there, and nothing makes it on a host with the wrapper: run 'volcrypt domain unrewrite {}', or name \
+                 the volume's own device",
+                path.display(),
+                quoted(name)
+            ),
+        )),
         // An image file, which no rule protects; or nothing yet, about which libvirt says its own.
         Err(error) if is_no_device(&error) => Ok(Ready::default()),
         Err(error) => Err(no_such_device(path, &error)),

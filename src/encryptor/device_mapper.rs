@@ -7,20 +7,29 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{OnceLock, mpsc};
 use std::time::{Duration, Instant};
 
-use devicemapper::{DM, DevId, DeviceInfo, DmError, DmFlags, DmName, DmOptions, DmUuid, errors};
+use aws_lc_rs::rand;
+use devicemapper::{DM, DevId, DeviceInfo, DmError, DmFlags, DmName, DmOptions, errors};
 use rustix::fs::OFlags;
 
 use super::table::Target;
+use crate::sys::dm;
 use crate::volume::DeviceNumber;
 
 /// How long the kernel may take for a resume or a removal before it is given up.
 const KERNEL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// The numbers for mappings: of the 20 bits that there are, those which the kernel, counting from 0, gives to nobody.
+const MINORS: RangeInclusive<u32> = 0x400..=0xf_ffff;
+/// How many numbers are tried that turn out to be taken.
+const NUMBERS_TRIED: usize = 64;
 
 /// A connection to the kernel's device-mapper.
 pub struct DeviceMapper {
@@ -71,10 +80,21 @@ impl DeviceMapper {
     }
 
     /// Makes a device without a table.
+    ///
+    /// The kernel would give it the lowest number that is free, which is that of the device that went last. Somebody may
+    /// still be about to open that one by its number: libvirt copies a device's node into a guest's namespace before QEMU
+    /// opens it, and a mapping may go in between. So a number is not given again for as long as can be.
     pub fn create(&self, name: &str, uuid: &str, read_only: bool) -> io::Result<Device> {
-        let uuid = DmUuid::new(uuid).map_err(io_error)?;
-        let info = self.dm.device_create(dm_name(name)?, Some(uuid), options(read_only)).map_err(io_error)?;
-        Ok(Device::from(&info))
+        let control = OpenOptions::new().read(true).write(true).open("/dev/mapper/control")?;
+        for _ in 0..NUMBERS_TRIED {
+            match dm::create(&control, name, uuid, next_minor(), read_only) {
+                Ok(()) => return self.find(name)?.ok_or_else(|| io::Error::from_raw_os_error(libc::ENXIO)),
+                // The number is taken, and the name is not.
+                Err(error) if error.raw_os_error() == Some(libc::EBUSY) && self.find(name)?.is_none() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Err(io::Error::from_raw_os_error(libc::EBUSY))
     }
 
     /// Loads `target` as the device's whole table, not yet in force.
@@ -162,6 +182,19 @@ impl DeviceMapper {
     }
 }
 
+/// The next number for a device. The first one is drawn at random: an earlier daemon has given numbers as well.
+fn next_minor() -> u32 {
+    static NEXT: OnceLock<AtomicU32> = OnceLock::new();
+    let next = NEXT.get_or_init(|| {
+        let mut random = [0; 4];
+        // Without randomness it begins in front.
+        let _ = rand::fill(&mut random);
+        AtomicU32::new(u32::from_ne_bytes(random))
+    });
+    let (first, last) = (*MINORS.start(), *MINORS.end());
+    first + next.fetch_add(1, Ordering::Relaxed) % (last - first + 1)
+}
+
 /// The device's node in /dev, which the kernel itself makes.
 pub fn device_path(number: DeviceNumber) -> PathBuf {
     PathBuf::from(format!("/dev/dm-{}", number.minor))
@@ -212,5 +245,17 @@ fn io_error(error: DmError) -> io::Error {
     match error {
         DmError::Core(errors::Error::Ioctl(_, _, _, errno)) => io::Error::from_raw_os_error(*errno as i32),
         other => io::Error::other(other.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_is_not_given_again_soon() {
+        let numbers: std::collections::HashSet<u32> = (0..10_000).map(|_| next_minor()).collect();
+        assert_eq!(numbers.len(), 10_000);
+        assert!(numbers.iter().all(|number| MINORS.contains(number)));
     }
 }

@@ -86,9 +86,8 @@ pub fn open_devices(pid: u32) -> impl Iterator<Item = DeviceNumber> {
 pub fn open_block_devices(pid: u32) -> io::Result<Vec<DeviceNumber>> {
     let mut devices = Vec::new();
     for place in descriptors(pid)? {
-        match open_device(&place?)? {
-            Some((FileType::BlockDevice, device)) => devices.push(device),
-            _ => {}
+        if let Some((FileType::BlockDevice, device)) = open_device(&place?)? {
+            devices.push(device);
         }
     }
     Ok(devices)

@@ -68,13 +68,19 @@ fn prepare(domain: &str, xml: &str) -> Result<(), String> {
     let hook = config.as_ref().map(|config| config.hook.clone()).unwrap_or_default();
     match ask(domain, HookOperation::Prepare, xml, &hook) {
         Ok(_) => Ok(()),
-        Err(error) if error.is_daemon_down() && hook.when_daemon_unreachable == WhenUnreachable::StartUnprotected => {
+        Err(error) if error.is_daemon_down() && starts_unprotected(&hook) => {
             let config = config.map_err(|error| error.to_string())?;
             refuse_protected(&config, domain, xml).map_err(|sentence| format!("{sentence}; {error}"))?;
             marker.set().map_err(|failure| format!("{failure}; {error}"))
         }
         Err(error) => Err(error.to_string()),
     }
+}
+
+/// Whether domains without protected disks start while nobody can be asked. Not where the guard alone keeps a protected
+/// volume from them: without the daemon there may be none.
+fn starts_unprotected(hook: &HookConfig) -> bool {
+    hook.when_daemon_unreachable == WhenUnreachable::StartUnprotected && hook.intercept == Intercept::Open
 }
 
 /// Has the daemon look at a domain that comes from another host. libvirt asks again when it starts it here, so nothing is
@@ -84,7 +90,7 @@ fn admit(domain: &str, xml: &str) -> Result<(), String> {
     let hook = config.as_ref().map(|config| config.hook.clone()).unwrap_or_default();
     match ask(domain, HookOperation::Migrate, xml, &hook) {
         Ok(reply) => print(&reply),
-        Err(error) if error.is_daemon_down() && hook.when_daemon_unreachable == WhenUnreachable::StartUnprotected => {
+        Err(error) if error.is_daemon_down() && starts_unprotected(&hook) => {
             let config = config.map_err(|error| error.to_string())?;
             refuse_protected(&config, domain, xml).map_err(|sentence| format!("{sentence}; {error}"))
         }
@@ -133,9 +139,8 @@ fn sweep(domain: &str) {
 /// guest may be killed for that, which is what libvirt does when this operation fails.
 fn started(domain: &str) {
     let hook = Config::load(Path::new(DEFAULT_PATH)).map(|config| config.hook).unwrap_or_default();
-    if hook.intercept == Intercept::Xml
-        && let Err(error) = ask(domain, HookOperation::Started, "", &hook)
-    {
+    // Whether it goes by the XML is for the daemon to say: the file may be newer than what it works by.
+    if let Err(error) = ask(domain, HookOperation::Started, "", &hook) {
         eprintln!("volcrypt: {}", printable(&error.to_string()));
     }
 }

@@ -181,9 +181,13 @@ impl Config {
         let protects = self.rules().iter().any(|rule| rule.protect().is_some());
         let patterns = self.policy.plaintext_targets.patterns().collect::<Vec<_>>().join(" or ");
         let matching = if patterns.is_empty() { patterns } else { format!(", and to paths matching {patterns}") };
+        if protects && self.hook.intercept == Intercept::Xml {
+            let sentence = "Nothing keeps QEMU from copying a protected volume in clear: it runs without the wrapper.";
+            return Some(sentence.to_owned());
+        }
         protects.then(|| {
             format!(
-                "While a guest uses a protected volume, QEMU writes only to what libvirt started it with, to what a rule \
+                "While a guest uses a protected volume, QEMU writes only to what its live XML names, to what a rule \
                  protects or lets pass{matching}."
             )
         })

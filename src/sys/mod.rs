@@ -3,6 +3,7 @@
 pub mod alarm;
 pub mod bpf;
 pub mod credentials;
+pub mod dm;
 pub mod inherited;
 pub mod keyring;
 pub mod memory;

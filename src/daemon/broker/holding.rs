@@ -41,6 +41,13 @@ impl Broker {
             self.record_use(Kind::KeyUsed, &volume, what)?;
             self.merge_audit_soon();
             let is_mapped = self.backing_of(&volume)?.is_some();
+            if !is_mapped && let Some(user) = self.devices.user(device.number) {
+                let sentence = format!(
+                    "{user} has {device} itself open, and what it writes there would destroy volume {volume}: detach it from \
+                     that first"
+                );
+                return Err(Refusal::new(Reason::NotAllowed, sentence));
+            }
             let before = clock_gettime(ClockId::Monotonic);
             let opened = match self.open(device.number, true, OFlags::RDONLY, domain)? {
                 Verdict::Mapping(opened_volume, opened) if opened_volume == volume => opened,

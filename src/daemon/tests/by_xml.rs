@@ -234,7 +234,8 @@ fn a_domain_that_comes_gets_its_mappings_and_its_own_emulator() {
     let Adoption::Changed { xml: elsewhere, .. } = adopt(&elsewhere).unwrap() else { panic!("is adopted") };
     let owner = "<metadata><v:owner xmlns:v='https://volcrypt.org/xmlns/libvirt/owner/1'>p1</v:owner>";
     let owned = elsewhere.replacen("<metadata>", owner, 1);
-    for come in [admit, restore] {
+    let restore = |broker: &Broker, name: &str, xml: &str| restore(broker, name, xml, &|_| true);
+    for come in [admit as fn(&Broker, &str, &str) -> _, restore] {
         let here = come(&broker, "vm", &owned).unwrap().expect("another XML");
         assert!(here.contains("<source dev='/dev/mapper/volcrypt-one'/>") && here.contains(emulator), "{here}");
         // What names its mappings comes as it is.

@@ -26,7 +26,7 @@ enum Piece<'a> {
 }
 
 /// What valid files are made of. A rule alone would take a fuzzer very long to find.
-const KNOWN: [&str; 64] = [
+const KNOWN: [&str; 65] = [
     "[[rules]]\nname = 'a'\niscsi_target = '(?<id>.*)'\n",
     "[[rules]]\nname = 'b'\nwwid = '(?<id>.+)'\n",
     "[[rules]]\n",

@@ -2,7 +2,6 @@
 # shellcheck disable=SC2154 # The helpers that are sourced first assign what is not assigned here.
 # Snapshots, block copies, backups, saved states and disks that are attached: what a guest with a protected volume
 # writes in clear, and what it does not.
-# machine: second
 # limit: 600
 
 images=/var/lib/libvirt/images

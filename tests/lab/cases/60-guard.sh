@@ -5,7 +5,6 @@
 # limit: 600
 # LUNs of prot-guard: 0 and 1, both enrolled. Target `free` is not protected. Domain `plain` runs without the
 # wrapper, as one that was started before the package was installed; domain `wrapped` runs with it.
-# machine: second
 
 guard_emulator=/usr/bin/qemu-system-x86_64
 guard_wrapper=/usr/libexec/volcrypt/emulators/qemu-system-x86_64

@@ -116,7 +116,7 @@ case_between_hosts_without_the_wrapper() {
     local turn
     first intercept xml
     first migrate_without_wrapper hv2
-    for ((turn = 1; turn <= 10; turn++)); do
+    for ((turn = 1; turn <= 3; turn++)); do
         second is_here
         second migrate_to hv1
         second nothing_here

@@ -1,7 +1,6 @@
 # shellcheck shell=bash
 # Domains that are saved to a file and restored: the mapping goes with QEMU and comes again, and what is refused loses
 # nothing.
-# machine: second
 
 file=/var/tmp/saved.save
 managed=/var/lib/libvirt/qemu/save/saved.save

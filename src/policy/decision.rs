@@ -1,4 +1,4 @@
-use super::config::{Config, Unmatched};
+use super::config::{Config, Intercept, Unmatched};
 use super::profile::Profile;
 use super::rule::{Action, Fit, Protect, Rule};
 use crate::domain::Requester;
@@ -65,6 +65,8 @@ impl Config {
         let mut for_some = false;
         for (rule, _) in self.rules_for(device) {
             match (rule.action(), rule.depends_on_domain()) {
+                // Without the wrapper nobody asks which domain opens it, and it would be open to all of them.
+                (Action::Pass, true) if self.hook.intercept == Intercept::Xml => {}
                 (Action::Pass, _) => return false,
                 (Action::Protect(_) | Action::Deny, false) => return true,
                 (Action::Protect(_) | Action::Deny, true) => for_some = true,

@@ -365,6 +365,9 @@ fn only_what_no_domain_may_open_is_guarded() {
     let by_domain = config(BY_DOMAIN);
     assert!(!by_domain.is_guarded(&cinder_disk()), "backup domains have to be able to open it");
     assert!(!by_domain.is_guarded(&device("sdb")));
+    let by_xml = config(&format!("[hook]\nintercept = 'xml'\n{BY_DOMAIN}"));
+    assert!(by_xml.is_guarded(&cinder_disk()), "without the wrapper it would be open to every guest");
+    assert!(!by_xml.is_guarded(&device("sdb")));
     let for_some = config(&format!("{CINDER}domain = 'web'\n"));
     assert!(for_some.is_guarded(&cinder_disk()), "what is protected for one is ciphertext to every other");
     let always = config(CINDER);

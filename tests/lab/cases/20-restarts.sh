@@ -140,15 +140,29 @@ killed_at() {
     expect_eq "$CODE" 0 "$OUTPUT"
 }
 
+# next_node: the node of the mapping that this daemon makes next. It gives the numbers one after the other.
+next_node() {
+    local minor
+    disk_attach re "$(lun_path prot-re 1)" sdb >/dev/null
+    minor=$(dmsetup info --columns --noheadings --options minor volcrypt-prot-re-1)
+    disk_detach re sdb >/dev/null
+    wait_until 20 sdb_is_unmapped
+    echo "/dev/dm-$((minor + 1))"
+}
+
+sdb_is_unmapped() {
+    ! mappings | grep -qx volcrypt-prot-re-1
+}
+
 case_killed_inside_the_open() {
     local control=/dev/mapper/control listener='anon_inode:seccomp notify'
     ready
     killed_at 'as it receives the call' -P "$listener" -e inject=ioctl:signal=KILL:when=1
     killed_at 'before it looks for the mapping' -P "$control" -e inject=ioctl:signal=KILL:when=1
     killed_at 'before it makes the mapping' -P "$control" -e inject=ioctl:signal=KILL:when=2
-    killed_at 'when the table is loaded' -P "$control" -e inject=ioctl:signal=KILL:when=4
-    killed_at 'before it opens the mapping' -P /dev/dm-0 -e inject=open,openat:signal=KILL:when=1
-    killed_at 'before it flags the mapping for removal' -P /dev/dm-0 -e inject=fstat,newfstatat:signal=KILL:when=1
+    killed_at 'when the table is loaded' -P "$control" -e inject=ioctl:signal=KILL:when=5
+    killed_at 'before it opens the mapping' -P "$(next_node)" -e inject=open,openat:signal=KILL:when=1
+    killed_at 'before it flags the mapping for removal' -P "$(next_node)" -e inject=fstat,newfstatat:signal=KILL:when=1
     killed_at 'before it hands the mapping over' -P "$listener" -e inject=ioctl:signal=KILL:when=2
     killed_at 'after it handed the mapping over' -e inject=sendmsg,sendto:signal=KILL:when=1
 }

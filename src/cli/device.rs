@@ -59,7 +59,7 @@ pub(super) fn attach(
     libvirt: Libvirt,
 ) -> Result<String, CommandError> {
     let (domain, device, affect) = prepared(arguments, libvirt.find)?;
-    let live = domain.running && affect.is_none_or(|affect| affect.live || !affect.config);
+    let live = is_live(&domain, affect);
     let request = Request::Attach { domain: domain.xml, device, live, keep: false };
     // From here on the daemon holds the mapping as long as this process is there.
     let (reply, connection) = daemon.connect()?.call_and_stay(&request).map_err(CommandError::Daemon)?;
@@ -77,6 +77,11 @@ pub(super) fn attach(
     })
 }
 
+/// Whether the domain that runs now is changed.
+fn is_live(domain: &Found, affect: Option<Affect>) -> bool {
+    domain.running && affect.is_none_or(|affect| affect.live || !affect.config)
+}
+
 /// Detaches what is in a file.
 pub(super) fn detach(
     daemon: &Daemon<'_>,
@@ -84,7 +89,7 @@ pub(super) fn detach(
     libvirt: Libvirt,
 ) -> Result<String, CommandError> {
     let (domain, device, affect) = prepared(arguments, libvirt.find)?;
-    let live = domain.running && affect.is_none_or(|affect| affect.live || !affect.config);
+    let live = is_live(&domain, affect);
     let (xml, volume) = match asked(daemon, &Request::Detach { domain: domain.xml, device: device.clone() }) {
         // libvirt finds a disk by its target, and the kernel removes its mapping.
         Err(CommandError::Daemon(error)) if error.is_daemon_down() => (device, None),

@@ -1,7 +1,5 @@
 //! Devices that are attached to a domain and taken away again by `volcrypt` for an operator, or by another caller's hook.
 
-use std::path::Path;
-
 use super::broker::{Broker, Finder};
 use super::by_xml::check_guard;
 use super::holds::Mapped;
@@ -98,7 +96,7 @@ impl Attaching<'_> {
         let facts = &self.recipient.facts;
         let xml = domain::rewrite_device(xml, &|_, source| judge(self.broker, Some(facts), source))?;
         let disk = lone_disk(&xml);
-        let volume = disk.as_ref().and_then(|disk| volume_of(&disk.source));
+        let volume = disk.as_ref().and_then(|disk| disk.source.mapped_volume());
         let (Some(disk), Some(volume)) = (&disk, volume) else {
             disk.iter().try_for_each(|disk| self.check_no_mapping(disk))?;
             return Ok(Device { xml, volume: None, mapped: None });
@@ -139,7 +137,7 @@ impl Attaching<'_> {
         if !live {
             return self.broker.make_ready(&device, facts).map(|_| None);
         }
-        if let Some(other) = domain.disks.iter().find(|other| volume_of(&other.source).as_ref() == Some(volume)) {
+        if let Some(other) = domain.disks.iter().find(|other| other.source.mapped_volume().as_ref() == Some(volume)) {
             let sentence = format!(
                 "domain {} has volume {volume} already, as disk {}, and the two would overwrite each other's data",
                 domain.name,
@@ -165,14 +163,6 @@ pub fn detach(broker: &Broker, recipient: &Recipient, xml: &str) -> Device {
     let xml = rewritten.unwrap_or_else(|_| xml.to_owned());
     let disk = lone_disk(&xml);
     let present = disk.as_ref().and_then(|disk| recipient.disk_called(&disk.target));
-    let volume = present.or(disk.as_ref()).and_then(|disk| volume_of(&disk.source));
+    let volume = present.or(disk.as_ref()).and_then(|disk| disk.source.mapped_volume());
     Device { xml, volume, mapped: None }
-}
-
-/// The volume whose mapping a source names.
-fn volume_of(source: &Source) -> Option<VolumeId> {
-    match source {
-        Source::Path(path) => VolumeId::of_mapping(Path::new(path)),
-        _ => None,
-    }
 }

@@ -67,10 +67,7 @@ pub fn admit(broker: &Broker, config: &Config, name: &str, xml: &str) -> Result<
     let (facts, once_at) = (domain.facts(), sources_before(&here).unwrap_or_default());
     let finder = Finder::new(broker, config, &facts);
     for disk in &domain.disks {
-        let mapped = disk.images().filter_map(|(source, _)| match source {
-            Source::Path(path) => VolumeId::of_mapping(path),
-            _ => None,
-        });
+        let mapped = disk.images().filter_map(|(source, _)| source.mapped_volume());
         for volume in mapped {
             let check = || {
                 check_commands(disk, &volume)?;

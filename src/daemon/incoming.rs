@@ -80,14 +80,7 @@ fn inspect(
 
 /// The volumes of the disks that name a mapping, by the disks' targets.
 fn mapped(domain: &Domain) -> HashMap<String, VolumeId> {
-    domain.disks.iter().filter_map(|disk| Some((disk.target.clone(), on_mapping(disk)?))).collect()
-}
-
-fn on_mapping(disk: &Disk) -> Option<VolumeId> {
-    match &disk.source {
-        Source::Path(path) => VolumeId::of_mapping(path),
-        _ => None,
-    }
+    domain.disks.iter().filter_map(|disk| Some((disk.target.clone(), disk.source.mapped_volume()?))).collect()
 }
 
 /// The domain as a host with the wrapper runs it: its disks name their volumes, its emulator is the wrapper.
@@ -116,7 +109,7 @@ fn inspect_domain(
     inspection.of_domain()?;
     for disk in &domain.disks {
         let refused = |refusal: Refusal| in_disk(disk, &refusal);
-        if let Some(volume) = on_mapping(disk) {
+        if let Some(volume) = disk.source.mapped_volume() {
             return Err(refused(no_note(&volume).of(&volume)));
         }
         // What can do without a medium loses it on the way, if it is not here.

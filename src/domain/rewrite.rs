@@ -101,7 +101,7 @@ pub fn unrewrite(xml: &str) -> Result<String, Refusal> {
     let mut edits = vec![note::without(xml, &element, note.metadata)];
     for element in devices(&root, "disk") {
         let disk = Disk::read(&element);
-        if let Some(entry) = of_mapping(&disk.source).and_then(|volume| entries.get(&volume)) {
+        if let Some(entry) = disk.source.mapped_volume().and_then(|volume| entries.get(&volume)) {
             edits.extend(disk::undone(xml, &element, entry).map_err(|refusal| in_disk(&disk, &refusal))?);
         }
     }
@@ -176,7 +176,7 @@ impl Rewriting<'_> {
         let plan = disk::plan(self.xml, element, &disk, &judge).map_err(|refusal| in_disk(&disk, &refusal))?;
         match plan {
             Plan::Leave => {
-                if let Some(volume) = of_mapping(&disk.source) {
+                if let Some(volume) = disk.source.mapped_volume() {
                     self.uses(&disk, &volume)?;
                 }
                 Ok(None)
@@ -254,20 +254,13 @@ fn refuse_look_alikes(root: &Node<'_, '_>) -> Result<(), Refusal> {
 
 fn refuse_lone(disk: &Node<'_, '_>) -> Result<(), Refusal> {
     let disk = Disk::read(disk);
-    match of_mapping(&disk.source) {
+    match disk.source.mapped_volume() {
         None => Ok(()),
         Some(volume) => {
             let sentence = "a lone <disk> has no metadata that would say what its source was: use the XML that was \
                             rewritten";
             Err(in_disk(&disk, &not_allowed(sentence).of(&volume)))
         }
-    }
-}
-
-fn of_mapping(source: &Source) -> Option<VolumeId> {
-    match source {
-        Source::Path(path) => VolumeId::of_mapping(path),
-        _ => None,
     }
 }
 

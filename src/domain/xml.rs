@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use roxmltree::{Document, Node};
 
 use super::Facts;
+use crate::volume::VolumeId;
 
 /// The beginning of Nova's namespaces; a version follows: nova/virt/libvirt/config.py.
 const NOVA_NAMESPACE: &str = "http://openstack.org/xmlns/libvirt/nova/";
@@ -159,6 +160,14 @@ fn is_looked_into(image: &Node<'_, '_>, format: &'static str) -> bool {
 }
 
 impl Source {
+    /// The volume whose mapping it names.
+    pub fn mapped_volume(&self) -> Option<VolumeId> {
+        match self {
+            Source::Path(path) => VolumeId::of_mapping(path),
+            _ => None,
+        }
+    }
+
     pub(super) fn read(source: &Node<'_, '_>) -> Self {
         let path = source.attribute("dev").or_else(|| source.attribute("file"));
         match (path, source.attribute("protocol"), source.attribute("name")) {

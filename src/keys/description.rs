@@ -2,6 +2,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{CheckValue, Key};
 use crate::policy::{KeySize, Provider, is_supported};
+use crate::refusal::{Reason, Refusal};
 use crate::store::{EnrolledDevice, VolumeRecord, VolumeState};
 use crate::volume::VolumeId;
 
@@ -78,6 +79,24 @@ impl Description {
             enrolled_at: self.enrolled_at,
             state: VolumeState::Enrolled,
             owner: self.owner,
+        }
+    }
+
+    /// Whether the key of `volume` that goes with it has the size that is `wanted`.
+    ///
+    /// # Errors
+    /// [`Reason::Configuration`] when it has another one.
+    pub fn check_size(&self, volume: &VolumeId, wanted: &Description) -> Result<(), Refusal> {
+        match self.key_size == wanted.key_size {
+            true => Ok(()),
+            false => Err(Refusal::new(
+                Reason::Configuration,
+                format!(
+                    "volume {volume} has a key of {0} bits already, {1} are asked for: use a profile with key_size = {0}",
+                    self.key_size.bits(),
+                    wanted.key_size.bits()
+                ),
+            )),
         }
     }
 

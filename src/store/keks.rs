@@ -4,7 +4,7 @@ use rusqlite::{Connection, OptionalExtension, TransactionBehavior, params};
 
 use super::change::Change;
 use super::keys::{self, any_key};
-use super::{Store, WrappedKey, fault, seconds_now};
+use super::{Store, WrappedKey, cut_log, fault, seconds_now};
 use crate::audit::{Event, Kind};
 use crate::keys::CheckValue;
 use crate::refusal::{Reason, Refusal};
@@ -185,13 +185,9 @@ impl Store {
     /// # Errors
     /// [`Reason::StoreUnavailable`] when another process reads the database.
     pub(crate) fn merge_before_dropping(&self, kek: CheckValue) -> Result<(), Refusal> {
-        let hindered: bool = self
-            .connection()
-            .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0))
-            .map_err(|error| self.fault(&error))?;
-        match hindered {
-            false => Ok(()),
-            true => Err(Refusal::new(
+        match cut_log(&self.connection()).map_err(|error| self.fault(&error))? {
+            true => Ok(()),
+            false => Err(Refusal::new(
                 Reason::StoreUnavailable,
                 format!(
                     "all keys are rewrapped, but {} still holds them as the old key-encryption key ({kek}) wraps them, because \

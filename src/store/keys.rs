@@ -3,7 +3,7 @@
 use rusqlite::{Connection, OptionalExtension, Row, TransactionBehavior, params};
 
 use super::change::Change;
-use super::{Store, fault};
+use super::{Store, cut_log, fault};
 use crate::audit::{Event, Kind};
 use crate::keys::{CheckValue, KeyInfo};
 use crate::policy::KeySize;
@@ -155,12 +155,9 @@ impl Store {
 
     /// Merges the write-ahead log, which still holds the wrapped key, and cuts it to nothing.
     fn empty_log(&self, connection: &Connection, volume: &VolumeId) -> Result<(), Refusal> {
-        let hindered: bool = connection
-            .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0))
-            .map_err(|error| self.fault(&error))?;
-        match hindered {
-            false => Ok(()),
-            true => Err(Refusal::new(
+        match cut_log(connection).map_err(|error| self.fault(&error))? {
+            true => Ok(()),
+            false => Err(Refusal::new(
                 Reason::StoreUnavailable,
                 format!(
                     "the key of volume {volume} is destroyed, but its wrapped form is still in {}-wal because another \

@@ -103,10 +103,9 @@ impl Store {
     /// whole database: for a copy of it, for a backup put in its place, and for a file system that is
     /// read-only later. What was committed is safe without, so a failure is only noted.
     fn merge_log(&self, connection: &Connection) {
-        let merged = connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, bool>(0));
-        match merged {
-            Ok(false) => {}
-            Ok(true) => {
+        match cut_log(connection) {
+            Ok(true) => {}
+            Ok(false) => {
                 tracing::warn!("{}-wal is not merged because another process reads the database", self.path.display())
             }
             Err(error) => tracing::warn!("{}-wal is not merged: {error}", self.path.display()),
@@ -233,6 +232,12 @@ fn harden(connection: &Connection) -> rusqlite::Result<()> {
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, false)?;
     connection.execute_batch("PRAGMA cell_size_check = ON; PRAGMA temp_store = MEMORY;")
+}
+
+/// Merges the write-ahead log into the file and cuts it to nothing. Returns whether that was done: another process that
+/// reads the database hinders it.
+fn cut_log(connection: &Connection) -> rusqlite::Result<bool> {
+    connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0)).map(|hindered: bool| !hindered)
 }
 
 #[cfg(test)]

@@ -3,8 +3,8 @@ use roxmltree::{Attribute, Node};
 use super::super::splice::{Edit, indentation_before, is_space, name_end, name_range, value_range, with_separator};
 use super::super::xml::{Disk, Source, child, children, is};
 use super::super::{passes_commands, reached_by_qemu};
+use super::not_allowed;
 use super::note::{Before, Driver, Entry};
-use super::{not_allowed, of_mapping};
 use crate::refusal::Refusal;
 use crate::volume::VolumeId;
 
@@ -114,7 +114,7 @@ fn check_beside(
     judge: &dyn Fn(&Source) -> Result<Option<VolumeId>, Refusal>,
 ) -> Result<(), Refusal> {
     let source = Source::read(beside);
-    match judge(&source)?.or_else(|| of_mapping(&source)) {
+    match judge(&source)?.or_else(|| source.mapped_volume()) {
         None => Ok(()),
         Some(volume) => {
             let parent = match is(beside, "mirror") {

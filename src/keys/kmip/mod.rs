@@ -232,17 +232,8 @@ impl KeyManager for KmipKeyManager {
             Some(present) => present,
             None => self.make(volume, wanted)?,
         };
-        match description.key_size == wanted.key_size {
-            true => Ok((key, description)),
-            false => Err(Refusal::new(
-                Reason::Configuration,
-                format!(
-                    "volume {volume} has a key of {0} bits already, {1} are asked for: use a profile with key_size = {0}",
-                    description.key_size.bits(),
-                    wanted.key_size.bits()
-                ),
-            )),
-        }
+        description.check_size(volume, wanted)?;
+        Ok((key, description))
     }
 
     /// # Errors

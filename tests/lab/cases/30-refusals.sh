@@ -423,7 +423,6 @@ case_hook_keeps_out_of_the_way() {
 
     hook rf reconnect begin -
     hook rf unheard of
-    hook rf migrate begin -
     echo 'nonsense' >>"$volcrypt_config"
     hook rf reconnect begin -
     systemctl stop volcryptd.service volcryptd.socket volcryptd-control.socket

@@ -1,7 +1,7 @@
 //! Devices that are attached to a domain and taken away again by `volcrypt` for an operator, or by another caller's hook.
 
 use super::broker::{Broker, Finder};
-use super::by_xml::check_guard;
+use super::by_xml::{check_guarded, given_twice};
 use super::holds::Mapped;
 use super::inspection::{by_adopting, check_commands, check_emulator};
 use super::rewrite::judge;
@@ -128,7 +128,7 @@ impl Attaching<'_> {
     fn map(&self, disk: &Disk, volume: &VolumeId, live: bool) -> Result<Option<Mapped>, Refusal> {
         let Recipient { domain, facts } = self.recipient;
         check_commands(disk, volume)?;
-        check_guard(self.broker, &domain.name)?;
+        check_guarded(self.broker, self.config, domain)?;
         let once_at = self.before.as_ref().and_then(|before| match &before.source {
             Source::Path(path) => Some(path),
             _ => None,
@@ -138,12 +138,7 @@ impl Attaching<'_> {
             return self.broker.make_ready(&device, facts).map(|_| None);
         }
         if let Some(other) = domain.disks.iter().find(|other| other.source.mapped_volume().as_ref() == Some(volume)) {
-            let sentence = format!(
-                "domain {} has volume {volume} already, as disk {}, and the two would overwrite each other's data",
-                domain.name,
-                other.target.escape_debug()
-            );
-            return Err(Refusal::new(Reason::NotAllowed, sentence));
+            return Err(given_twice(&domain.name, volume, other));
         }
         self.broker.map(&device, facts, &format!("mapped for disk {} to be attached", disk.target)).map(Some)
     }

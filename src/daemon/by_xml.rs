@@ -32,11 +32,12 @@ pub fn prepare(
     once_at: &HashMap<VolumeId, PathBuf>,
 ) -> Result<(), Refusal> {
     if !config.rules().is_empty() && config.hook.other_emulators == OtherEmulators::Refuse {
-        check_guard(broker, name)?;
+        check_guarded(broker, config, domain)?;
     }
     let facts = domain.facts();
     let finder = Finder::new(broker, config, &facts);
-    let preparation = Preparation { broker, name, facts: &facts, finder, once_at, guard: OnceCell::new() };
+    let (guard, given) = (OnceCell::new(), HashMap::new());
+    let mut preparation = Preparation { broker, config, domain, facts: &facts, finder, once_at, guard, given };
     let mut mapped = Vec::new();
     for disk in &domain.disks {
         // libvirt looks into the mapping here, so it sees on what the image there stands.
@@ -54,7 +55,7 @@ pub fn prepare(
 ///
 /// # Errors
 /// When a disk cannot be pointed to its mapping, and when a start would be refused.
-pub fn admit(broker: &Broker, config: &Config, name: &str, xml: &str) -> Result<Option<String>, Refusal> {
+pub fn admit(broker: &Broker, config: &Config, xml: &str) -> Result<Option<String>, Refusal> {
     let unreadable = |error: InvalidXml| Refusal::new(Reason::Configuration, error.to_string());
     let mut here = rewrite(broker, xml)?;
     if let Release::Changed { xml, .. } = release(&here).map_err(unreadable)? {
@@ -62,7 +63,7 @@ pub fn admit(broker: &Broker, config: &Config, name: &str, xml: &str) -> Result<
     }
     let domain = Domain::parse(&here).map_err(unreadable)?;
     if !config.rules().is_empty() && config.hook.other_emulators == OtherEmulators::Refuse {
-        check_guard(broker, name)?;
+        check_guarded(broker, config, &domain)?;
     }
     let (facts, once_at) = (domain.facts(), sources_before(&here).unwrap_or_default());
     let finder = Finder::new(broker, config, &facts);
@@ -71,7 +72,7 @@ pub fn admit(broker: &Broker, config: &Config, name: &str, xml: &str) -> Result<
         for volume in mapped {
             let check = || {
                 check_commands(disk, &volume)?;
-                check_guard(broker, name)?;
+                check_guarded(broker, config, &domain)?;
                 broker.check_ready(&finder.find(&volume, once_at.get(&volume))?, &facts)
             };
             check().map_err(|refusal| in_disk(disk, &refusal.of(&volume)))?;
@@ -82,16 +83,19 @@ pub fn admit(broker: &Broker, config: &Config, name: &str, xml: &str) -> Result<
 
 struct Preparation<'a> {
     broker: &'a Broker,
-    name: &'a str,
+    config: &'a Config,
+    domain: &'a Domain,
     facts: &'a Facts,
     finder: Finder<'a>,
     once_at: &'a HashMap<VolumeId, PathBuf>,
     /// What came of asking for the guard.
     guard: OnceCell<Result<(), Refusal>>,
+    /// The volumes that disks are the whole of.
+    given: HashMap<VolumeId, &'a Disk>,
 }
 
-impl Preparation<'_> {
-    fn image(&self, disk: &Disk, source: &Source) -> Result<Vec<Mapped>, Refusal> {
+impl<'a> Preparation<'a> {
+    fn image(&mut self, disk: &'a Disk, source: &Source) -> Result<Vec<Mapped>, Refusal> {
         let path = match source {
             Source::Path(path) => path,
             Source::IscsiUnit { target, lun } => {
@@ -100,6 +104,7 @@ impl Preparation<'_> {
             Source::Other => return Ok(Vec::new()),
         };
         if let Some(volume) = VolumeId::of_mapping(path) {
+            self.give(disk, &volume)?;
             return Ok(vec![self.mapping(disk, &volume)?]);
         }
         let device = match block_device_at(path) {
@@ -109,28 +114,54 @@ impl Preparation<'_> {
             Err(error) => return Err(no_such_device(path, &error)),
         };
         if let Some(volume) = self.broker.judge(&device, self.facts)? {
-            return Err(named_by_its_device(self.name, path, &volume));
+            return Err(named_by_its_device(&self.domain.name, path, &volume));
+        }
+        if let Some(volume) = device.own_volume() {
+            self.give(disk, &volume)?;
         }
         // A mapping that is there already for somebody else, under another name, or what stands on one.
         device.own_mappings().iter().map(|(volume, _)| self.mapping(disk, volume)).collect()
     }
 
+    fn give(&mut self, disk: &'a Disk, volume: &VolumeId) -> Result<(), Refusal> {
+        match self.given.insert(volume.clone(), disk) {
+            Some(other) => Err(given_twice(&self.domain.name, volume, other)),
+            None => Ok(()),
+        }
+    }
+
     fn mapping(&self, disk: &Disk, volume: &VolumeId) -> Result<Mapped, Refusal> {
         check_commands(disk, volume).map_err(|refusal| refusal.of(volume))?;
-        let guard = self.guard.get_or_init(|| check_guard(self.broker, self.name));
+        let guard = self.guard.get_or_init(|| check_guarded(self.broker, self.config, self.domain));
         guard.clone().map_err(|refusal| refusal.of(volume))?;
         let device = self.finder.find(volume, self.once_at.get(volume))?;
         let mapped = self.broker.map(&device, self.facts, &format!("mapped for disk {}", disk.target))?;
         tracing::info!(
-            domain = self.name, volume = %volume,
-            "the mapping of volume {volume} is there for disk {} of domain {}", disk.target.escape_debug(), self.name
+            domain = self.domain.name, volume = %volume,
+            "the mapping of volume {volume} is there for disk {} of domain {}", disk.target.escape_debug(), self.domain.name
         );
         Ok(mapped)
     }
 }
 
 /// Whether raw devices of protected volumes are shut to `domain`.
-pub fn check_guard(broker: &Broker, domain: &str) -> Result<(), Refusal> {
+pub fn check_guarded(broker: &Broker, config: &Config, domain: &Domain) -> Result<(), Refusal> {
+    check_guard(broker, &domain.name)?;
+    match &domain.partition {
+        Some(partition) if !config.guard.has_partition(partition) => Err(Refusal::new(
+            Reason::NotAllowed,
+            format!(
+                "with intercept = \"xml\" the guard alone keeps domain {} from the raw devices of protected volumes, and it \
+                 is for the cgroup {} only, which the domain's <partition> {partition:?} is not in: change the partition, or \
+                 cgroup in [guard]",
+                domain.name, config.guard.cgroup
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn check_guard(broker: &Broker, domain: &str) -> Result<(), Refusal> {
     match broker.guard_fault() {
         None => Ok(()),
         Some(fault) => Err(Refusal::new(
@@ -141,6 +172,16 @@ pub fn check_guard(broker: &Broker, domain: &str) -> Result<(), Refusal> {
             ),
         )),
     }
+}
+
+/// The refusal of a disk on a volume that `domain` has as the disk `other` already. QEMU's own lock does not see that two
+/// names are one device.
+pub fn given_twice(domain: &str, volume: &VolumeId, other: &Disk) -> Refusal {
+    let sentence = format!(
+        "domain {domain} has volume {volume} already, as disk {}, and the two would overwrite each other's data",
+        other.target.escape_debug()
+    );
+    Refusal::new(Reason::NotAllowed, sentence).of(volume)
 }
 
 fn named_by_its_device(name: &str, path: &Path, volume: &VolumeId) -> Refusal {

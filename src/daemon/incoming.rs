@@ -62,7 +62,7 @@ fn inspect(
         if let Ok(config) = broker.config()
             && config.hook.intercept == Intercept::Xml
         {
-            let admitted = by_xml::admit(broker, &config, name, xml);
+            let admitted = by_xml::admit(broker, &config, xml);
             return admitted.inspect_err(|refusal| broker.record_refusal(refusal));
         }
         let inspected = domain.and_then(|domain| match mapped(&domain) {

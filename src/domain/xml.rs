@@ -25,6 +25,8 @@ pub struct Domain {
     pub owner: Option<String>,
     /// The program that runs it.
     pub emulator: Option<PathBuf>,
+    /// The resource partition that it asks for, in libvirt's notation: `/machine` or the like.
+    pub partition: Option<String>,
     /// Its disks, in the order of the document, and then its host devices, which may be SCSI units.
     pub disks: Vec<Disk>,
 }
@@ -95,6 +97,7 @@ impl Domain {
             uuid,
             owner,
             emulator: emulator.and_then(|emulator| text(&emulator)).map(PathBuf::from),
+            partition: child(root, "resource").and_then(|resource| text_of(&resource, "partition")),
             disks: devices(root, "disk").chain(devices(root, "hostdev")).map(|disk| Disk::read(&disk)).collect(),
         }
     }

@@ -266,3 +266,41 @@ fn a_domain_whose_volumes_are_not_here_does_not_come() {
     let sentence = admit(&guardless.broker_saying(false, XML), "vm", &domain(&[])).unwrap_err().to_string();
     assert!(sentence.contains("it is switched off"), "{sentence}");
 }
+
+#[test]
+fn a_domain_in_a_cgroup_without_the_guard_is_refused() {
+    let world = World::new();
+    let broker = world.broker_saying(false, XML);
+    broker.enrol(world.add_volume("far", 98), None).unwrap();
+    let within = |partition: &str| {
+        let resource = format!("<resource><partition>{partition}</partition></resource><devices>");
+        domain(&[&on_mapping("far")]).replacen("<devices>", &resource, 1)
+    };
+    let expected = "with intercept = \"xml\" the guard alone keeps domain vm from the raw devices of protected volumes, and \
+                    it is for the cgroup machine.slice only, which the domain's <partition> \"/other\" is not in: change \
+                    the partition, or cgroup in [guard]";
+    assert_eq!(refused(&broker, &within("/other")), expected);
+    assert_eq!(admit(&broker, "vm", &within("/other")).unwrap_err().to_string(), expected);
+    assert!(world.opened().is_empty());
+    prepare(&broker, "vm", &within("/machine/web")).unwrap();
+    broker.holds().ended("vm");
+
+    // One that has no volume yet, for one can be attached to it; unless other emulators may do as they like.
+    let without = within("/other").replace(&on_mapping("far"), "");
+    assert_eq!(refused(&broker, &without), expected);
+    let lenient = World::new();
+    let lenient = lenient.broker_saying(false, &format!("{XML}other_emulators = \"start\"\n"));
+    prepare(&lenient, "vm", &without).unwrap();
+}
+
+#[test]
+fn a_volume_is_given_once() {
+    let world = World::new();
+    let broker = world.broker_saying(false, XML);
+    broker.enrol(world.add_volume("once", 99), None).unwrap();
+    let second = on_mapping("once").replace("'sda'", "'sdb'");
+    assert_eq!(
+        refused(&broker, &domain(&[&on_mapping("once"), &second])),
+        "disk sdb: domain vm has volume once already, as disk sda, and the two would overwrite each other's data"
+    );
+}

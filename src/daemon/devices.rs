@@ -5,6 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::fs::FileType;
+
 use crate::guard::{Guard, Shown};
 use crate::guest::{Domains, LibvirtState, block_device_at, open_block_devices, processes, processes_with_open};
 use crate::refusal::Refusal;
@@ -60,8 +62,8 @@ pub trait Devices: Send + Sync {
     /// Why guests could open raw devices of protected volumes, if the guard does not keep them from it.
     fn guard_fault(&self) -> Option<String>;
 
-    /// Who has a device open, in words, if anybody has for longer than a glance.
-    fn user(&self, device: DeviceNumber) -> Option<String>;
+    /// Who has a device open, or open for writing, in words, if anybody has for longer than a glance.
+    fn user(&self, device: DeviceNumber, for_writing: bool) -> Option<String>;
 }
 
 /// Those of this host.
@@ -126,12 +128,13 @@ impl Devices for HostDevices {
         self.guard.status().fault
     }
 
-    fn user(&self, device: DeviceNumber) -> Option<String> {
+    fn user(&self, device: DeviceNumber, for_writing: bool) -> Option<String> {
         // udev opens a new device for a moment.
         let end = Instant::now() + GLANCE;
         loop {
             let pids = processes().into_iter().filter(|pid| *pid != std::process::id()).collect::<Vec<_>>();
-            let user = processes_with_open(&pids, device).into_iter().next()?;
+            let block_device = (FileType::BlockDevice, device);
+            let user = processes_with_open(&pids, block_device, for_writing).into_iter().next()?;
             if Instant::now() > end {
                 return Some(match LibvirtState::system().of(user) {
                     Ok(Some(domain)) => format!("domain {} (pid {user})", domain.name),

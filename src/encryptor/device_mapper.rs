@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{OnceLock, mpsc};
+use std::sync::{LazyLock, mpsc};
 use std::time::{Duration, Instant};
 
 use aws_lc_rs::rand;
@@ -86,15 +86,9 @@ impl DeviceMapper {
     /// opens it, and a mapping may go in between. So a number is not given again for as long as can be.
     pub fn create(&self, name: &str, uuid: &str, read_only: bool) -> io::Result<Device> {
         let control = OpenOptions::new().read(true).write(true).open("/dev/mapper/control")?;
-        for _ in 0..NUMBERS_TRIED {
-            match dm::create(&control, name, uuid, next_minor(), read_only) {
-                Ok(()) => return self.find(name)?.ok_or_else(|| io::Error::from_raw_os_error(libc::ENXIO)),
-                // The number is taken, and the name is not.
-                Err(error) if error.raw_os_error() == Some(libc::EBUSY) && self.find(name)?.is_none() => {}
-                Err(error) => return Err(error),
-            }
-        }
-        Err(io::Error::from_raw_os_error(libc::EBUSY))
+        let create = |minor| dm::create(&control, name, uuid, minor, read_only);
+        with_a_free_number(create, || self.find(name).map(|device| device.is_some()))?;
+        self.find(name)?.ok_or_else(|| io::Error::from_raw_os_error(libc::ENXIO))
     }
 
     /// Loads `target` as the device's whole table, not yet in force.
@@ -182,17 +176,48 @@ impl DeviceMapper {
     }
 }
 
+/// Has a device made with a number that nobody has. `is_named` says whether its name is taken, which is an error of
+/// its own.
+///
+/// The kernel finds out about the number first and says `ENXIO` for one that is taken (alloc_dev() in drivers/md/dm.c has
+/// no other errno); `EBUSY` is about the name or the UUID.
+fn with_a_free_number(
+    mut create: impl FnMut(u32) -> io::Result<()>,
+    is_named: impl Fn() -> io::Result<bool>,
+) -> io::Result<()> {
+    for _ in 0..NUMBERS_TRIED {
+        match create(next_minor()) {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::ENXIO)) && !is_named()? => {
+                // Others may have many in a row.
+                draw_anew();
+            }
+            outcome => return outcome,
+        }
+    }
+    Err(io::Error::other(format!(
+        "the kernel makes no device with any of {NUMBERS_TRIED} numbers, so nearly all are taken or it has no memory"
+    )))
+}
+
+/// The number that comes next, counted from the first.
+static NEXT: LazyLock<AtomicU32> = LazyLock::new(|| AtomicU32::new(random()));
+
 /// The next number for a device. The first one is drawn at random: an earlier daemon has given numbers as well.
 fn next_minor() -> u32 {
-    static NEXT: OnceLock<AtomicU32> = OnceLock::new();
-    let next = NEXT.get_or_init(|| {
-        let mut random = [0; 4];
-        // Without randomness it begins in front.
-        let _ = rand::fill(&mut random);
-        AtomicU32::new(u32::from_ne_bytes(random))
-    });
     let (first, last) = (*MINORS.start(), *MINORS.end());
-    first + next.fetch_add(1, Ordering::Relaxed) % (last - first + 1)
+    first + NEXT.fetch_add(1, Ordering::Relaxed) % (last - first + 1)
+}
+
+/// Has the numbers go on somewhere else.
+fn draw_anew() {
+    NEXT.store(random(), Ordering::Relaxed);
+}
+
+fn random() -> u32 {
+    let mut random = [0; 4];
+    // Without randomness it begins in front.
+    let _ = rand::fill(&mut random);
+    u32::from_ne_bytes(random)
 }
 
 /// The device's node in /dev, which the kernel itself makes.
@@ -252,10 +277,43 @@ fn io_error(error: DmError) -> io::Error {
 mod tests {
     use super::*;
 
+    fn errno(number: i32) -> io::Error {
+        io::Error::from_raw_os_error(number)
+    }
+
     #[test]
     fn a_number_is_not_given_again_soon() {
-        let numbers: std::collections::HashSet<u32> = (0..10_000).map(|_| next_minor()).collect();
-        assert_eq!(numbers.len(), 10_000);
-        assert!(numbers.iter().all(|number| MINORS.contains(number)));
+        let (first, last) = (next_minor(), next_minor());
+        assert!(MINORS.contains(&first) && MINORS.contains(&last) && first != last);
+    }
+
+    #[test]
+    fn a_number_that_is_taken_is_passed_over() {
+        let mut tried = Vec::new();
+        let taken = |minor| {
+            tried.push(minor);
+            if tried.len() < 5 { Err(errno(libc::ENXIO)) } else { Ok(()) }
+        };
+        with_a_free_number(taken, || Ok(false)).unwrap();
+        assert_eq!(tried.len(), 5);
+        // Whoever has many has them in a row.
+        assert!(tried.windows(2).all(|pair| pair[1] != pair[0] + 1), "{tried:?}");
+
+        let none = with_a_free_number(|_| Err(errno(libc::ENXIO)), || Ok(false)).unwrap_err();
+        assert_eq!(none.raw_os_error(), None, "ENXIO would say that the volume's device is gone");
+        assert!(none.to_string().contains("nearly all are taken"), "{none}");
+    }
+
+    #[test]
+    fn a_name_that_is_taken_is_an_error() {
+        let mut count = 0;
+        let named = |_| {
+            count += 1;
+            Err(errno(libc::EBUSY))
+        };
+        assert_eq!(with_a_free_number(named, || Ok(true)).unwrap_err().raw_os_error(), Some(libc::EBUSY));
+        assert_eq!(count, 1);
+        let denied = with_a_free_number(|_| Err(errno(libc::EPERM)), || Ok(false)).unwrap_err();
+        assert_eq!(denied.raw_os_error(), Some(libc::EPERM));
     }
 }

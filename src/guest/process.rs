@@ -68,9 +68,16 @@ pub fn processes() -> Vec<u32> {
     entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
 
-/// Those of `pids` that have the block device open.
-pub fn processes_with_open(pids: &[u32], device: DeviceNumber) -> Vec<u32> {
-    pids.iter().copied().filter(|pid| open_devices(*pid).any(|open| open == device)).collect()
+/// Those of `pids` that have the device open, which is of this kind: for anything, or `for_writing`.
+pub fn processes_with_open(pids: &[u32], device: (FileType, DeviceNumber), for_writing: bool) -> Vec<u32> {
+    let has_open = |pid: &u32| {
+        descriptors(*pid).into_iter().flatten().flatten().any(|place| {
+            // Of what cannot be looked at any more the worst is believed.
+            open_device(&place).is_ok_and(|open| open == Some(device))
+                && (!for_writing || is_for_writing(&place).unwrap_or(true))
+        })
+    };
+    pids.iter().copied().filter(has_open).collect()
 }
 
 /// The devices that process `pid` has open, each as often as it has. A process that is gone has none.
@@ -192,12 +199,22 @@ mod tests {
 
     #[test]
     fn who_has_a_device_open_is_found() {
-        let number = |path| device_at(Path::new(path)).unwrap().1;
+        let number = |path: &str| device_at(Path::new(path)).unwrap().1;
         let _null = fs::File::open("/dev/null").unwrap();
         let own = std::process::id();
         assert!(!open_block_devices(own).unwrap().contains(&number("/dev/null")), "a character device");
-        assert_eq!(processes_with_open(&[own, u32::MAX], number("/dev/null")), [own]);
-        assert!(processes_with_open(&[own], number("/dev/full")).is_empty());
+        let with_open =
+            |path: &str, kind, for_writing| processes_with_open(&[own, u32::MAX], (kind, number(path)), for_writing);
+        let character = FileType::CharacterDevice;
+        assert_eq!(with_open("/dev/null", character, false), [own]);
+        assert!(with_open("/dev/full", character, false).is_empty());
+        // Numbers are given to block devices and character devices apart.
+        assert!(with_open("/dev/null", FileType::BlockDevice, false).is_empty());
+        let _reads = fs::File::open("/dev/random").unwrap();
+        assert_eq!(with_open("/dev/random", character, false), [own]);
+        assert!(with_open("/dev/random", character, true).is_empty(), "it is only read");
+        let _writes = fs::File::options().append(true).open("/dev/random").unwrap();
+        assert_eq!(with_open("/dev/random", character, true), [own]);
     }
 
     /// As a mapping is that an earlier daemon gave to a guest.

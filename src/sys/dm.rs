@@ -31,7 +31,8 @@ const PERSISTENT_DEV: u32 = 1 << 3;
 /// Makes a device without a table whose minor number is `minor`, by /dev/mapper/control.
 ///
 /// # Errors
-/// `EBUSY` when the name, the UUID or the number is taken; `EINVAL` when a text or the number is too long for the kernel.
+/// `EBUSY` when the name or the UUID is taken; `ENXIO` when the number is, or there is no memory; `EINVAL` when a text or the
+/// number is too long for the kernel.
 pub fn create(control: &File, name: &str, uuid: &str, minor: u32, read_only: bool) -> io::Result<()> {
     let length = size_of::<DmIoctl>() as u32;
     let mut request = DmIoctl {

@@ -96,7 +96,7 @@ impl Broker {
     }
 
     fn check_blank(&self, identity: &Identity, volume: &VolumeId) -> Result<(), Refusal> {
-        if let Some(user) = self.devices.user(identity.number) {
+        if let Some(user) = self.devices.user(identity.number, false) {
             let sentence = format!(
                 "{user} has {identity} open, so volume {volume} is not enrolled: what it writes there would be lost; \
                  detach the volume first"

@@ -40,15 +40,16 @@ impl Broker {
         let made = || {
             self.record_use(Kind::KeyUsed, &volume, what)?;
             self.merge_audit_soon();
+            // If it is not there yet, whoever makes it does so from now on.
+            let before = clock_gettime(ClockId::Monotonic);
             let is_mapped = self.backing_of(&volume)?.is_some();
-            if !is_mapped && let Some(user) = self.devices.user(device.number) {
+            if !is_mapped && let Some(user) = self.devices.user(device.number, true) {
                 let sentence = format!(
-                    "{user} has {device} itself open, and what it writes there would destroy volume {volume}: detach it from \
-                     that first"
+                    "{user} has {device} itself open for writing, and what it writes there would destroy volume {volume}: \
+                     detach it from that first"
                 );
                 return Err(Refusal::new(Reason::NotAllowed, sentence));
             }
-            let before = clock_gettime(ClockId::Monotonic);
             let opened = match self.open(device.number, true, OFlags::RDONLY, domain)? {
                 Verdict::Mapping(opened_volume, opened) if opened_volume == volume => opened,
                 _ => return Err(unprotected()),

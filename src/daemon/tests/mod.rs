@@ -191,7 +191,7 @@ impl Devices for World {
         self.guard_fault.map(str::to_owned)
     }
 
-    fn user(&self, _device: DeviceNumber) -> Option<String> {
+    fn user(&self, _device: DeviceNumber, _for_writing: bool) -> Option<String> {
         self.in_use.then(|| "process 1".to_owned())
     }
 }

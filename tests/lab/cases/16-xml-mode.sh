@@ -138,6 +138,24 @@ case_the_same_volume_comes_and_goes() {
     unmapped 1 || fail 'the mapping is left'
 }
 
+case_the_next_number_is_another_devices() {
+    local major minor next
+    ready
+    attach named 1 sdc >/dev/null
+    read -r major minor < <(dmsetup info --columns --noheadings --separator ' ' --options major,minor volcrypt-prot-xml-1)
+    detach named 1 sdc >/dev/null
+    for next in 1 2 3; do
+        dmsetup create "lab-taken-$next" --notable --major "$major" --minor "$((minor + next))"
+    done
+    attach named 1 sdc >/dev/null
+    works named sdc 1 ce
+    detach named 1 sdc >/dev/null
+    unmapped 1 || fail 'the mapping is left'
+    for next in 1 2 3; do
+        dmsetup remove "lab-taken-$next"
+    done
+}
+
 case_past_volcrypt_nothing_is_written_in_clear() {
     local before
     ready

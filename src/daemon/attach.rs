@@ -1,7 +1,7 @@
 //! Devices that are attached to a domain and taken away again by `volcrypt` for an operator, or by another caller's hook.
 
 use super::broker::{Broker, Finder};
-use super::by_xml::{check_guarded, given_twice};
+use super::by_xml::{check_alone, check_guarded, given_twice};
 use super::holds::Mapped;
 use super::inspection::{by_adopting, check_commands, check_emulator};
 use super::rewrite::judge;
@@ -139,6 +139,9 @@ impl Attaching<'_> {
         }
         if let Some(other) = domain.disks.iter().find(|other| other.source.mapped_volume().as_ref() == Some(volume)) {
             return Err(given_twice(&domain.name, volume, other));
+        }
+        if disk.is_written_alone {
+            check_alone(self.broker, &domain.name, volume)?;
         }
         self.broker.map(&device, facts, &format!("mapped for disk {} to be attached", disk.target)).map(Some)
     }

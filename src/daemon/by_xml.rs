@@ -14,7 +14,7 @@ use super::inspection::{check_commands, check_unit};
 use super::rewrite::rewrite;
 use crate::domain::{Disk, Domain, Facts, InvalidXml, Release, Source, in_disk, quoted, release, sources_before};
 use crate::guest::{block_device_at, is_no_device};
-use crate::policy::{Config, OtherEmulators};
+use crate::policy::{Config, DEFAULT_PARTITION, OtherEmulators};
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
@@ -46,7 +46,8 @@ pub fn prepare(
         }
     }
     broker.holds().hold(name, mapped, Until::Started);
-    Ok(())
+    // Only now does another domain that starts at the same time see this one.
+    preparation.check_alone().inspect_err(|_| broker.holds().ended(name))
 }
 
 /// The XML with which libvirt is to take the domain in `xml` from another host or from a file, if it is to be another one:
@@ -104,7 +105,7 @@ impl<'a> Preparation<'a> {
             Source::Other => return Ok(Vec::new()),
         };
         if let Some(volume) = VolumeId::of_mapping(path) {
-            self.give(disk, &volume)?;
+            self.give(disk, source, &volume)?;
             return Ok(vec![self.mapping(disk, &volume)?]);
         }
         let device = match block_device_at(path) {
@@ -116,18 +117,33 @@ impl<'a> Preparation<'a> {
         if let Some(volume) = self.broker.judge(&device, self.facts)? {
             return Err(named_by_its_device(&self.domain.name, path, &volume));
         }
+        if self.config.guard.enabled && self.config.is_guarded(&device) {
+            return Err(shut_by_the_guard(path));
+        }
         if let Some(volume) = device.own_volume() {
-            self.give(disk, &volume)?;
+            self.give(disk, source, &volume)?;
         }
         // A mapping that is there already for somebody else, under another name, or what stands on one.
         device.own_mappings().iter().map(|(volume, _)| self.mapping(disk, volume)).collect()
     }
 
-    fn give(&mut self, disk: &'a Disk, volume: &VolumeId) -> Result<(), Refusal> {
+    /// Notes that `volume` is `source`, which may be a disk itself or what one stands on and only reads.
+    fn give(&mut self, disk: &'a Disk, source: &Source, volume: &VolumeId) -> Result<(), Refusal> {
+        if *source != disk.source || !disk.is_written_alone {
+            return Ok(());
+        }
         match self.given.insert(volume.clone(), disk) {
-            Some(other) => Err(given_twice(&self.domain.name, volume, other)),
+            Some(other) => Err(given_twice(&self.domain.name, volume, other).of(volume)),
             None => Ok(()),
         }
+    }
+
+    /// Whether no other domain has what the domain is to write to.
+    fn check_alone(&self) -> Result<(), Refusal> {
+        let alone = |(volume, disk): (&VolumeId, &&Disk)| {
+            check_alone(self.broker, &self.domain.name, volume).map_err(|refusal| in_disk(disk, &refusal.of(volume)))
+        };
+        self.given.iter().try_for_each(alone)
     }
 
     fn mapping(&self, disk: &Disk, volume: &VolumeId) -> Result<Mapped, Refusal> {
@@ -147,8 +163,10 @@ impl<'a> Preparation<'a> {
 /// Whether raw devices of protected volumes are shut to `domain`.
 pub fn check_guarded(broker: &Broker, config: &Config, domain: &Domain) -> Result<(), Refusal> {
     check_guard(broker, &domain.name)?;
-    match &domain.partition {
-        Some(partition) if !config.guard.has_partition(partition) => Err(Refusal::new(
+    let partition = domain.partition.as_deref().unwrap_or(DEFAULT_PARTITION);
+    match config.guard.has_partition(partition) {
+        true => Ok(()),
+        false => Err(Refusal::new(
             Reason::NotAllowed,
             format!(
                 "with intercept = \"xml\" the guard alone keeps domain {} from the raw devices of protected volumes, and it \
@@ -157,7 +175,6 @@ pub fn check_guarded(broker: &Broker, config: &Config, domain: &Domain) -> Resul
                 domain.name, config.guard.cgroup
             ),
         )),
-        _ => Ok(()),
     }
 }
 
@@ -181,7 +198,30 @@ pub fn given_twice(domain: &str, volume: &VolumeId, other: &Disk) -> Refusal {
         "domain {domain} has volume {volume} already, as disk {}, and the two would overwrite each other's data",
         other.target.escape_debug()
     );
-    Refusal::new(Reason::NotAllowed, sentence).of(volume)
+    Refusal::new(Reason::NotAllowed, sentence)
+}
+
+/// Whether no domain but `domain` has `volume`. Each QEMU has a node of its own for it here, so their locks do not meet.
+pub fn check_alone(broker: &Broker, domain: &str, volume: &VolumeId) -> Result<(), Refusal> {
+    match broker.other_user(volume, domain)? {
+        None => Ok(()),
+        Some(other) => {
+            let sentence = format!(
+                "domain {other} has volume {volume}, and the two would overwrite each other's data: shut that one down or \
+                 detach the volume from it, or mark the disk <shareable/> in both if what is in it is made for that"
+            );
+            Err(Refusal::new(Reason::NotAllowed, sentence))
+        }
+    }
+}
+
+fn shut_by_the_guard(path: &Path) -> Refusal {
+    let sentence = format!(
+        "{} passes for this domain, and the guard shuts it to all of them, because a rule protects or denies it for others \
+         and with intercept = \"xml\" nothing else tells them apart: have the rules treat it alike for all",
+        path.display()
+    );
+    Refusal::new(Reason::NotAllowed, sentence)
 }
 
 fn named_by_its_device(name: &str, path: &Path, volume: &VolumeId) -> Refusal {

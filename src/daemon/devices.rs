@@ -46,6 +46,9 @@ pub trait Devices: Send + Sync {
     /// When that cannot be told.
     fn open_by(&self, pid: u32) -> io::Result<Vec<DeviceNumber>>;
 
+    /// The domains whose processes have a block device open.
+    fn domains_with_open(&self, device: DeviceNumber) -> Vec<String>;
+
     /// Every block device.
     ///
     /// # Errors
@@ -103,6 +106,11 @@ impl Devices for HostDevices {
 
     fn open_by(&self, pid: u32) -> io::Result<Vec<DeviceNumber>> {
         open_block_devices(pid)
+    }
+
+    fn domains_with_open(&self, device: DeviceNumber) -> Vec<String> {
+        let has_open = |pid: u32| !processes_with_open(&[pid], (FileType::BlockDevice, device), false).is_empty();
+        LibvirtState::system().running().into_iter().filter(|(pid, _)| has_open(*pid)).map(|(_, name)| name).collect()
     }
 
     fn all(&self) -> io::Result<Vec<DeviceNumber>> {

@@ -113,7 +113,7 @@ fn inspect_domain(
             return Err(refused(no_note(&volume).of(&volume)));
         }
         // What can do without a medium loses it on the way, if it is not here.
-        if matches!(disk.device.as_str(), "cdrom" | "floppy") && is_missing(disk) {
+        if disk.is_drive() && is_missing(disk) {
             continue;
         }
         let found = inspection.of_disk(disk)?.into_iter().next().unwrap_or_default();

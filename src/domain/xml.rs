@@ -40,6 +40,9 @@ pub struct Disk {
     pub device: String,
     /// Where its data is.
     pub source: Source,
+    /// Whether it is written to, and not marked as one that others write to as well: neither `<readonly/>` nor
+    /// `<shareable/>`, nor a CD-ROM.
+    pub is_written_alone: bool,
     /// Whether libvirt looks into the image to learn on which others it stands: see [`Layer::is_looked_into`].
     pub is_looked_into: bool,
     /// The images on which it stands, as far as the XML says so, from the top.
@@ -126,9 +129,17 @@ impl Disk {
             target: target.to_owned(),
             device: disk.attribute("device").unwrap_or(disk.tag_name().name()).to_owned(),
             source: source_of(disk),
+            is_written_alone: disk.attribute("device") != Some("cdrom")
+                && child(disk, "readonly").is_none()
+                && child(disk, "shareable").is_none(),
             is_looked_into: is_looked_into(disk, "driver"),
             beneath: std::iter::successors(layer(disk), layer).map(|layer| Layer::read(&layer)).collect(),
         }
+    }
+
+    /// Whether it is a drive that can do without a medium.
+    pub fn is_drive(&self) -> bool {
+        matches!(self.device.as_str(), "cdrom" | "floppy")
     }
 
     /// The images that it is made of, from the top, each with whether libvirt looks into it.

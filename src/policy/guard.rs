@@ -39,16 +39,29 @@ impl GuardConfig {
     }
     /// Whether a domain in libvirt's resource partition `partition` runs in the cgroup, or below it. libvirt has
     /// systemd put `/a/b` into the slice `a-b.slice`, which stands in `a.slice`; without systemd it makes
-    /// `a.partition/b.partition`: <https://libvirt.org/cgroups.html>.
+    /// `a.partition/b.partition`, and only `machine`, `system` and `user` are called so:
+    /// <https://libvirt.org/cgroups.html>.
     pub fn has_partition(&self, partition: &str) -> bool {
         let parts: Vec<&str> = partition.split('/').filter(|part| !part.is_empty()).collect();
-        // libvirt escapes anything else, and a name that stands for another one is no name to decide by.
+        if parts.iter().any(|part| part.starts_with('.')) {
+            return false;
+        }
+        let Some(parts) = parts.get(..Path::new(&self.cgroup).components().count()) else { return false };
+        // systemd has anything else escaped, and what stands for another name is no name to decide by.
         let is_plain = |part: &&str| part.chars().all(|letter| letter.is_ascii_alphanumeric() || letter == '_');
         let slices: PathBuf = (1..=parts.len()).map(|count| format!("{}.slice", parts[..count].join("-"))).collect();
-        let partitions: PathBuf = parts.iter().map(|part| format!("{part}.partition")).collect();
-        parts.iter().all(is_plain) && [slices, partitions].iter().any(|path| path.starts_with(&self.cgroup))
+        let partitions: PathBuf = (0..parts.len())
+            .map(|place| match (place, parts[place]) {
+                (0, "machine" | "system" | "user") => parts[0].to_owned(),
+                (_, part) => format!("{part}.partition"),
+            })
+            .collect();
+        parts.iter().all(is_plain) && [slices, partitions].contains(&PathBuf::from(&self.cgroup))
     }
 }
+
+/// The partition of a domain that asks for none.
+pub const DEFAULT_PARTITION: &str = "/machine";
 
 #[cfg(test)]
 mod tests {
@@ -59,7 +72,7 @@ mod tests {
         let in_it = |cgroup: &str, partition: &str| {
             GuardConfig { enabled: true, cgroup: cgroup.to_owned() }.has_partition(partition)
         };
-        for inside in ["/machine", "/machine/", "/machine/web", "machine/web/one"] {
+        for inside in ["/machine", "/machine/", "/machine/web", "machine/web/one", "/machine/web-1"] {
             assert!(in_it("machine.slice", inside), "{inside}");
         }
         for outside in
@@ -69,6 +82,8 @@ mod tests {
         }
         assert!(in_it("machine.slice/machine-web.slice", "/machine/web"));
         assert!(!in_it("machine.slice/machine-web.slice", "/machine"));
-        assert!(in_it("machine.partition", "/machine/web"));
+        assert!(in_it("machine", "/machine/web"));
+        assert!(in_it("production.partition", "/production/web"));
+        assert!(!in_it("production.slice", DEFAULT_PARTITION));
     }
 }

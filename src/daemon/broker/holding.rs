@@ -27,6 +27,14 @@ impl Broker {
         self.devices.guard_fault()
     }
 
+    /// Another domain than `domain` that has the mapping of `volume` open or is about to open it.
+    pub fn other_user(&self, volume: &VolumeId, domain: &str) -> Result<Option<String>, Refusal> {
+        let held_for = self.holds.by_volume().remove(volume).unwrap_or_default();
+        let mapping = self.encryptor.mappings()?.into_iter().find(|mapping| mapping.volume == *volume);
+        let open_in = mapping.map(|mapping| self.devices.domains_with_open(mapping.device)).unwrap_or_default();
+        Ok(held_for.into_iter().chain(open_in).find(|other| other != domain))
+    }
+
     /// Makes and opens the mapping of the protected volume on `device` for `domain`, and waits until it has its
     /// name in /dev. `what` is for the audit log, where the use stands before the key is used.
     ///

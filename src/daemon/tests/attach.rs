@@ -201,6 +201,18 @@ fn what_the_domain_may_not_have_is_refused_with_nothing_held() {
     assert!(sentence.contains("domain vm has volume theirs already, as disk sdb"), "{sentence}");
     daemon.attach_to(&present, &device(0), false, false).0.unwrap();
     assert_eq!(daemon.held(), 0);
+    // So may another domain have, as long as it does not share it.
+    let other = owned.replace("<name>vm", "<name>other");
+    let (answer, kept) = daemon.attach_to(&other, &device(0), true, false);
+    answer.unwrap();
+    let sentence = daemon.attach_to(&owned, &device(0), true, false).0.unwrap_err();
+    assert!(
+        sentence.starts_with("disk sdb: domain other has volume theirs, and the two would overwrite"),
+        "{sentence}"
+    );
+    let shared = device(0).replace("</disk>", "<shareable/></disk>");
+    daemon.attach_to(&owned, &shared, true, false).0.unwrap();
+    hang_up(&kept);
 }
 
 #[test]

@@ -294,13 +294,86 @@ fn a_domain_in_a_cgroup_without_the_guard_is_refused() {
 }
 
 #[test]
+fn a_domain_of_the_default_partition_needs_the_guard_there() {
+    let world = World::new();
+    let broker = world.broker_saying(false, &format!("{XML}[guard]\ncgroup = 'production.slice'\n"));
+    broker.enrol(world.add_volume("far", 98), None).unwrap();
+    let sentence = refused(&broker, &domain(&[&on_mapping("far")]));
+    assert!(sentence.contains("is for the cgroup production.slice only, which the domain's <partition> \"/machine\""));
+}
+
+#[test]
 fn a_volume_is_given_once() {
     let world = World::new();
     let broker = world.broker_saying(false, XML);
-    broker.enrol(world.add_volume("once", 99), None).unwrap();
-    let second = on_mapping("once").replace("'sda'", "'sdb'");
+    for (volume, minor) in [("once", 99), ("top", 100), ("tip", 101)] {
+        broker.enrol(world.add_volume(volume, minor), None).unwrap();
+    }
+    let as_second = |disk: String| disk.replace("'sda'", "'sdb'");
     assert_eq!(
-        refused(&broker, &domain(&[&on_mapping("once"), &second])),
+        refused(&broker, &domain(&[&on_mapping("once"), &as_second(on_mapping("once"))])),
         "disk sdb: domain vm has volume once already, as disk sda, and the two would overwrite each other's data"
     );
+
+    // What is only read, or made for it, may be there twice.
+    let twice = |end: &str| {
+        let disk = on_mapping("once").replace("</disk>", end);
+        prepare(&broker, "vm", &domain(&[&disk, &as_second(disk.clone())])).unwrap();
+        broker.holds().ended("vm");
+    };
+    twice("<readonly/></disk>");
+    twice("<shareable/></disk>");
+    let base = "<backingStore type='block'><format type='raw'/><source dev='/dev/mapper/volcrypt-once'/></backingStore></disk>";
+    let overlays = ["top", "tip"].map(|volume| on_mapping(volume).replace("</disk>", base));
+    prepare(&broker, "vm", &domain(&[&overlays[0], &as_second(overlays[1].clone())])).unwrap();
+}
+
+#[test]
+fn a_volume_that_another_domain_has_is_refused_unless_it_is_shared() {
+    let world = World { mapped: true, ..World::new() };
+    let broker = world.broker_saying(false, XML);
+    broker.enrol(world.add_volume("ours", 102), None).unwrap();
+    world.users.lock().unwrap().extend(["vm".to_owned(), "clone".to_owned()]);
+    let expected = "disk sda: domain clone has volume ours, and the two would overwrite each other's data: shut that one \
+                    down or detach the volume from it, or mark the disk <shareable/> in both if what is in it is made for \
+                    that";
+    assert_eq!(refused(&broker, &domain(&[&on_mapping("ours")])), expected);
+    let shared = on_mapping("ours").replace("</disk>", "<shareable/></disk>");
+    prepare(&broker, "vm", &domain(&[&shared])).unwrap();
+
+    // One that starts as well has not opened it yet.
+    world.users.lock().unwrap().clear();
+    let other = domain(&[&on_mapping("ours")]).replace("<name>vm", "<name>other");
+    let sentence = prepare(&broker, "other", &other).unwrap_err().to_string();
+    assert!(sentence.contains("domain vm has volume ours"), "{sentence}");
+    assert_eq!(held(&broker), ["ours: vm"], "what the other one has stays");
+    broker.holds().ended("vm");
+    prepare(&broker, "other", &other).unwrap();
+}
+
+#[test]
+fn a_device_that_passes_and_is_shut_by_the_guard_is_refused() {
+    let world = World::new();
+    let pass = "[[rules]]\nname = 'by-name'\niscsi_target = 'iqn.*'\ndomain = 'vm'\naction = 'pass'\n";
+    let broker = world.broker_saying(false, &format!("{XML}{pass}"));
+    let node = Node::new("/dev", world.add_volume("passes", 103));
+    let sentence = refused(&broker, &domain(&[&disk(&node.0.display().to_string())]));
+    assert!(sentence.contains("passes for this domain, and the guard shuts it to all of them"), "{sentence}");
+    let off = world.broker_saying(
+        false,
+        &format!("[hook]\nintercept = \"xml\"\nother_emulators = \"start\"\n[guard]\nenabled = false\n{pass}"),
+    );
+    prepare(&off, "vm", &domain(&[&disk(&node.0.display().to_string())])).unwrap();
+}
+
+#[test]
+fn a_drive_comes_without_a_medium_that_is_not_there() {
+    let world = World::new();
+    let broker = world.broker_saying(false, XML);
+    let missing = disk("/dev/sr99");
+    assert!(admit(&broker, "vm", &domain(&[&missing])).unwrap_err().to_string().contains("/dev/sr99 does not exist"));
+    for kind in ["cdrom", "floppy"] {
+        let drive = missing.replace("device='disk'", &format!("device='{kind}'"));
+        assert_eq!(admit(&broker, "vm", &domain(&[&drive])).unwrap(), None);
+    }
 }

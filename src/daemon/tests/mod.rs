@@ -68,6 +68,8 @@ struct World {
     open: Arc<Mutex<Vec<DeviceNumber>>>,
     /// The live XML of the domain.
     given: Arc<Mutex<String>>,
+    /// The domains that have every mapping open.
+    users: Arc<Mutex<Vec<String>>>,
 }
 
 impl World {
@@ -85,6 +87,7 @@ impl World {
             domain: Some(vm()),
             open: Arc::default(),
             given: Arc::new(Mutex::new("<domain/>".to_owned())),
+            users: Arc::default(),
         }
     }
 
@@ -175,6 +178,10 @@ impl Devices for World {
 
     fn open_by(&self, _pid: u32) -> io::Result<Vec<DeviceNumber>> {
         Ok(self.open.lock().unwrap().clone())
+    }
+
+    fn domains_with_open(&self, _device: DeviceNumber) -> Vec<String> {
+        self.users.lock().unwrap().clone()
     }
 
     fn all(&self) -> io::Result<Vec<DeviceNumber>> {

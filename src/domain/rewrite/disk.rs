@@ -5,7 +5,7 @@ use super::super::xml::{Disk, Source, child, children, is};
 use super::super::{passes_commands, reached_by_qemu};
 use super::not_allowed;
 use super::note::{Before, Driver, Entry};
-use crate::refusal::Refusal;
+use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
 /// The driver of a disk that had none, as libvirt would write it.
@@ -32,7 +32,11 @@ pub(super) fn plan(
     judge: &dyn Fn(&Source) -> Result<Option<VolumeId>, Refusal>,
 ) -> Result<Plan, Refusal> {
     let source = source_of(element)?;
-    let volume = judge(&disk.source)?;
+    let volume = match judge(&disk.source) {
+        // What can do without a medium goes on without one that is not there.
+        Err(refusal) if refusal.reason() == Reason::DeviceGone && disk.is_drive() => None,
+        judged => judged?,
+    };
     for beside in sources(element).filter(|beside| Some(*beside) != source) {
         check_beside(&beside, judge)?;
     }

@@ -65,6 +65,9 @@ pub trait Devices: Send + Sync {
     /// Why guests could open raw devices of protected volumes, if the guard does not keep them from it.
     fn guard_fault(&self) -> Option<String>;
 
+    /// Notes that a device holds no enrolled volume any more.
+    fn enrolment_ended(&self);
+
     /// Who has a device open, or open for writing, in words, if anybody has for longer than a glance.
     fn user(&self, device: DeviceNumber, for_writing: bool) -> Option<String>;
 }
@@ -134,6 +137,10 @@ impl Devices for HostDevices {
 
     fn guard_fault(&self) -> Option<String> {
         self.guard.status().fault
+    }
+
+    fn enrolment_ended(&self) {
+        self.guard.refresh();
     }
 
     fn user(&self, device: DeviceNumber, for_writing: bool) -> Option<String> {

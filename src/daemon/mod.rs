@@ -105,6 +105,8 @@ fn run(options: &Options) -> io::Result<()> {
     let devices = Box::new(HostDevices::new(Arc::clone(&guard)));
     let domains = Box::new(LibvirtState::system());
     let broker = Arc::new(Broker::new(config, devices, domains, Box::new(PlainEncryptor::new())));
+    let knowing = Arc::downgrade(&broker);
+    guard.know_enrolled(Box::new(move |device| knowing.upgrade()?.is_enrolled(device)));
     if let Err(refusal) = control::sweep(&broker) {
         tracing::warn!("mappings of an earlier daemon were not looked for: {refusal}");
     }

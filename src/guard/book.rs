@@ -63,6 +63,15 @@ impl<T: Table> Book<T> {
         self.in_table.contains(&Device::Block(number))
     }
 
+    /// The block devices in the table.
+    pub fn block_devices(&self) -> BTreeSet<DeviceNumber> {
+        let block_device = |device: &Device| match device {
+            Device::Block(number) => Some(*number),
+            Device::Character(_) => None,
+        };
+        self.in_table.iter().filter_map(block_device).collect()
+    }
+
     /// Has `devices` guarded for the sake of block device `number`, and nothing else for its sake any more.
     ///
     /// # Errors

@@ -2,7 +2,8 @@
 //!
 //! A QEMU that runs without the wrapper would write to it in clear. So the kernel asks a small program
 //! (BPF_PROG_TYPE_CGROUP_DEVICE) at every open of a device below that cgroup, and the program looks the
-//! device's number up in a map, which the daemon keeps equal to what the configuration protects. Wrapped
+//! device's number up in a map, which the daemon keeps equal to what the configuration protects, and to what is
+//! enrolled, should the configuration have lost its rule. Wrapped
 //! guests need no raw device: the daemon, which is outside the cgroup, opens the mapping for them. The map
 //! and the program's attachment belong to the kernel and stay when the daemon ends. As long as there is none
 //! but a faulty configuration, every block device is shut.
@@ -20,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub use self::watch::watch;
-pub use self::watchlist::Rules;
+pub use self::watchlist::{Enrolled, Rules};
 
 use self::book::Book;
 use self::kernel::{Attachment, KernelTable};
@@ -65,6 +66,12 @@ impl Guard {
         self.watchlist.set_rules(rules);
         *upkeep = Upkeep { attachment: None, alone: false };
         self.bring_up(&mut upkeep);
+    }
+
+    /// Has `enrolled` say which devices hold enrolled volumes: they are shut also when no rule protects them any more.
+    /// That counts from the next [`Self::refresh`] on.
+    pub fn know_enrolled(&self, enrolled: Enrolled) {
+        self.watchlist.know_enrolled(enrolled);
     }
 
     /// Looks at every block device anew.

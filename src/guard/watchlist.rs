@@ -1,6 +1,6 @@
 use std::collections::BTreeSet;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Instant;
 
 use super::book::{Book, Guarded, Table};
@@ -13,6 +13,9 @@ use crate::volume::{DeviceNumber, Identity, Sysfs};
 /// every block device.
 pub type Rules = Result<Config, String>;
 
+/// Says whether a device holds an enrolled volume; nothing if that cannot be told now.
+pub type Enrolled = Box<dyn Fn(&Identity) -> Option<bool> + Send + Sync>;
+
 /// Keeps a table equal to what [`Rules`] guard.
 ///
 /// To look at all devices takes long where there are many, and every open of one may have to look at its own.
@@ -21,6 +24,7 @@ pub struct Watchlist<T> {
     sysfs: Sysfs,
     shown: Shown,
     rules: RwLock<Arc<Rules>>,
+    enrolled: OnceLock<Enrolled>,
     shut: Mutex<Shut<T>>,
 }
 
@@ -36,7 +40,8 @@ impl<T: Table> Watchlist<T> {
     /// A list by `rules` for the devices that `sysfs` and `shown` show, without a table.
     pub fn new(sysfs: Sysfs, shown: Shown, rules: Rules) -> Self {
         let shut = Shut { book: None, complete: false, meanwhile: None };
-        Watchlist { sysfs, shown, rules: RwLock::new(Arc::new(rules)), shut: Mutex::new(shut) }
+        let rules = RwLock::new(Arc::new(rules));
+        Watchlist { sysfs, shown, rules, enrolled: OnceLock::new(), shut: Mutex::new(shut) }
     }
 
     /// The rules.
@@ -48,6 +53,12 @@ impl<T: Table> Watchlist<T> {
     pub fn set_rules(&self, rules: Rules) {
         *self.rules.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(rules);
         self.forget();
+    }
+
+    /// Has `enrolled` say which devices hold enrolled volumes, from the next look at each on. Until then it is not known.
+    pub fn know_enrolled(&self, enrolled: Enrolled) {
+        // It is said once.
+        let _ = self.enrolled.set(enrolled);
     }
 
     /// Has [`Self::look_at_all`] look again. Nobody may be at it.
@@ -87,12 +98,12 @@ impl<T: Table> Watchlist<T> {
         self.shut().complete
     }
 
-    /// A device that somebody has identified: shuts it if it has to be and is not.
+    /// A device that somebody has identified: shuts it if a rule has it shut and it is not.
     ///
     /// # Errors
     /// Those of the table.
     pub fn saw(&self, identity: &Identity) -> io::Result<()> {
-        if !guards(&self.rules(), identity) || !self.may_be_open(identity.number) {
+        if !guards(&self.rules(), identity, &|_| false) || !self.may_be_open(identity.number) {
             return Ok(());
         }
         self.look_at(identity.number)
@@ -119,7 +130,8 @@ impl<T: Table> Watchlist<T> {
         if let Some(meanwhile) = meanwhile {
             meanwhile.insert(number);
         }
-        book.set(number, self.to_guard(&self.rules(), number)).inspect_err(|_| *complete = false)
+        let devices = self.to_guard(&self.rules(), number, book.has(number));
+        book.set(number, devices).inspect_err(|_| *complete = false)
     }
 
     /// Looks at all devices, unless the table is complete. Not two threads may do that at a time.
@@ -127,21 +139,21 @@ impl<T: Table> Watchlist<T> {
     /// # Errors
     /// A sentence, when they cannot be listed, or not all be put into the table.
     pub fn look_at_all(&self) -> Result<(), String> {
-        {
+        let before = {
             let mut shut = self.shut();
-            if shut.complete || shut.book.is_none() {
-                return Ok(());
-            }
+            let Shut { book: Some(book), complete: false, .. } = &*shut else { return Ok(()) };
+            let before = book.block_devices();
             shut.meanwhile = Some(BTreeSet::new());
-        }
+            before
+        };
         let (rules, began) = (self.rules(), Instant::now());
-        let found = self.all_to_guard(&rules);
+        let found = self.all_to_guard(&rules, &before);
         let mut shut = self.shut();
         let meanwhile = shut.meanwhile.take().unwrap_or_default();
         let mut guarded = found.map_err(|error| format!("/sys cannot be read ({error})"))?;
         for number in meanwhile {
             guarded.remove(&number);
-            let devices = self.to_guard(&rules, number);
+            let devices = self.to_guard(&rules, number, before.contains(&number));
             if !devices.is_empty() {
                 guarded.insert(number, devices);
             }
@@ -153,10 +165,10 @@ impl<T: Table> Watchlist<T> {
         Ok(())
     }
 
-    fn all_to_guard(&self, rules: &Rules) -> io::Result<Guarded> {
+    fn all_to_guard(&self, rules: &Rules, before: &BTreeSet<DeviceNumber>) -> io::Result<Guarded> {
         let mut guarded = Guarded::new();
         for number in self.shown.block_devices()? {
-            let devices = self.to_guard(rules, number);
+            let devices = self.to_guard(rules, number, before.contains(&number));
             if !devices.is_empty() {
                 guarded.insert(number, devices);
             }
@@ -164,10 +176,15 @@ impl<T: Table> Watchlist<T> {
         Ok(guarded)
     }
 
-    /// What has to be shut for the sake of block device `number`; nothing if it is not guarded or gone.
-    fn to_guard(&self, rules: &Rules, number: DeviceNumber) -> BTreeSet<Device> {
+    /// What has to be shut for the sake of block device `number`; nothing if it is not guarded or gone. If only its
+    /// enrolment could be the reason and that cannot be told, it stays as it is, which `was_shut` says.
+    fn to_guard(&self, rules: &Rules, number: DeviceNumber, was_shut: bool) -> BTreeSet<Device> {
+        let is_enrolled = |device: &Identity| {
+            let enrolled = self.enrolled.get().and_then(|enrolled| enrolled(device));
+            enrolled.unwrap_or(was_shut)
+        };
         let guarded = match self.sysfs.identify(number) {
-            Ok(identity) => guards(rules, &identity),
+            Ok(identity) => guards(rules, &identity, &is_enrolled),
             // What is there and cannot be identified is given to no wrapped guest either. A disk whose
             // session goes away is there for a moment longer, and what it was is not known any more.
             Err(_) => self.shown.has(number),
@@ -186,9 +203,9 @@ impl<T: Table> Watchlist<T> {
     }
 }
 
-fn guards(rules: &Rules, identity: &Identity) -> bool {
+fn guards(rules: &Rules, identity: &Identity, is_enrolled: &dyn Fn(&Identity) -> bool) -> bool {
     match rules {
-        Ok(config) => config.is_guarded(identity),
+        Ok(config) => config.is_guarded_with(identity, is_enrolled),
         // The daemon refuses them as well: nothing tells which of them are protected.
         Err(_) => identity.own_volume().is_none(),
     }

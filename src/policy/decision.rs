@@ -53,13 +53,20 @@ impl Config {
     /// Whether no process of a guest may open `device` itself, wrapped or not: everything that no domain at
     /// all may have as it is.
     pub fn is_guarded(&self, device: &Identity) -> bool {
+        self.is_guarded_with(device, &|_| false)
+    }
+
+    /// As [`Self::is_guarded`]; a device that `is_enrolled` is guarded as well, unless a rule lets it pass in so many
+    /// words: that the rule which protected it was lost makes no plaintext of what is on it.
+    pub fn is_guarded_with(&self, device: &Identity, is_enrolled: &dyn Fn(&Identity) -> bool) -> bool {
         if device.own_volume().is_some() {
             return false;
         }
-        self.guards_itself(device) || device.underlying.iter().any(|below| self.is_guarded(below))
+        self.guards_itself(device, is_enrolled)
+            || device.underlying.iter().any(|below| self.is_guarded_with(below, is_enrolled))
     }
 
-    fn guards_itself(&self, device: &Identity) -> bool {
+    fn guards_itself(&self, device: &Identity, is_enrolled: &dyn Fn(&Identity) -> bool) -> bool {
         // A rule for some domains is enough: what is protected for one is ciphertext to every other. Only
         // one that lets some domain pass leaves the device open.
         let mut for_some = false;
@@ -72,7 +79,7 @@ impl Config {
                 (Action::Protect(_) | Action::Deny, true) => for_some = true,
             }
         }
-        for_some || self.denies_unmatched(device)
+        for_some || self.denies_unmatched(device) || is_enrolled(device)
     }
 
     /// Whether a rule says in so many words that `requester` may have `device` as it is.

@@ -99,6 +99,14 @@ impl Broker {
         device.underlying.iter().try_for_each(|below| self.check_not_enrolled(config, below, requester))
     }
 
+    /// Whether `device` itself holds an enrolled volume; nothing if that cannot be told.
+    pub fn is_enrolled(&self, device: &Identity) -> Option<bool> {
+        match self.present_vault(&*self.config().ok()?).ok()? {
+            Some(vault) => vault.store.held_by(&enrolled_device(device)).ok().map(|held| held.is_some()),
+            None => Some(false),
+        }
+    }
+
     /// The database and the key manager, if any volume was ever enrolled with them.
     fn present_vault(&self, config: &Config) -> Result<Option<Arc<Vault>>, Refusal> {
         match config.key_manager.directory() {

@@ -76,6 +76,7 @@ impl Broker {
                 }
                 return Err(refusal);
             }
+            self.devices.enrolment_ended();
             tracing::warn!(volume = %id, "destroyed the key of volume {id}: what stands on the volume can never be read again");
             self.volume(id)
         })

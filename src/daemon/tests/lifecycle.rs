@@ -107,11 +107,17 @@ fn an_enrolled_volume_does_not_pass_because_its_rule_is_lost() {
         assert!(refusal.to_string().contains("/dev/sd0 holds the volume one, and no rule protects it"), "{refusal}");
         assert_eq!(broker.make_ready(&broker.identify(device).unwrap(), &vm()).unwrap_err(), refusal);
         assert!(broker.pass_commands(device, &vm()).is_err());
+        // The guard, which no rule tells, hears it from here.
+        let is_enrolled = |number| broker.is_enrolled(&broker.identify(number).unwrap());
+        assert_eq!((is_enrolled(device), is_enrolled(other)), (Some(true), Some(false)));
         assert!(matches!(broker.open(other, true, OFlags::RDWR, &vm()), Ok(Verdict::LetThrough)));
     }
     let passes = rules("[[rules]]\nname = 'all'\naction = 'pass'\niscsi_target = '.*'\n");
     assert!(matches!(passes.open(device, true, OFlags::RDWR, &vm()), Ok(Verdict::LetThrough)));
+    assert_eq!(world.ended.load(Ordering::Relaxed), 0);
     world.broker(false).destroy(&id("one")).unwrap();
+    assert_eq!(world.ended.load(Ordering::Relaxed), 1, "the guard has to look again");
+    assert_eq!(rules("").is_enrolled(&rules("").identify(device).unwrap()), Some(false));
     assert!(matches!(rules("").open(device, true, OFlags::RDWR, &vm()), Ok(Verdict::LetThrough)));
 }
 

@@ -20,6 +20,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -70,6 +71,8 @@ struct World {
     given: Arc<Mutex<String>>,
     /// The domains that have every mapping open.
     users: Arc<Mutex<Vec<String>>>,
+    /// How often an enrolment has ended.
+    ended: Arc<AtomicUsize>,
 }
 
 impl World {
@@ -88,6 +91,7 @@ impl World {
             open: Arc::default(),
             given: Arc::new(Mutex::new("<domain/>".to_owned())),
             users: Arc::default(),
+            ended: Arc::default(),
         }
     }
 
@@ -196,6 +200,10 @@ impl Devices for World {
 
     fn guard_fault(&self) -> Option<String> {
         self.guard_fault.map(str::to_owned)
+    }
+
+    fn enrolment_ended(&self) {
+        self.ended.fetch_add(1, Ordering::Relaxed);
     }
 
     fn user(&self, _device: DeviceNumber, _for_writing: bool) -> Option<String> {

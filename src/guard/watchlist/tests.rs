@@ -43,6 +43,10 @@ fn number(minor: u32) -> DeviceNumber {
 
 impl Host {
     fn new(rules: Rules) -> Self {
+        Host::knowing(rules, Box::new(|_| Some(false)))
+    }
+
+    fn knowing(rules: Rules, enrolled: Enrolled) -> Self {
         let root = tempfile::tempdir().unwrap();
         for folder in ["class/block", "dev/block"] {
             fs::create_dir_all(root.path().join(folder)).unwrap();
@@ -50,6 +54,7 @@ impl Host {
         let table = Arc::new(Simulated::default());
         let list = Arc::new(Watchlist::new(Sysfs::at(root.path()), Shown::at(root.path()), rules));
         list.open(|| Ok(Book::open(Arc::clone(&table)).unwrap())).unwrap();
+        list.know_enrolled(enrolled);
         Host { root, table, list }
     }
 
@@ -177,4 +182,42 @@ fn a_device_that_comes_back_while_all_are_looked_at_stays_shut() {
         looking.join().unwrap().unwrap();
     });
     assert_eq!(host.shut(), [0]);
+}
+
+#[test]
+fn an_enrolled_volume_whose_rule_was_lost_stays_shut() {
+    let wwid = |device: &Identity| device.wwid.clone().unwrap_or_default();
+    let host = Host::knowing(Ok(config()), Box::new(move |device| Some(wwid(device) == "t10.enrolled")));
+    host.add(0, "naa.one");
+    host.add(16, "t10.enrolled");
+    host.add(32, "t10.other");
+    host.list.look_at_all().unwrap();
+    assert_eq!(host.shut(), [0, 16]);
+    host.add(48, "t10.enrolled");
+    host.list.look_at(number(48)).unwrap();
+    assert_eq!(host.shut(), [0, 16, 48]);
+
+    let text = "[[rules]]\nname = \"raw\"\nwwid = 't10.*'\naction = \"pass\"\n";
+    host.list.set_rules(Ok(Config::parse(text, "volcrypt.toml").unwrap()));
+    host.list.look_at_all().unwrap();
+    assert_eq!(host.shut(), Vec::<u32>::new(), "a rule lets it pass in so many words");
+}
+
+#[test]
+fn what_cannot_be_told_to_be_enrolled_stays_as_it_is() {
+    let told = Arc::new(Mutex::new(Some(true)));
+    let asked = Arc::clone(&told);
+    let host = Host::knowing(Ok(config()), Box::new(move |_| *asked.lock().unwrap()));
+    host.add(0, "t10.enrolled");
+    host.list.look_at_all().unwrap();
+    *told.lock().unwrap() = None;
+    host.add(16, "t10.new");
+    host.list.look_at(number(0)).unwrap();
+    assert_eq!(host.shut(), [0]);
+    host.list.forget();
+    host.list.look_at_all().unwrap();
+    assert_eq!(host.shut(), [0]);
+    *told.lock().unwrap() = Some(false);
+    host.list.look_at(number(0)).unwrap();
+    assert_eq!(host.shut(), Vec::<u32>::new());
 }

@@ -171,6 +171,25 @@ case_past_volcrypt_nothing_is_written_in_clear() {
     expect_eq "$(sum_of prot-xml 2)" "$before" 'the LUN'
 }
 
+case_a_volume_whose_rule_is_lost_stays_shut() {
+    local before how since
+    ready
+    before=$(sum_of prot-xml 2)
+    sed -i 's/:(?<id>prot-/:(?<id>lost-/' "$volcrypt_config"
+    since=$(date +%s)
+    for how in reload restart; do
+        systemctl "$how" volcryptd
+        [ "$how" != reload ] || wait_until 20 said_since "$since" 'is in force'
+        expect_fails disk_attach named "$(lun_path prot-xml 2)" sdc
+        expect_contains "$OUTPUT" 'Operation not permitted' "virsh attach-device after a $how"
+    done
+    sed -i 's/:(?<id>lost-/:(?<id>prot-/' "$volcrypt_config"
+    systemctl reload volcryptd
+    expect_eq "$(sum_of prot-xml 2)" "$before" 'the LUN'
+    attach named 2 sdc >/dev/null
+    detach named 2 sdc >/dev/null
+}
+
 case_what_libvirt_refuses_leaves_nothing() {
     ready
     expect_fails attach named 2 sda

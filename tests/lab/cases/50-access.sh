@@ -180,10 +180,6 @@ expect_refused_outside() {
     said_since "$since" "was refused \"$2\"" || fail 'the journal does not name the path'
 }
 
-said_since() {
-    journal_since "@$1" | grep -qF "$2"
-}
-
 # nothing_gained: there are the two mappings of the domains, each open once, by its own.
 nothing_gained() {
     expect_eq "$(volcrypt status --json | jq -c '[.mappings[] | [.volume, .open_count] + .domains] | sort')" \

@@ -37,10 +37,6 @@ attaches() {
     nothing_left
 }
 
-said_since() {
-    journal_since "@$1" | grep -qF "$2"
-}
-
 case_a_volume_is_for_the_domains_of_its_owner() {
     protect
     volume_create own 8 4

@@ -59,3 +59,8 @@ expect_ciphertext() {
 journal_since() {
     journalctl --unit volcryptd --no-pager --quiet --output cat --since "$1"
 }
+
+# said_since SECONDS TEXT: whether volcryptd has said that since then (as `date +%s` gives it).
+said_since() {
+    journal_since "@$1" | grep -qF "$2"
+}

@@ -1,8 +1,9 @@
 //! Mappings that are kept open until a guest's QEMU has them open (`intercept = "xml"`).
 //!
 //! A mapping goes at its last close, and here nobody hands QEMU a descriptor: it opens the mapping by its name, some
-//! time after that was made for it. The descriptors stand in no file. If the daemon ends meanwhile, the kernel
-//! removes the mapping, libvirt finds nothing to open, and nothing is left.
+//! time after that was made for it. The descriptors stand in no file. A daemon that is to end waits for those who are
+//! about to open theirs. If it ends all the same, the kernel removes the mapping, libvirt finds nothing to open, and
+//! nothing is left.
 
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
@@ -69,7 +70,7 @@ impl Holds {
         let by = (thread::current().id(), Instant::now());
         let held = |(volume, mapping): Mapped| Held { domain: domain.to_owned(), volume, until, by, _mapping: mapping };
         self.state().held.extend(mappings.into_iter().map(held));
-        self.changed.notify_one();
+        self.changed.notify_all();
     }
 
     /// Holds `mappings` for `domain` as long as the result is there.
@@ -117,6 +118,12 @@ impl Holds {
         domains
     }
 
+    /// Waits until nothing is held, for `limit` at most.
+    pub fn await_none(&self, limit: Duration) {
+        let waited = self.changed.wait_timeout_while(self.state(), limit, |state| !state.held.is_empty());
+        drop(waited);
+    }
+
     /// Drops what is held for too long; never returns.
     pub fn keep(&self) -> ! {
         let mut state = self.state();
@@ -148,6 +155,7 @@ impl Holds {
         // Closing may have the kernel remove mappings, for which nobody else need wait.
         let dropped: Vec<Held> = self.state().held.extract_if(.., |held| condition(held)).collect();
         drop(dropped);
+        self.changed.notify_all();
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -246,6 +254,24 @@ mod tests {
         holds.hold("web", vec![by_own], Until::Started);
         holds.undo_since(begin);
         assert_eq!([&earlier, &other, &own].map(is_closed), [false, false, true]);
+    }
+
+    #[test]
+    fn who_is_to_end_waits_until_nothing_is_held_but_not_for_long() {
+        let holds = Arc::new(Holds::new(HELD_FOR));
+        holds.await_none(HELD_FOR);
+        let (_reader, by_start) = mapping("a");
+        holds.hold("web", vec![by_start], Until::Started);
+        holds.await_none(Duration::from_millis(20));
+        assert_eq!(holds.by_volume().len(), 1);
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| {
+                holds.await_none(HELD_FOR);
+                holds.by_volume().len()
+            });
+            holds.started("web");
+            assert_eq!(waiting.join().unwrap(), 0);
+        });
     }
 
     #[test]

@@ -32,6 +32,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::Parser;
 
@@ -70,6 +71,9 @@ struct Options {
     remove_guard: bool,
 }
 
+/// How long the daemon goes on for those whose mappings are held, once it is told to end. systemd's patience is longer.
+const END_WITHIN: Duration = Duration::from_secs(20);
+
 /// Runs the daemon until it is killed. There is nothing to put in order at the end: the kernel has
 /// the mappings, systemd the listeners, and the next daemon takes up both.
 pub fn main() -> ExitCode {
@@ -87,8 +91,8 @@ pub fn main() -> ExitCode {
 
 fn run(options: &Options) -> io::Result<()> {
     protect_memory()?;
-    // Before there is any other thread, which would take the signal.
-    let hangup = Signal::hangup()?;
+    // Before there is any other thread, which would take the signals.
+    let (hangup, termination) = (Signal::hangup()?, Signal::termination()?);
     let inherited = Inherited::take()?;
     let config = Config::load(&options.config);
     if let Err(error) = &config {
@@ -123,6 +127,12 @@ fn run(options: &Options) -> io::Result<()> {
     let keeper = Arc::clone(broker.holds());
     start("holds", move || keeper.keep())?;
     start("control", move || control.serve(&control_socket, &Pool::new(MOST_CLIENTS)))?;
+    let ending = Arc::clone(broker.holds());
+    start("termination", move || {
+        termination.wait();
+        ending.await_none(END_WITHIN);
+        termination.act();
+    })?;
     let watched = Arc::clone(&guard);
     start("guard", move || guard::watch(&watched))?;
     let (reloaded, path) = (Arc::clone(&broker), options.config.clone());

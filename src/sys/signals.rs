@@ -11,13 +11,24 @@ pub struct Signal {
 }
 
 impl Signal {
-    /// Blocks SIGHUP for this thread and for every thread that it starts from now on, so that it can be
-    /// waited for.
+    /// SIGHUP, from now on for this thread and every thread that it starts.
     ///
     /// # Errors
     /// Those of pthread_sigmask(3).
     pub fn hangup() -> io::Result<Self> {
-        let number = libc::SIGHUP;
+        Signal::blocked(libc::SIGHUP)
+    }
+
+    /// SIGTERM, likewise.
+    ///
+    /// # Errors
+    /// Those of pthread_sigmask(3).
+    pub fn termination() -> io::Result<Self> {
+        Signal::blocked(libc::SIGTERM)
+    }
+
+    /// Blocks a signal, so that it can be waited for.
+    fn blocked(number: i32) -> io::Result<Self> {
         let mut set = MaybeUninit::uninit();
         // SAFETY: sigemptyset initialises the set, sigaddset changes one that is initialised, and
         // pthread_sigmask reads it; none keeps the pointer.
@@ -39,6 +50,14 @@ impl Signal {
         while number != self.number {
             // SAFETY: the set is initialised, and the number is this function's own.
             unsafe { libc::sigwait(&self.set, &mut number) };
+        }
+    }
+    /// Has the signal do to this process what it does by default.
+    pub fn act(&self) {
+        // SAFETY: the set is initialised and only read; neither call keeps the pointer or has another argument.
+        unsafe {
+            libc::pthread_sigmask(libc::SIG_UNBLOCK, &self.set, ptr::null_mut());
+            libc::raise(self.number);
         }
     }
 }

@@ -269,6 +269,27 @@ case_the_daemon_may_be_restarted() {
     unmapped 1 || fail 'the mapping is left'
 }
 
+case_a_restart_waits_for_who_is_about_to_open_a_mapping() {
+    local daemon
+    ready
+    daemon=$(systemctl show --property MainPID --value volcryptd)
+    disk_xml "$(lun_path prot-xml 1)" sdc | volcrypt hold named >/run/lab-xml.held
+    systemctl restart --no-block volcryptd
+    wait_until 20 ends
+    sleep 2
+    expect_eq "$(systemctl show --property MainPID --value volcryptd)" "$daemon" 'the daemon'
+    virsh --quiet attach-device named /run/lab-xml.held --live
+    volcrypt hold --release named </run/lab-xml.held
+    wait_until 10 systemctl --quiet is-active volcryptd
+    works named sdc 1 cd
+    detach named 1 sdc >/dev/null
+    unmapped 1 || fail 'the mapping is left'
+}
+
+ends() {
+    [ "$(systemctl show --property ActiveState --value volcryptd)" = deactivating ]
+}
+
 case_a_persistent_disk_is_there_at_the_next_start() {
     ready
     attach named 3 sdc --persistent >/dev/null

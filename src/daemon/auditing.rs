@@ -1,12 +1,13 @@
 //! What the daemon puts into the audit log, and what becomes of a key's use that cannot be recorded.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::broker::Broker;
 use super::limit::Limit;
+use super::pool::while_waiting;
 use super::uses::Turn;
 use crate::audit::{Asker, Event, Kind};
 use crate::policy::WhenUnwritable;
@@ -109,7 +110,13 @@ impl Broker {
         if repeated > 0 {
             event.detail = format!("{} ({repeated} times more since it was last recorded)", event.detail);
         }
-        match self.vault().and_then(|vault| vault.store.append_audit(event)) {
+        // A key server that falls silent has many refused at once. Whoever gets a key meanwhile records that as well, and
+        // waits for one of them at most.
+        let recorded = while_waiting(|| {
+            let _turn = self.refusals().1.lock().unwrap_or_else(PoisonError::into_inner);
+            self.vault().and_then(|vault| vault.store.append_audit(event))
+        });
+        match recorded {
             Ok(_) => self.merge_audit_soon(),
             Err(error) => tracing::error!("a refusal is not in the audit log: {error}"),
         }
@@ -138,15 +145,15 @@ impl Broker {
     }
 }
 
-/// Which refusals were recorded lately.
-pub struct RefusalLimit(Limit<Refused>);
+/// Which refusals were recorded lately, and whose turn it is to record one.
+pub struct RefusalLimit(Limit<Refused>, Mutex<()>);
 
 /// What makes two refusals the same.
 type Refused = (Asker, Option<VolumeId>, i32);
 
 impl Default for RefusalLimit {
     fn default() -> Self {
-        RefusalLimit(Limit::new(REPEATED_EVERY, MOST_REFUSALS))
+        RefusalLimit(Limit::new(REPEATED_EVERY, MOST_REFUSALS), Mutex::default())
     }
 }
 

@@ -24,6 +24,7 @@ pub use self::readiness::Ready;
 use super::auditing::RefusalLimit;
 use super::devices::Devices;
 use super::holds::{HELD_FOR, Holds};
+use super::pool::while_waiting;
 use super::uses::UseLimit;
 use crate::audit::Asker;
 use crate::domain::{Facts, Requester};
@@ -174,7 +175,8 @@ impl Broker {
             size_bytes: identity.size,
             read_only: identity.read_only,
         };
-        let opened = self.encryptor.open(&spec, flags, &|| self.key(&record))?;
+        // Whoever opens the same volume waits for the same key.
+        let opened = while_waiting(|| self.encryptor.open(&spec, flags, &|| self.key(&record)))?;
         // The device number may have been given to another device while all this went on; the
         // mapping holds it now, so what is there now stays.
         self.check_device(&self.devices.identify(identity.number)?, &record)?;
@@ -326,7 +328,9 @@ impl Broker {
     /// The key that `record` was made for, and no other.
     pub fn key(&self, record: &VolumeRecord) -> Result<Key, Refusal> {
         let id = &record.id;
-        let key = self.vault()?.keys.get(id)?;
+        let vault = self.vault()?;
+        // A key server may take its time.
+        let key = while_waiting(|| vault.keys.get(id))?;
         if key.bits() != record.key_size.bits() as usize {
             let sentence = format!(
                 "the key of volume {id} has {} bits and not the {} it was enrolled with: restore the right key",

@@ -1,5 +1,6 @@
 //! How a volume gets its key and its record.
 
+use super::super::pool::while_waiting;
 use super::{Broker, enrolled_device};
 use crate::domain::Nobody;
 use crate::keys::Description;
@@ -39,7 +40,7 @@ impl Broker {
         owner: Option<&str>,
     ) -> Result<VolumeRecord, Refusal> {
         let Protection { volume, profile, .. } = protection;
-        self.enrolling.with(volume, || {
+        self.one_at_a_time(volume, || {
             let vault = self.vault()?;
             if let Some(record) = vault.store.volume(volume)? {
                 return self.enrol_again(identity, record, owner);
@@ -74,7 +75,7 @@ impl Broker {
     /// The record of a volume that another host has enrolled, as it is kept beside the key; this host keeps it from now
     /// on.
     pub(super) fn adopt(&self, identity: &Identity, volume: &VolumeId) -> Result<Option<VolumeRecord>, Refusal> {
-        self.enrolling.with(volume, || match self.vault()?.store.volume(volume)? {
+        self.one_at_a_time(volume, || match self.vault()?.store.volume(volume)? {
             // Another thread was quicker.
             Some(record) => {
                 self.check_state(identity, &record)?;
@@ -83,6 +84,11 @@ impl Broker {
             }
             None => self.take_over(identity, volume),
         })
+    }
+
+    /// Runs `work`, which may wait for a key server, while nobody else enrols `volume`.
+    fn one_at_a_time<R>(&self, volume: &VolumeId, work: impl FnOnce() -> R) -> R {
+        while_waiting(|| self.enrolling.with(volume, work))
     }
 
     fn take_over(&self, identity: &Identity, volume: &VolumeId) -> Result<Option<VolumeRecord>, Refusal> {

@@ -9,7 +9,7 @@ use crate::volume::VolumeId;
 
 /// A key manager of both.
 #[derive(Clone, Default)]
-struct Shared(Arc<Mutex<Keys>>);
+pub(super) struct Shared(Arc<Mutex<Keys>>);
 
 type Keys = BTreeMap<VolumeId, (Vec<u8>, Description)>;
 

@@ -14,6 +14,7 @@ mod lifecycle;
 mod prepare;
 mod rewrite;
 mod server;
+mod silence;
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};

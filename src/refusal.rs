@@ -13,6 +13,7 @@ pub struct Refusal {
     reason: Reason,
     sentence: String,
     volume: Option<VolumeId>,
+    unanswered: bool,
 }
 
 /// The kinds of refusal, each with an errno of its own.
@@ -82,7 +83,22 @@ impl Refusal {
     /// A refusal for `reason`; `sentence` says what is wrong and what to do. It becomes one printable line, whatever
     /// the names in it are made of.
     pub fn new(reason: Reason, sentence: impl Into<String>) -> Self {
-        Refusal { reason, sentence: printable(&sentence.into()), volume: None }
+        Refusal { reason, sentence: printable(&sentence.into()), volume: None, unanswered: false }
+    }
+
+    /// A refusal because nobody answered: whoever was asked has said neither yes nor no.
+    pub fn unanswered(sentence: impl Into<String>) -> Self {
+        Refusal { unanswered: true, ..Refusal::new(Reason::TimedOut, sentence) }
+    }
+
+    /// Whether it is one because nobody answered. What somebody did not do in time is none, if he may have said no.
+    pub fn is_unanswered(&self) -> bool {
+        self.unanswered
+    }
+
+    /// The same refusal with more to its sentence.
+    pub fn and(self, more: &str) -> Self {
+        Refusal { sentence: printable(&format!("{}; {more}", self.sentence)), ..self }
     }
 
     /// The same refusal, as one of `volume`.

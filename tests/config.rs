@@ -44,6 +44,7 @@ fn the_example_shows_every_setting_with_its_default() {
     let shown = Config::parse(&settings.join("\n"), "volcrypt.toml").unwrap();
     let default = Config::parse("", "empty").unwrap();
     assert_eq!(shown.key_manager, default.key_manager);
+    assert_eq!(shown.key_cache, default.key_cache);
     assert_eq!(shown.daemon, default.daemon);
     assert_eq!(shown.hook, default.hook);
     assert_eq!(shown.policy, default.policy);
@@ -53,8 +54,19 @@ fn the_example_shows_every_setting_with_its_default() {
     assert_eq!(shown.rules().len(), 1);
     assert!(shown.warnings().is_empty(), "{:?}", shown.warnings());
     // The serde messages list every key there is; each has to be shown.
-    for section in ["key_manager", "kmip", "barbican", "daemon", "hook", "policy", "guard", "audit", "profiles.default"]
-    {
+    let sections = [
+        "key_manager",
+        "kmip",
+        "barbican",
+        "key_cache",
+        "daemon",
+        "hook",
+        "policy",
+        "guard",
+        "audit",
+        "profiles.default",
+    ];
+    for section in sections {
         let error = Config::parse(&format!("[{section}]\nnone-such = 1"), "x").unwrap_err().to_string();
         // Of what excludes each other one is shown.
         let others = ["application_credential_name", "user", "user_domain", "project", "project_domain"];

@@ -5,6 +5,7 @@ mod key_managers {
     pub mod authority;
     pub mod barbican;
     mod barbican_faults;
+    mod cache;
     mod conformance;
     mod faults;
     pub mod proxy;

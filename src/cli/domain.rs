@@ -245,6 +245,7 @@ mod tests {
                         guests: vec![],
                         intercept,
                         guard: GuardStatus::default(),
+                        key_cache: None,
                     }),
                 };
                 writeln!(stream, "{}", serde_json::to_string(&Response::Done(reply)).unwrap()).unwrap();

@@ -2,7 +2,7 @@ use super::table::{Table, printable};
 use super::time::utc;
 use super::{CommandError, Daemon, Format, json};
 use crate::policy::Intercept;
-use crate::protocol::{GuardStatus, MappingStatus, Reply, Request, Status};
+use crate::protocol::{GuardStatus, KeyCacheStatus, MappingStatus, Reply, Request, Status};
 
 pub(super) fn show(daemon: &Daemon<'_>, format: Format) -> Result<String, CommandError> {
     let status = ask(daemon)?;
@@ -16,7 +16,7 @@ pub(super) fn ask(daemon: &Daemon<'_>) -> Result<Status, CommandError> {
     }
 }
 
-/// Warnings first, then the mappings, then the number of guests and the guard.
+/// Warnings first, then the mappings, then the number of guests, the guard, and the key cache.
 fn describe(status: &Status) -> String {
     let warning = |text: &Option<String>| text.as_ref().map(|text| format!("warning: {}\n", printable(text)));
     let mut text: String =
@@ -46,7 +46,30 @@ fn describe(status: &Status) -> String {
             _ => format!("The guard is on: {devices} raw devices are shut for {cgroup}.\n"),
         });
     }
+    text.extend(status.key_cache.as_deref().map(key_cache));
     text
+}
+
+/// Which volumes would start without the key server.
+fn key_cache(cache: &KeyCacheStatus) -> String {
+    let KeyCacheStatus { lifetime_days, fault, volumes } = cache;
+    if let Some(fault) = fault {
+        return format!("warning: no volume would start without the key server: {}\n", printable(fault));
+    }
+    if *lifetime_days == 0 {
+        return "No volume would start without the key server: the key cache is off.\n".to_owned();
+    }
+    let usable = volumes.iter().filter(|volume| volume.starts_until.is_some()).count();
+    let mut text = format!("{usable} of {} volumes would start without the key server", volumes.len());
+    if volumes.is_empty() {
+        return text + ".\n";
+    }
+    let mut table = Table::new(["VOLUME", "STARTS WITHOUT KEY SERVER UNTIL"]);
+    for volume in volumes {
+        table.push([volume.volume.to_string(), volume.starts_until.map_or_else(|| "would not start".to_owned(), utc)]);
+    }
+    text.push_str(":\n");
+    text + &table.render()
 }
 
 /// Who has the mapping open, and for whom the daemon has.
@@ -74,7 +97,7 @@ fn mappings(mappings: &[MappingStatus]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::protocol::GuestStatus;
+    use crate::protocol::{CachedVolume, GuestStatus};
 
     fn idle() -> Status {
         Status {
@@ -85,6 +108,7 @@ mod tests {
             guests: vec![],
             intercept: Intercept::Open,
             guard: GuardStatus { on: true, cgroup: "machine.slice".into(), devices: 0, fault: None, all_because: None },
+            key_cache: None,
         }
     }
 
@@ -110,6 +134,28 @@ mod tests {
             describe(&idle()),
             "No volume is mapped.\nNo guest is guarded.\nThe guard is on: 0 raw devices are shut for machine.slice.\n"
         );
+    }
+
+    #[test]
+    fn each_volume_says_until_when_it_starts_without_the_key_server() {
+        let says = |cache| {
+            let text = describe(&Status { key_cache: Some(Box::new(cache)), ..idle() });
+            text.strip_prefix(&describe(&idle())).unwrap().to_owned()
+        };
+        let off = "No volume would start without the key server: the key cache is off.\n";
+        assert_eq!(says(KeyCacheStatus::default()), off);
+        let volume = |id: &str, starts_until| CachedVolume { volume: id.parse().unwrap(), starts_until };
+        let volumes = vec![volume("vol-1", Some(0)), volume("vol-2", None)];
+        let cache = KeyCacheStatus { lifetime_days: 7, fault: None, volumes };
+        assert_eq!(
+            says(cache.clone()),
+            "1 of 2 volumes would start without the key server:\n\
+             VOLUME  STARTS WITHOUT KEY SERVER UNTIL\n\
+             vol-1   1970-01-01T00:00:00Z\n\
+             vol-2   would not start\n"
+        );
+        let fault = "warning: no volume would start without the key server: no kek\n";
+        assert_eq!(says(KeyCacheStatus { fault: Some("no kek".into()), ..cache }), fault);
     }
 
     #[test]

@@ -12,6 +12,7 @@ use super::uses::Turn;
 use crate::audit::{Asker, Event, Kind};
 use crate::policy::WhenUnwritable;
 use crate::refusal::{Reason, Refusal};
+use crate::store::seconds_now;
 use crate::volume::VolumeId;
 
 /// How often the same refusal of the same process is recorded.
@@ -142,6 +143,18 @@ impl Broker {
             // Whoever comes next tries again; the records are on the disk.
             merging.store(false, Ordering::Release);
         }
+    }
+}
+
+/// What is recorded of a key's use, with where the key came from if the key server did not answer: that last gave it at
+/// `cached_since`, in seconds since 1970-01-01 UTC.
+pub fn with_source(detail: &str, cached_since: Option<i64>) -> String {
+    match cached_since {
+        None => detail.to_owned(),
+        Some(since) => format!(
+            "{detail}, with the key from this host's cache, which a key server last gave {} minutes before",
+            seconds_now().saturating_sub(since) / 60
+        ),
     }
 }
 

@@ -1,6 +1,7 @@
 //! What is decided and done for a volume, whoever asks: a guest's open, the hook, or an operator.
 
 mod authorisation;
+mod cache;
 mod copies;
 mod enrolment;
 mod holding;
@@ -9,8 +10,10 @@ mod mapped;
 mod policy;
 mod readiness;
 
+use std::cell::Cell;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -18,6 +21,7 @@ use rustix::fs::OFlags;
 
 pub use self::authorisation::Guest;
 use self::authorisation::known;
+use self::cache::{open_cache, open_store};
 pub use self::holding::Finder;
 use self::policy::Policy;
 pub use self::readiness::Ready;
@@ -31,9 +35,10 @@ use crate::domain::{Facts, Requester};
 use crate::encryptor::{MappingSpec, VolumeEncryptor, VolumeLocks};
 use crate::guest::Domains;
 use crate::keys::barbican::BarbicanKeyManager;
+use crate::keys::cached::CachedKeyManager;
 use crate::keys::kmip::KmipKeyManager;
 use crate::keys::{EmbeddedKeyManager, Key, KeyFileManager, KeyManager, OneKeyForEveryVolume};
-use crate::policy::{Config, ConfigError, Decision, KeyManagerConfig, Protection};
+use crate::policy::{Config, ConfigError, Decision, KeyCacheConfig, KeyManagerConfig, Protection};
 use crate::refusal::{Reason, Refusal};
 use crate::store::{EnrolledDevice, Store, VolumeRecord};
 use crate::volume::{DeviceNumber, Identity, Portrait, VolumeId};
@@ -67,8 +72,9 @@ pub enum Verdict {
     LetThrough,
     /// It is a mapping itself, or stands on one: it is let through.
     OnMapping,
-    /// It is protected: this is the opened mapping of the volume.
-    Mapping(VolumeId, OwnedFd),
+    /// It is protected: this is the opened mapping of the volume, and when the key server last gave its key, if that had to
+    /// come from the cache.
+    Mapping(VolumeId, OwnedFd, Option<i64>),
 }
 
 impl Broker {
@@ -176,13 +182,15 @@ impl Broker {
             read_only: identity.read_only,
         };
         // Whoever opens the same volume waits for the same key.
-        let opened = while_waiting(|| self.encryptor.open(&spec, flags, &|| self.key(&record)))?;
+        let cached_since = Cell::new(None);
+        let key = || self.key(&record).inspect(|key| cached_since.set(key.from_cache()));
+        let opened = while_waiting(|| self.encryptor.open(&spec, flags, &key))?;
         // The device number may have been given to another device while all this went on; the
         // mapping holds it now, so what is there now stays.
         self.check_device(&self.devices.identify(identity.number)?, &record)?;
         // So may the volume have been retired, destroyed or given to somebody else.
         match self.vault()?.store.volume(volume)? == Some(record) {
-            true => Ok(Verdict::Mapping(volume.clone(), opened)),
+            true => Ok(Verdict::Mapping(volume.clone(), opened, cached_since.get())),
             false => Err(Refusal::new(Reason::NoKey, format!("volume {volume} was changed while it was being opened"))),
         }
     }
@@ -257,7 +265,8 @@ impl Broker {
         match &*vault {
             Some(vault) => Ok(Arc::clone(vault)),
             None => {
-                let opened = Arc::new(Vault::open(&self.config()?.key_manager)?);
+                let config = self.config()?;
+                let opened = Arc::new(Vault::open(&config.key_manager, &config.key_cache)?);
                 Ok(Arc::clone(vault.insert(opened)))
             }
         }
@@ -350,28 +359,32 @@ impl Broker {
 }
 
 impl Vault {
-    fn open(config: &KeyManagerConfig) -> Result<Self, Refusal> {
+    fn open(config: &KeyManagerConfig, cache: &KeyCacheConfig) -> Result<Self, Refusal> {
         let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(std::path::PathBuf::from);
         match config {
             KeyManagerConfig::Embedded { directory } => {
-                let store = Arc::new(Store::open(directory)?);
+                let store = open_store(directory)?;
                 let keys = EmbeddedKeyManager::open(Arc::clone(&store), credentials.as_deref(), directory)?;
                 Ok(Vault { store, keys: Box::new(keys) })
             }
             KeyManagerConfig::Kmip { directory, kmip } => {
                 let store = Arc::new(Store::open(directory)?);
-                Ok(Vault { store, keys: Box::new(KmipKeyManager::new(kmip.clone())) })
+                let cache = open_cache(&store, credentials.as_deref(), config, cache);
+                let keys = CachedKeyManager::new(Box::new(KmipKeyManager::new(kmip.clone())), cache);
+                Ok(Vault { store, keys: Box::new(keys) })
             }
             KeyManagerConfig::Barbican { directory, barbican } => {
                 let store = Arc::new(Store::open(directory)?);
-                Ok(Vault { store, keys: Box::new(BarbicanKeyManager::new(barbican.as_ref().clone())) })
+                let cache = open_cache(&store, credentials.as_deref(), config, cache);
+                let barbican = BarbicanKeyManager::new(barbican.as_ref().clone());
+                Ok(Vault { store, keys: Box::new(CachedKeyManager::new(Box::new(barbican), cache)) })
             }
             KeyManagerConfig::KeyFile { file } => {
                 tracing::warn!(
                     "every volume is encrypted with the one key in {}: this protects nothing",
                     file.display()
                 );
-                let store = Arc::new(Store::open(config.directory())?);
+                let store = open_store(config.directory())?;
                 Ok(Vault { store, keys: Box::new(KeyFileManager::open(file, OneKeyForEveryVolume)?) })
             }
         }
@@ -410,7 +423,7 @@ fn differing<T: std::fmt::Debug + PartialEq>(what: &str, enrolled: &Option<T>, f
 }
 
 /// The refusal for a path that an operator or libvirt gave and that cannot be used.
-pub fn no_such_device(path: &std::path::Path, error: &io::Error) -> Refusal {
+pub fn no_such_device(path: &Path, error: &io::Error) -> Refusal {
     let shown = path.display();
     let sentence = match error.raw_os_error() {
         Some(libc::ENOTBLK) => {

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::auditing::with_source;
 use super::broker::{Broker, Ready, no_such_device};
 use super::by_xml;
 use super::inspection::{Inspection, by_adopting};
@@ -62,7 +63,9 @@ fn prepare_domain(broker: &Broker, name: &str, domain: &Domain) -> Result<(), Re
             }
             if let Some(volume) = ready.volume {
                 let detail = format!("made ready for disk {}", disk.target);
-                broker.record_use(Kind::KeyUsed, &volume, &detail).map_err(refused)?;
+                broker
+                    .record_use(Kind::KeyUsed, &volume, &with_source(&detail, ready.cached_since))
+                    .map_err(refused)?;
                 broker.merge_audit_soon();
                 tracing::info!(domain = name, volume = %volume, "volume {volume} is ready for disk {} of domain {name}", disk.target);
             }

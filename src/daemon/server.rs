@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
+use super::auditing::with_source;
 use super::broker::{self, Broker, Verdict};
 use super::deadlines::Deadlines;
 use super::guests::{Event, Guest, Guests};
@@ -231,7 +232,7 @@ impl Server {
                 guest.takes_volume();
                 settle(listener.let_through(call.id));
             }
-            Ok(Verdict::Mapping(volume, mapping)) => {
+            Ok(Verdict::Mapping(volume, mapping, _)) => {
                 guest.takes_volume();
                 let close_on_exec = request.flags.contains(OFlags::CLOEXEC);
                 match listener.inject(call.id, mapping.as_fd(), close_on_exec) {
@@ -260,12 +261,13 @@ impl Server {
 
     /// Lets a mapping be handed out once that is recorded, so that no use of a key is missing in the log.
     fn record(&self, verdict: Verdict, guest: &Guest, call: &Notification, path: &str) -> Result<Verdict, Refusal> {
-        if let Verdict::Mapping(volume, _) = &verdict {
+        if let Verdict::Mapping(volume, _, cached_since) = &verdict {
             if !guest.listener().is_waiting(call.id) {
                 let sentence = format!("the open of volume {volume} was given up before its mapping was ready");
                 return Err(Refusal::new(Reason::TimedOut, sentence).of(volume));
             }
-            self.broker.record_use(Kind::KeyUsed, volume, &format!("opened as {path}"))?;
+            let detail = with_source(&format!("opened as {path}"), *cached_since);
+            self.broker.record_use(Kind::KeyUsed, volume, &detail)?;
         }
         Ok(verdict)
     }

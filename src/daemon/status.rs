@@ -6,12 +6,14 @@ use std::os::fd::AsFd;
 
 use rustix::fs::{AtFlags, StatxFlags};
 
-use super::broker::Broker;
+use super::broker::{Broker, Vault};
 use super::guests::Guests;
 use crate::encryptor::{Mapping, device_path};
 use crate::guest::{LibvirtState, open_devices};
-use crate::protocol::{GuardStatus, GuestStatus, MappingStatus, Status};
+use crate::keys::KeptKeys;
+use crate::protocol::{CachedVolume, GuardStatus, GuestStatus, KeyCacheStatus, MappingStatus, Status};
 use crate::refusal::Refusal;
+use crate::store::VolumeState;
 use crate::volume::{DeviceNumber, VolumeId};
 
 /// The daemon's whole state.
@@ -33,7 +35,19 @@ pub fn status(broker: &Broker, guests: &Guests, guard: GuardStatus) -> Result<St
         guests: registered,
         intercept: broker.config().map(|config| config.hook.intercept).unwrap_or_default(),
         guard,
+        key_cache: broker.vault().ok().and_then(|vault| key_cache(&vault)).map(Box::new),
     })
+}
+
+/// Which volumes would start without the key server, if there is one.
+fn key_cache(vault: &Vault) -> Option<KeyCacheStatus> {
+    let KeptKeys { lifetime, until, fault } = vault.keys.kept()?;
+    let volumes = vault.store.volumes().unwrap_or_default().into_iter();
+    let enrolled = volumes.filter(|record| record.state == VolumeState::Enrolled);
+    let volumes = enrolled
+        .map(|record| CachedVolume { starts_until: until.get(&record.id).copied(), volume: record.id })
+        .collect();
+    Some(KeyCacheStatus { lifetime_days: lifetime.as_secs() / (24 * 3600), fault, volumes })
 }
 
 /// Every guest, as it is shown.

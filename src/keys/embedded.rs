@@ -10,6 +10,7 @@ use crate::refusal::{Reason, Refusal};
 use crate::store::{Inserted, Keks, Store, WrappedKey, seconds_now};
 use crate::volume::VolumeId;
 
+mod cached;
 mod rotation;
 
 use rotation::Pace;

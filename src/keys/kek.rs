@@ -10,6 +10,7 @@ use super::secret_file::{self, Trust};
 use super::{CheckValue, Key};
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
+use crate::store::CachedKey;
 use crate::volume::VolumeId;
 
 /// The name of systemd's credential that holds the key.
@@ -23,12 +24,14 @@ const KEY_LENGTH: usize = 32;
 const FORMAT: u8 = 1;
 const TAG_LENGTH: usize = 16;
 const CONTEXT: &[u8] = b"volcrypt wrapped volume key v1\0";
+const CACHE_CONTEXT: &[u8] = b"volcrypt cached volume key v1\0";
 
 /// The key-encryption key: 256 bits that wrap volume keys with AES-256-GCM-SIV (RFC 8452).
 ///
 /// A wrapped key is one format byte (1), a random nonce of 96 bits, the ciphertext and the tag of
 /// 128 bits. The volume, the record's version and the key's size are authenticated with it, so a
-/// wrapped key opens in its own record only.
+/// wrapped key opens in its own record only. That of a key which came from a key server, and is kept for when that does
+/// not answer, is bound to the volume, the server and the time at which the server last gave it in the same way.
 pub struct KeyEncryptionKey {
     key: Key,
 }
@@ -107,6 +110,24 @@ impl KeyEncryptionKey {
     /// # Errors
     /// [`Reason::NoKey`] when there is no randomness.
     pub fn wrap(&self, volume: &VolumeId, version: u32, key: &Key) -> Result<Vec<u8>, Refusal> {
+        self.seal(volume, &associated_data(volume, version, key.bits()), key)
+    }
+
+    /// Wraps `key` as one of `volume` that `server` last gave at `fetched_at`.
+    ///
+    /// # Errors
+    /// [`Reason::NoKey`] when there is no randomness.
+    pub(super) fn wrap_cached(
+        &self,
+        volume: &VolumeId,
+        server: &str,
+        fetched_at: i64,
+        key: &Key,
+    ) -> Result<Vec<u8>, Refusal> {
+        self.seal(volume, &cache_data(volume, server, fetched_at, key.bits()), key)
+    }
+
+    fn seal(&self, volume: &VolumeId, context: &[u8], key: &Key) -> Result<Vec<u8>, Refusal> {
         let failed = |_| no_key(format!("the key of volume {volume} could not be wrapped; it was not stored"));
         let mut nonce = [0; NONCE_LEN];
         rand::fill(&mut nonce).map_err(failed)?;
@@ -121,7 +142,7 @@ impl KeyEncryptionKey {
             .and_then(|cipher| {
                 cipher.seal_out_of_place_scatter(
                     Nonce::assume_unique_for_key(nonce),
-                    Aad::from(associated_data(volume, version, key.bits())),
+                    Aad::from(context),
                     key.bytes(),
                     &mut head[start..],
                     &[],
@@ -137,6 +158,19 @@ impl KeyEncryptionKey {
     /// # Errors
     /// [`Reason::NoKey`] when `wrapped` was not made by this key for that record, or was changed.
     pub fn unwrap(&self, volume: &VolumeId, version: u32, size: KeySize, wrapped: &[u8]) -> Result<Key, Refusal> {
+        self.unseal(volume, &associated_data(volume, version, size.bytes() * 8), size, wrapped)
+    }
+
+    /// Unwraps what [`KeyEncryptionKey::wrap_cached`] has wrapped.
+    ///
+    /// # Errors
+    /// [`Reason::NoKey`] when `wrapped` was not made by this key for that, or was changed.
+    pub(super) fn unwrap_cached(&self, kept: &CachedKey) -> Result<Key, Refusal> {
+        let CachedKey { volume, server, key_size, wrapped, fetched_at, .. } = kept;
+        self.unseal(volume, &cache_data(volume, server, *fetched_at, key_size.bytes() * 8), *key_size, wrapped)
+    }
+
+    fn unseal(&self, volume: &VolumeId, context: &[u8], size: KeySize, wrapped: &[u8]) -> Result<Key, Refusal> {
         let damaged = |what: String| {
             no_key(format!("the key record of volume {volume} is damaged ({what}): restore the database from backup"))
         };
@@ -152,9 +186,8 @@ impl KeyEncryptionKey {
         // On a mismatch what was deciphered so far is wiped with the pages it stands in.
         Key::filled(size.bytes(), |bytes| {
             let nonce = Nonce::try_assume_unique_for_key(nonce);
-            let context = Aad::from(associated_data(volume, version, size.bytes() * 8));
             self.cipher()
-                .and_then(|cipher| cipher.open_separate_gather(nonce?, context, ciphertext, tag, bytes))
+                .and_then(|cipher| cipher.open_separate_gather(nonce?, Aad::from(context), ciphertext, tag, bytes))
                 .map_err(|_| damaged("it is not what was written".to_owned()))
         })
     }
@@ -173,6 +206,17 @@ fn associated_data(volume: &VolumeId, version: u32, bits: usize) -> Vec<u8> {
     let number = |value: usize| (value as u32).to_be_bytes();
     let id = volume.as_str().as_bytes();
     [CONTEXT, &number(id.len()), id, &version.to_be_bytes(), &number(bits)].concat()
+}
+
+/// The same for a key that is kept: another label, the server behind its length, and when it last gave the key, 64 bits
+/// in big-endian.
+fn cache_data(volume: &VolumeId, server: &str, fetched_at: i64, bits: usize) -> Vec<u8> {
+    let number = |value: usize| (value as u32).to_be_bytes();
+    let id = volume.as_str().as_bytes();
+    let (id_length, server_length) = (number(id.len()), number(server.len()));
+    let parts: [&[u8]; 7] =
+        [CACHE_CONTEXT, &id_length, id, &server_length, server.as_bytes(), &fetched_at.to_be_bytes(), &number(bits)];
+    parts.concat()
 }
 
 /// The key in the file at `path`, if there is a file.
@@ -295,6 +339,26 @@ mod tests {
         for (index, one) in data.iter().enumerate() {
             assert!(!data[index + 1..].contains(one));
         }
+    }
+
+    #[test]
+    fn a_kept_key_opens_in_its_own_row_only() {
+        let (kek, key, in_its_record) = wrapped(256);
+        let row = |name: &str, server: &str, fetched_at, wrapped: &[u8]| CachedKey {
+            volume: id(name),
+            server: server.to_owned(),
+            key_size: size(256),
+            wrapped: wrapped.to_vec(),
+            kek: kek.check_value(),
+            fetched_at,
+        };
+        let kept = kek.wrap_cached(&id("one"), "kmip", 7, &key).unwrap();
+        assert!(kek.unwrap_cached(&row("one", "kmip", 7, &kept)).unwrap().same_as(&key));
+        refused(kek.unwrap_cached(&row("two", "kmip", 7, &kept)));
+        refused(kek.unwrap_cached(&row("one", "other", 7, &kept)));
+        refused(kek.unwrap_cached(&row("one", "kmip", 8, &kept)));
+        refused(kek.unwrap(&id("one"), 1, size(256), &kept));
+        refused(kek.unwrap_cached(&row("one", "kmip", 1, &in_its_record)));
     }
 
     #[test]

@@ -12,6 +12,7 @@ use crate::volume::VolumeId;
 /// `Clone`.
 pub struct Key {
     pages: SecretPages,
+    cached_since: Option<i64>,
 }
 
 impl Key {
@@ -43,7 +44,27 @@ impl Key {
                 format!("no locked memory for a key ({error}): raise LimitMEMLOCK of volcryptd.service"),
             )
         })?;
-        Ok(Key { pages })
+        Ok(Key { pages, cached_since: None })
+    }
+
+    /// Another one of the same bytes.
+    ///
+    /// # Errors
+    /// When no memory can be locked.
+    pub(super) fn copy(&self) -> Result<Self, Refusal> {
+        let mut copy = Key::zeroed(self.bytes().len())?;
+        copy.pages.bytes_mut().copy_from_slice(self.bytes());
+        Ok(Key { cached_since: self.cached_since, ..copy })
+    }
+
+    /// The same, as one that this host has kept since the key server gave it at `fetched_at`.
+    pub(super) fn cached_since(self, fetched_at: i64) -> Self {
+        Key { cached_since: Some(fetched_at), ..self }
+    }
+
+    /// When the key server last gave it, in seconds since 1970-01-01 UTC, if that does not answer now.
+    pub fn from_cache(&self) -> Option<i64> {
+        self.cached_since
     }
 
     /// The key's bytes. Borrow them for as short a time as possible and copy them nowhere.

@@ -1,12 +1,15 @@
 //! Key managers, and the secret types they hand out.
 
+use std::collections::BTreeMap;
 use std::fmt;
+use std::time::Duration;
 
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
 pub mod barbican;
+pub mod cached;
 mod description;
 mod embedded;
 mod kek;
@@ -49,6 +52,18 @@ pub trait KeyManager: Send + Sync {
     /// What is known of every key; the keys themselves stay where they are.
     fn list(&self) -> Result<Vec<KeyInfo>, Refusal>;
 
+    /// Has the key of `volume` fetched while nobody waits, because it will probably be asked for within a minute. Returns
+    /// at once, and whatever comes of it is nobody's refusal. A key manager that is quick has nothing to do.
+    fn fetch_ahead(&self, _volume: &VolumeId) {}
+
+    /// Wipes what is on this host of the key of `volume`, if it is a copy.
+    fn forget(&self, _volume: &VolumeId) {}
+
+    /// What could be used if the key server did not answer; nothing where there is no such server.
+    fn kept(&self) -> Option<KeptKeys> {
+        None
+    }
+
     /// Takes a step in the replacement of the key-encryption key, of a second or so.
     ///
     /// # Errors
@@ -59,6 +74,17 @@ pub trait KeyManager: Send + Sync {
             "the key manager in use has no key-encryption key to replace: only the embedded database's keys are wrapped by one",
         ))
     }
+}
+
+/// Copies of a key server's keys that this host keeps.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct KeptKeys {
+    /// For how long a key is kept after the server last gave it; zero if none is.
+    pub lifetime: Duration,
+    /// Until when the key of each volume can be used, in seconds since 1970-01-01 UTC.
+    pub until: BTreeMap<VolumeId, i64>,
+    /// Why none can, although some were to be.
+    pub fault: Option<String>,
 }
 
 /// What may be shown of a key.

@@ -13,7 +13,7 @@ use super::error::{ConfigError, Fault};
 use super::file::{AuditTable, DaemonTable, File, HookTable, PolicyTable, ProfileTable, RuleTable};
 use super::guard::GuardConfig;
 use super::index::Index;
-use super::key_manager::KeyManagerConfig;
+use super::key_manager::{KeyCacheConfig, KeyManagerConfig};
 use super::profile::{NAME_RULE, Profile, is_name};
 use super::rule::{Fit, Rule};
 use super::targets::PlaintextTargets;
@@ -37,6 +37,8 @@ const EXAMPLE: &str = "/usr/share/doc/volcrypt/examples/volcrypt.toml";
 pub struct Config {
     /// Where keys live.
     pub key_manager: KeyManagerConfig,
+    /// How long they may be used without it.
+    pub key_cache: KeyCacheConfig,
     /// What the daemon is told.
     pub daemon: DaemonConfig,
     /// What the hook is told.
@@ -231,6 +233,7 @@ impl Config {
         let rules = rules(file.rules, &profiles)?;
         Ok(Config {
             key_manager: KeyManagerConfig::new(file.key_manager, file.kmip, file.barbican)?,
+            key_cache: KeyCacheConfig::new(file.key_cache)?,
             daemon: daemon(file.daemon)?,
             hook: hook(file.hook)?,
             policy: policy(file.policy)?,

@@ -6,7 +6,9 @@ use super::rule::{Action, Rule};
 impl Config {
     /// The configuration in plain words, a line for each setting, with overlaps and warnings at the end.
     pub fn explain(&self) -> String {
-        let mut lines = vec![self.keys(), self.deadlines(), self.users(), self.without_daemon(), self.without_audit()];
+        let mut lines = vec![self.keys()];
+        lines.extend(self.cached_keys());
+        lines.extend([self.deadlines(), self.users(), self.without_daemon(), self.without_audit()]);
         lines.extend(self.by_xml());
         lines.extend(self.without_wrapper());
         lines.push(self.guard());
@@ -65,6 +67,11 @@ impl Config {
                  make deadline_seconds in {section} shorter"
             ));
         }
+        if self.key_cache.lifetime_days > 0 && self.key_manager.server().is_none() {
+            warnings.push(
+                "lifetime_days in [key_cache] does nothing, because keys come from no key server; remove it".to_owned(),
+            );
+        }
         for (index, rule) in self.rules().iter().enumerate() {
             let name = rule.name();
             if let Some(earlier) = comparison.taken_by[index] {
@@ -106,6 +113,17 @@ impl Config {
             ),
             KeyManagerConfig::KeyFile { file } => format!("Keys are read from the file {}.{export}", file.display()),
         }
+    }
+
+    fn cached_keys(&self) -> Option<String> {
+        self.key_manager.server()?;
+        Some(match self.key_cache.lifetime_days {
+            0 => "No volume starts while no key server answers: this host keeps no keys.".to_owned(),
+            days => format!(
+                "While no key server answers, keys that this host has used are taken from its cache, for {days} days after a \
+                 server last gave them."
+            ),
+        })
     }
 
     fn deadlines(&self) -> String {

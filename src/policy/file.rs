@@ -13,6 +13,7 @@ pub(super) struct File {
     pub(super) key_manager: KeyManagerTable,
     pub(super) kmip: Option<Spanned<KmipTable>>,
     pub(super) barbican: Option<Spanned<BarbicanTable>>,
+    pub(super) key_cache: KeyCacheTable,
     pub(super) daemon: DaemonTable,
     pub(super) hook: HookTable,
     pub(super) policy: PolicyTable,
@@ -57,6 +58,12 @@ pub(super) struct BarbicanTable {
     pub(super) interface: Option<Spanned<String>>,
     pub(super) region: Option<String>,
     pub(super) deadline_seconds: Option<Spanned<i64>>,
+}
+
+#[derive(Deserialize, Default)]
+#[serde(default, deny_unknown_fields)]
+pub(super) struct KeyCacheTable {
+    pub(super) lifetime_days: Option<Spanned<i64>>,
 }
 
 #[derive(Deserialize, Default)]

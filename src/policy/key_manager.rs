@@ -1,10 +1,11 @@
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use toml::Spanned;
 
 use super::config::seconds;
 use super::error::Fault;
-use super::file::{BarbicanTable, KeyManagerTable, KmipTable};
+use super::file::{BarbicanTable, KeyCacheTable, KeyManagerTable, KmipTable};
 use crate::keys::barbican::{BarbicanConfig, Credential, check_url};
 use crate::keys::kmip::{KmipConfig, split_address};
 
@@ -14,6 +15,8 @@ pub const DEFAULT_DIRECTORY: &str = "/var/lib/volcrypt";
 const DEFAULT_KMIP_DEADLINE: u64 = 5;
 /// In seconds.
 const DEFAULT_BARBICAN_DEADLINE: u64 = 5;
+/// The longest lifetime of cached keys, in days.
+const LONGEST_LIFETIME: i64 = 30;
 /// OpenStack's own default.
 const DEFAULT_DOMAIN: &str = "Default";
 
@@ -46,7 +49,50 @@ pub enum KeyManagerConfig {
     },
 }
 
+/// The section `[key_cache]`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct KeyCacheConfig {
+    /// For how long a key may be used after the key server last gave it, in days: 1 to 30, or 0 if none is kept.
+    pub lifetime_days: u32,
+}
+
+impl KeyCacheConfig {
+    /// The lifetime of a key, if keys are kept.
+    pub fn lifetime(&self) -> Option<Duration> {
+        (self.lifetime_days > 0).then(|| Duration::from_secs(u64::from(self.lifetime_days) * 24 * 3600))
+    }
+
+    pub(super) fn new(table: KeyCacheTable) -> Result<Self, Fault> {
+        let Some(days) = table.lifetime_days else { return Ok(KeyCacheConfig::default()) };
+        match u32::try_from(*days.get_ref()) {
+            Ok(lifetime_days) if i64::from(lifetime_days) <= LONGEST_LIFETIME => Ok(KeyCacheConfig { lifetime_days }),
+            _ => {
+                let sentence = format!(
+                    "lifetime_days = {days} is out of range; use 1 to {LONGEST_LIFETIME}, or 0 to keep no keys"
+                );
+                Err(Fault::new(days.span(), sentence))
+            }
+        }
+    }
+}
+
 impl KeyManagerConfig {
+    /// What tells the key server that is named from others; nothing if keys come from none.
+    pub fn server(&self) -> Option<String> {
+        match self {
+            KeyManagerConfig::Kmip { kmip, .. } => {
+                let mut servers = kmip.servers.clone();
+                servers.sort();
+                Some(format!("kmip {}", servers.join(" ")))
+            }
+            KeyManagerConfig::Barbican { barbican, .. } => {
+                let BarbicanConfig { auth_url, credential, interface, region, .. } = barbican.as_ref();
+                Some(format!("barbican {auth_url} {credential:?} {interface} {region:?}"))
+            }
+            KeyManagerConfig::Embedded { .. } | KeyManagerConfig::KeyFile { .. } => None,
+        }
+    }
+
     /// Where the database of enrolled volumes stands.
     pub fn directory(&self) -> &Path {
         match self {

@@ -217,6 +217,29 @@ pub struct Status {
     pub intercept: Intercept,
     /// What keeps other QEMUs from protected volumes.
     pub guard: GuardStatus,
+    /// Which volumes would start without the key server; nothing where there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_cache: Option<Box<KeyCacheStatus>>,
+}
+
+/// What this host keeps of a key server's keys.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeyCacheStatus {
+    /// For how many days a key is kept after the server last gave it; 0 if none is.
+    pub lifetime_days: u64,
+    /// Why none can be used although the configuration asks for it.
+    pub fault: Option<String>,
+    /// Every enrolled volume.
+    pub volumes: Vec<CachedVolume>,
+}
+
+/// Whether a volume would start without the key server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CachedVolume {
+    /// The volume.
+    pub volume: VolumeId,
+    /// Until when it would, in seconds since 1970-01-01 UTC; nothing if it would not.
+    pub starts_until: Option<i64>,
 }
 
 /// The guard that keeps the raw devices of protected volumes shut.

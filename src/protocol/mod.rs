@@ -9,8 +9,8 @@ mod identification;
 pub mod registration;
 
 pub use control::{
-    CallError, Connection, ControlClient, GuardStatus, GuestStatus, HookOperation, MAX_MESSAGE, MappingStatus, Reply,
-    Request, Response, Status, VolumeStatus, receive_request,
+    CachedVolume, CallError, Connection, ControlClient, GuardStatus, GuestStatus, HookOperation, KeyCacheStatus,
+    MAX_MESSAGE, MappingStatus, Reply, Request, Response, Status, VolumeStatus, receive_request,
 };
 pub use identification::Identification;
 

@@ -68,6 +68,7 @@ pub fn back_up(directory: &Path, to: &Path) -> Result<Contents, Refusal> {
         Some(ErrorCode::DiskFull | ErrorCode::SystemIoFailure | ErrorCode::CannotOpen) => failed(&error),
         _ => fault::refusal(&path, &error),
     })?;
+    leave_out_cache(&partial.0).map_err(|error| failed(&error))?;
     let contents = contents_of(&partial.0).map_err(|error| failed(&error))?;
     match partial.complete(to) {
         Ok(()) => Ok(contents),
@@ -107,6 +108,15 @@ pub(super) fn connect_immutable(path: &Path) -> rusqlite::Result<Connection> {
     let connection = Connection::open_with_flags(files::immutable_uri(path), flags)?;
     harden(&connection)?;
     Ok(connection)
+}
+
+/// Wipes the cached keys of a key server's from a copy that was made: a backup outlives what they are good for.
+fn leave_out_cache(copy: &Path) -> rusqlite::Result<()> {
+    let connection = Connection::open_with_flags(copy, OpenFlags::SQLITE_OPEN_READ_WRITE | common_flags())?;
+    harden(&connection)?;
+    // Nothing but this process has it, and it is removed if this breaks off: it needs no journal on the disk.
+    connection.query_row("PRAGMA journal_mode = MEMORY", [], |_| Ok(()))?;
+    connection.execute_batch("PRAGMA secure_delete = ON; DELETE FROM key_cache; VACUUM;")
 }
 
 /// Reads a copy that was made.

@@ -173,7 +173,7 @@ impl Store {
         any_key(&self.connection()).map_err(|error| self.fault(&error))
     }
 
-    fn key_size(&self, bits: u32) -> Result<KeySize, Refusal> {
+    pub(super) fn key_size(&self, bits: u32) -> Result<KeySize, Refusal> {
         KeySize::try_from(bits).map_err(|error| fault::corrupt(&self.path, &error.to_string()))
     }
 }

@@ -16,6 +16,7 @@ use crate::refusal::{Reason, Refusal};
 
 mod audit;
 mod backup;
+mod cached_keys;
 mod change;
 mod fault;
 mod files;
@@ -28,6 +29,7 @@ mod volumes;
 
 pub use audit::{AuditPage, AuditQuery, Verified};
 pub use backup::{Contents, back_up};
+pub(crate) use cached_keys::{CachedKey, Kept};
 pub use grants::Grant;
 pub(crate) use keks::{Keks, Rewrapped};
 pub(crate) use keys::{Inserted, WrappedKey};

@@ -72,7 +72,10 @@ impl Staged {
                 staged.directory.display()
             ))
         })?;
-        staged.store = Some(Arc::new(Store::open(&staged.folder)?));
+        let store = Store::open(&staged.folder)?;
+        // What a key server has said since is not in a copy.
+        store.cache_for(None)?;
+        staged.store = Some(Arc::new(store));
         Ok(staged)
     }
 

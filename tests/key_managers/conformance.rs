@@ -2,7 +2,8 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::sync::{Arc, Barrier};
+use std::sync::{Arc, Barrier, Mutex};
+use std::time::Duration;
 
 use volcrypt::keys::{Description, EmbeddedKeyManager, Key, KeyFileManager, KeyManager, OneKeyForEveryVolume};
 use volcrypt::policy::{KeySize, Profile};
@@ -11,12 +12,13 @@ use volcrypt::store::{EnrolledDevice, Store};
 use volcrypt::volume::VolumeId;
 
 use super::barbican::Barbican;
+use super::cache;
 use super::pykmip::PyKmip;
 
 /// Makes a key manager as another host or another start of the daemon would.
 type Host<'a> = dyn Fn() -> Box<dyn KeyManager> + Sync + 'a;
 
-fn volume(name: &str) -> VolumeId {
+pub fn volume(name: &str) -> VolumeId {
     name.parse().unwrap()
 }
 
@@ -31,11 +33,11 @@ fn wanted(bits: u32, owner: Option<&str>) -> Description {
     Description::new(device, 4096, ("default", &profile), owner, 7)
 }
 
-fn create(manager: &dyn KeyManager, volume: &VolumeId, bits: u32) -> Result<Key, Refusal> {
+pub fn create(manager: &dyn KeyManager, volume: &VolumeId, bits: u32) -> Result<Key, Refusal> {
     manager.create(volume, &wanted(bits, None)).map(|(key, _)| key)
 }
 
-fn reason<T>(outcome: Result<T, Refusal>) -> Reason {
+pub fn reason<T>(outcome: Result<T, Refusal>) -> Reason {
     outcome.err().expect("must be refused").reason()
 }
 
@@ -92,7 +94,7 @@ fn two_hosts_that_make_a_key_at_once_have_the_same(host: &Host<'_>, rounds: usiz
                         let manager = host();
                         barrier.wait();
                         // Not all quite at the same moment.
-                        std::thread::sleep(std::time::Duration::from_millis((number * round * 97 % 900) as u64));
+                        std::thread::sleep(Duration::from_millis((number * round * 97 % 900) as u64));
                         create(&*manager, id, bits).unwrap().bytes().to_vec()
                     })
                 })
@@ -175,6 +177,26 @@ fn kmip() {
     two_hosts_that_make_a_key_at_once_have_the_same(&host, 5, 512);
     what_is_said_of_a_volume_is_what_the_first_host_said(&host);
     // PyKMIP forgets what it destroyed.
+    what_was_destroyed_is_gone_for_everybody(&host, Reason::NoKey);
+}
+
+#[test]
+fn kmip_with_a_cache_on_every_host() {
+    let server = PyKmip::start();
+    let hosts = Mutex::new(Vec::new());
+    // Another host each time.
+    let host = || -> Box<dyn KeyManager> {
+        let host = cache::Host::new();
+        let manager = host.start(server.manager(), Duration::from_secs(3600));
+        hosts.lock().unwrap().push(host);
+        Box::new(manager)
+    };
+    a_key_is_the_same_for_all_and_for_ever(&host, 512);
+    keys_of_two_volumes_differ(&host);
+    what_is_not_there_is_told_from_the_rest(&host);
+    another_size_is_refused(&host);
+    two_hosts_that_make_a_key_at_once_have_the_same(&host, 1, 256);
+    what_is_said_of_a_volume_is_what_the_first_host_said(&host);
     what_was_destroyed_is_gone_for_everybody(&host, Reason::NoKey);
 }
 

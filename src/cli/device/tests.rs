@@ -150,6 +150,7 @@ fn a_detached_disks_mapping_is_said_to_be_gone_or_whose_it_is() {
             guests: vec![],
             intercept: crate::policy::Intercept::Xml,
             guard: GuardStatus::default(),
+            key_cache: None,
         })
     };
     for (answers, expected) in [

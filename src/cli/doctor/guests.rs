@@ -168,6 +168,7 @@ mod tests {
             guests: pids.iter().map(|&pid| GuestStatus { pid, domain: None }).collect(),
             intercept: Intercept::Open,
             guard: GuardStatus { on: true, cgroup: "machine.slice".into(), devices: 0, fault: None, all_because: None },
+            key_cache: None,
         }
     }
 

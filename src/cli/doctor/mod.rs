@@ -10,7 +10,7 @@ use super::status;
 use super::table::printable;
 use super::{CommandError, DEADLINE, Daemon, Outcome};
 use crate::policy::{Config, Intercept, KeyManagerConfig};
-use crate::protocol::{GuardStatus, Status};
+use crate::protocol::{GuardStatus, KeyCacheStatus, Status};
 
 mod apparmor;
 mod barbican;
@@ -52,6 +52,7 @@ pub(super) fn examine(config: &Path, daemon: &Daemon<'_>, survey: Survey) -> Out
         intercept.or_else(|| Config::load(config).ok().map(|config| config.hook.intercept)).unwrap_or_default();
     findings.extend(status.as_ref().into_iter().flat_map(daemon_errors));
     findings.extend(status.as_ref().map(guard));
+    findings.extend(status.as_ref().and_then(key_cache));
     if intercept == Intercept::Open {
         findings.extend(host.emulator_links());
         findings.extend(host.libvirt_path());
@@ -191,6 +192,22 @@ fn guard(status: &Status) -> Finding {
     }
 }
 
+/// Whether guests would start while the key server is down, where the configuration asks for that.
+fn key_cache(status: &Status) -> Option<Finding> {
+    let KeyCacheStatus { lifetime_days, fault, volumes } = status.key_cache.as_deref()?;
+    if let Some(fault) = fault {
+        // A sentence and what to do.
+        let (what, remedy) = fault.split_once("; ").unwrap_or((fault, "journalctl -u volcryptd shows more"));
+        let sentence = format!("no volume would start without the key server: {what}");
+        return Some(Finding::warn("key cache", sentence, remedy));
+    }
+    let usable = volumes.iter().filter(|volume| volume.starts_until.is_some()).count();
+    (*lifetime_days > 0).then(|| {
+        let sentence = format!("{usable} of {} volumes would start without the key server", volumes.len());
+        Finding::ok("key cache", sentence)
+    })
+}
+
 /// libvirt's own calls have no deadline. A thread that hangs in one ends with the process.
 fn survey_in_time(survey: Survey) -> Result<LibvirtView, String> {
     let (sender, receiver) = mpsc::channel();
@@ -214,6 +231,7 @@ mod tests {
             guests: vec![],
             intercept: Intercept::Open,
             guard: GuardStatus { on: true, cgroup: "machine.slice".into(), devices: 2, fault: None, all_because: None },
+            key_cache: None,
         }
     }
 
@@ -243,6 +261,18 @@ mod tests {
             "warn  guard: it is off, so guests without the wrapper could open protected volumes in clear: there is no \
              cgroup /x; to mend it: run this"
         );
+    }
+
+    #[test]
+    fn a_key_cache_that_is_on_and_cannot_work_warns() {
+        let with =
+            |cache: Option<KeyCacheStatus>| super::key_cache(&Status { key_cache: cache.map(Box::new), ..status("x") });
+        assert_eq!(with(None), None);
+        assert_eq!(with(Some(KeyCacheStatus::default())), None, "it is off");
+        let on = KeyCacheStatus { lifetime_days: 7, ..KeyCacheStatus::default() };
+        assert_eq!(with(Some(on.clone())).unwrap().verdict, Verdict::Ok);
+        let faulty = with(Some(KeyCacheStatus { fault: Some("no kek; restore it".into()), ..on })).unwrap();
+        assert_eq!((faulty.verdict, faulty.remedy.as_deref()), (Verdict::Warn, Some("restore it")));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::{Broker, Ready, Verdict};
 use crate::audit::Kind;
+use crate::daemon::auditing::with_source;
 use crate::daemon::holds::{Holds, Mapped};
 use crate::domain::Facts;
 use crate::guest::block_device_at;
@@ -43,10 +44,10 @@ impl Broker {
     /// name the mapping.
     pub fn map(&self, device: &Identity, domain: &Facts, what: &str) -> Result<Mapped, Refusal> {
         let unprotected = || Refusal::new(Reason::Configuration, format!("no rule protects {device} any more"));
-        let Ready { volume, .. } = self.make_ready(device, domain)?;
+        let Ready { volume, cached_since, .. } = self.make_ready(device, domain)?;
         let volume = volume.ok_or_else(unprotected)?;
         let made = || {
-            self.record_use(Kind::KeyUsed, &volume, what)?;
+            self.record_use(Kind::KeyUsed, &volume, &with_source(what, cached_since))?;
             self.merge_audit_soon();
             // If it is not there yet, whoever makes it does so from now on.
             let before = clock_gettime(ClockId::Monotonic);
@@ -59,7 +60,7 @@ impl Broker {
                 return Err(Refusal::new(Reason::NotAllowed, sentence));
             }
             let opened = match self.open(device.number, true, OFlags::RDONLY, domain)? {
-                Verdict::Mapping(opened_volume, opened) if opened_volume == volume => opened,
+                Verdict::Mapping(opened_volume, opened, _) if opened_volume == volume => opened,
                 _ => return Err(unprotected()),
             };
             self.await_name(&volume, opened.as_fd(), (!is_mapped).then_some(before))?;

@@ -50,6 +50,9 @@ impl Broker {
     pub fn reload(&self, config: Result<Config, ConfigError>) -> Result<Arc<Config>, String> {
         let mut state = self.policy.state.write().unwrap_or_else(PoisonError::into_inner);
         let taken = config.map_err(|error| error.to_string()).and_then(|config| match &state.in_force {
+            Ok(earlier) if earlier.key_cache != config.key_cache => {
+                Err("the section [key_cache] has changed, which takes 'systemctl restart volcryptd'".to_owned())
+            }
             Ok(earlier) if earlier.key_manager != config.key_manager => {
                 Err("the section [key_manager], or that of the key manager, has changed, which takes 'systemctl restart volcryptd'".to_owned())
             }

@@ -12,6 +12,8 @@ use crate::volume::{Identity, VolumeId};
 pub struct Ready {
     /// The protected volume that it is.
     pub volume: Option<VolumeId>,
+    /// When the key server last gave its key, if that had to come from the cache.
+    pub cached_since: Option<i64>,
     /// The volumes whose mappings it is or stands on.
     pub mapped: Vec<VolumeId>,
 }
@@ -54,16 +56,17 @@ impl Broker {
         record: &dyn Fn(&Protection<'_>) -> Result<VolumeRecord, Refusal>,
     ) -> Result<Ready, Refusal> {
         let config = self.config()?;
-        let volume = match self.protection(&config, identity, domain)? {
-            None => None,
+        let (volume, cached_since) = match self.protection(&config, identity, domain)? {
+            None => (None, None),
             Some(protection) => {
                 let ready = record(&protection).and_then(|record| {
                     self.authorise(&record, domain)?;
                     self.key(&record)
                 });
-                ready.map(|_| Some(protection.volume.clone())).map_err(|refusal| refusal.of(&protection.volume))?
+                let key = ready.map_err(|refusal| refusal.of(&protection.volume))?;
+                (Some(protection.volume.clone()), key.from_cache())
             }
         };
-        Ok(Ready { volume, mapped: self.check_mappings(identity, domain)? })
+        Ok(Ready { volume, cached_since, mapped: self.check_mappings(identity, domain)? })
     }
 }

@@ -12,7 +12,7 @@ fn an_enrolled_volume_is_opened_through_its_mapping() {
     let broker = world.broker(false);
     broker.enrol(device, None).unwrap();
     assert!(
-        matches!(broker.open(device, true, OFlags::RDWR, &vm()).unwrap(), Verdict::Mapping(volume, _) if volume.as_str() == "one")
+        matches!(broker.open(device, true, OFlags::RDWR, &vm()).unwrap(), Verdict::Mapping(volume, ..) if volume.as_str() == "one")
     );
     assert_eq!(world.opened(), ["250:0"]);
 }

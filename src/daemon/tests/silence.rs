@@ -1,16 +1,19 @@
-//! A key server that accepts questions and never answers.
+//! A key server that accepts questions and never answers and one that cannot be reached.
 
 use std::sync::Condvar;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::time::Instant;
 
+use super::super::auditing::with_source;
+use super::super::broker::Verdict;
 use super::super::guests::Guests;
 use super::super::pool::Pool;
 use super::super::server::Server;
 use super::fleet::Shared;
 use super::server::{guest_of, open_errno};
 use super::*;
+use crate::keys::cached::{Cache, CachedKeyManager, KeyCache};
 use crate::keys::{Description, KeyInfo, KeyManager};
 use crate::volume::VolumeId;
 
@@ -108,5 +111,102 @@ fn opens_that_wait_for_a_silent_key_server_keep_no_other_from_its_answer() {
     gate.shut(false);
     for _ in 0..2 * HUNG {
         assert_eq!(finished.recv_timeout(Duration::from_secs(30)).unwrap(), None);
+    }
+}
+
+/// A key server's key manager with a cache, as the daemon has it.
+fn with_cache(world: &World, broker: Broker, server: &Reachable) -> Broker {
+    let state = world.path().join("state");
+    let store = Arc::clone(&broker.vault().unwrap().store);
+    let cache = KeyCache::open(store, None, &state, "server", Duration::from_secs(24 * 3600)).unwrap();
+    broker.with_keys(Box::new(CachedKeyManager::new(Box::new(server.clone()), Cache::On(Box::new(cache)))))
+}
+
+/// Answers as long as it is there.
+#[derive(Clone, Default)]
+struct Reachable {
+    keys: Shared,
+    gone: Arc<AtomicBool>,
+    asked: Arc<AtomicUsize>,
+}
+
+impl KeyManager for Reachable {
+    fn get(&self, volume: &VolumeId) -> Result<Key, Refusal> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        match self.gone.load(Ordering::SeqCst) {
+            true => Err(Refusal::unanswered("nobody answers")),
+            false => self.keys.get(volume),
+        }
+    }
+
+    fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
+        self.keys.create(volume, wanted)
+    }
+
+    fn described(&self, volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {
+        self.keys.described(volume)
+    }
+
+    fn destroy(&self, volume: &VolumeId) -> Result<(), Refusal> {
+        match self.gone.load(Ordering::SeqCst) {
+            true => Err(Refusal::unanswered("nobody answers")),
+            false => self.keys.destroy(volume),
+        }
+    }
+
+    fn list(&self) -> Result<Vec<KeyInfo>, Refusal> {
+        self.keys.list()
+    }
+}
+
+fn open(broker: &Broker, device: DeviceNumber) -> Result<Option<i64>, i32> {
+    match broker.open(device, true, OFlags::RDWR, &vm()) {
+        Ok(Verdict::Mapping(_, _, cached_since)) => Ok(cached_since),
+        Ok(other) => panic!("{other:?}"),
+        Err(refusal) => Err(refusal.errno()),
+    }
+}
+
+#[test]
+fn a_volume_opens_from_the_cache_while_the_server_is_gone_and_the_log_says_so() {
+    let world = World::new();
+    let device = world.add_volume("one", 3);
+    let server = Reachable::default();
+    let broker = with_cache(&world, world.broker(true), &server);
+    broker.enrol(device, None).unwrap();
+    assert_eq!(open(&broker, device), Ok(None), "the server gave it");
+    server.gone.store(true, Ordering::SeqCst);
+    let opened = open(&broker, device).unwrap();
+    assert!(opened.is_some());
+    let said = with_source("opened as /dev/sda", opened);
+    assert_eq!(
+        said,
+        "opened as /dev/sda, with the key from this host's cache, which a key server last gave 0 minutes before"
+    );
+    let ready = broker.make_ready(&world.identify(device).unwrap(), &vm()).unwrap();
+    assert_eq!(ready.cached_since, opened);
+    let kept = broker.vault().unwrap().keys.kept().unwrap();
+    assert!(kept.until[&"one".parse().unwrap()] > opened.unwrap());
+}
+
+#[test]
+fn a_volume_that_is_retired_or_that_nobody_could_destroy_leaves_the_cache() {
+    for retire in [true, false] {
+        let world = World::new();
+        let device = world.add_volume("one", 3);
+        let server = Reachable::default();
+        let broker = with_cache(&world, world.broker(true), &server);
+        broker.enrol(device, None).unwrap();
+        let id = "one".parse().unwrap();
+        server.gone.store(true, Ordering::SeqCst);
+        assert!(open(&broker, device).unwrap().is_some());
+        if retire {
+            broker.retire(&id).unwrap();
+            assert_eq!(open(&broker, device), Err(libc::ENOKEY));
+        } else {
+            assert_eq!(broker.destroy(&id).unwrap_err().errno(), libc::ETIMEDOUT);
+            assert_eq!(open(&broker, device), Err(libc::ETIMEDOUT), "whether it is destroyed is not known");
+        }
+        assert!(broker.vault().unwrap().keys.kept().unwrap().until.is_empty());
     }
 }

@@ -51,10 +51,9 @@ impl BarbicanKeyManager {
                 (Reason::KeyManager, sentence)
             }
             NoAnswer::Unreachable(reason) => {
-                let sentence = format!(
+                return Refusal::unanswered(format!(
                     "{what} could not be asked for ({reason}): see that Keystone and Barbican run and can be reached from here"
-                );
-                (Reason::TimedOut, sentence)
+                ));
             }
             NoAnswer::Local(sentence) => (Reason::Configuration, sentence),
             NoAnswer::Refusal(refusal) => return refusal,

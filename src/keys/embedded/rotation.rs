@@ -100,6 +100,7 @@ impl EmbeddedKeyManager {
                 ),
             ));
         }
+        self.rewrap_kept(old)?;
         self.store.merge_before_dropping(old)?;
         self.places.drop_old(old, new)?;
         self.store.finish_kek_rotation()?;

@@ -27,6 +27,8 @@ pub enum Trouble {
     Io(io::Error),
     /// The TLS handshake failed.
     Tls(String),
+    /// The server broke the TLS connection off with an alert: it does not want this host, or its certificate.
+    TurnedAway(String),
     /// What TLS takes on this side is not right: one sentence.
     Local(String),
     /// What the server said is no KMIP.
@@ -39,6 +41,7 @@ impl From<io::Error> for Trouble {
     fn from(error: io::Error) -> Self {
         // rustls hands its own errors on as those of reading and writing.
         match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
+            Some(alert @ rustls::Error::AlertReceived(_)) => Trouble::TurnedAway(tls_fault(alert)),
             Some(tls) => Trouble::Tls(tls_fault(tls)),
             None => Trouble::Io(error),
         }
@@ -60,7 +63,7 @@ impl fmt::Display for Trouble {
                 f.write_str("it broke off the connection")
             }
             Trouble::Io(error) => write!(f, "{error}"),
-            Trouble::Tls(fault) => write!(f, "no TLS connection ({fault})"),
+            Trouble::Tls(fault) | Trouble::TurnedAway(fault) => write!(f, "no TLS connection ({fault})"),
             Trouble::Local(sentence) => f.write_str(sentence),
             Trouble::Malformed(what) => write!(f, "its answer makes no sense ({what})"),
             Trouble::Refused(failure) => write!(f, "it refuses (reason {}: {})", failure.reason, failure.message),

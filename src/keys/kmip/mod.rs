@@ -109,12 +109,13 @@ impl KmipKeyManager {
         }
         match troubles.is_empty() {
             true if none => Ok(None),
-            _ => Err(self.refusal(what, troubles)),
+            // That one has no such key is an answer, too.
+            _ => Err(self.refusal(what, troubles, none)),
         }
     }
 
-    /// What all `troubles` together come to.
-    fn refusal(&self, what: &str, troubles: Vec<(String, Trouble)>) -> Refusal {
+    /// What all `troubles` together come to; `answered` says whether a server without any has answered.
+    fn refusal(&self, what: &str, troubles: Vec<(String, Trouble)>, answered: bool) -> Refusal {
         let said = |(name, trouble): &(String, Trouble)| format!("{name}: {trouble}");
         let all = troubles.iter().map(said).collect::<Vec<_>>().join("; ");
         let is_right = |failure: &Failure| {
@@ -134,14 +135,14 @@ impl KmipKeyManager {
                 _ => {}
             }
         }
-        let unreachable = |trouble: &Trouble| matches!(trouble, Trouble::Io(_) | Trouble::Tls(_));
+        let silent = |trouble: &Trouble| matches!(trouble, Trouble::Io(_) | Trouble::Tls(_));
+        let unreachable = |trouble: &Trouble| silent(trouble) || matches!(trouble, Trouble::TurnedAway(_));
+        let sentence = format!(
+            "no KMIP server could be asked for {what} ({all}): see that one of them runs and can be reached from here"
+        );
         match troubles.iter().all(|(_, trouble)| unreachable(trouble)) {
-            true => Refusal::new(
-                Reason::TimedOut,
-                format!(
-                    "no KMIP server could be asked for {what} ({all}): see that one of them runs and can be reached from here"
-                ),
-            ),
+            true if !answered && troubles.iter().all(|(_, trouble)| silent(trouble)) => Refusal::unanswered(sentence),
+            true => Refusal::new(Reason::TimedOut, sentence),
             false => Refusal::new(
                 Reason::KeyManager,
                 format!(
@@ -171,6 +172,7 @@ impl KmipKeyManager {
             Fault::Server(trouble) => self.refusal(
                 &format!("a new key of volume {volume}, for which every server has to answer"),
                 vec![(talk.name().to_owned(), trouble)],
+                false,
             ),
         };
         // There is at least one: the configuration has no empty list.

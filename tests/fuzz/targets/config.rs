@@ -26,7 +26,7 @@ enum Piece<'a> {
 }
 
 /// What valid files are made of. A rule alone would take a fuzzer very long to find.
-const KNOWN: [&str; 65] = [
+const KNOWN: [&str; 67] = [
     "[[rules]]\nname = 'a'\niscsi_target = '(?<id>.*)'\n",
     "[[rules]]\nname = 'b'\nwwid = '(?<id>.+)'\n",
     "[[rules]]\n",
@@ -72,6 +72,8 @@ const KNOWN: [&str; 65] = [
     "directory = ",
     "file = ",
     "'/x'\n",
+    "[key_cache]\n",
+    "lifetime_days = ",
     "[audit]\n",
     "when_unwritable = ",
     "[guard]\n",

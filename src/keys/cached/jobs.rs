@@ -1,0 +1,123 @@
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::volume::VolumeId;
+
+/// How many volumes are asked for at once.
+const MOST_AT_ONCE: usize = 4;
+/// How many may wait for that.
+const MOST: usize = 1024;
+
+/// The volumes whose keys are asked for without anybody waiting for them, each at most once at a time.
+#[derive(Default)]
+pub(super) struct Jobs {
+    state: Mutex<State>,
+    done: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    queue: VecDeque<VolumeId>,
+    /// Those in the queue and those that are being asked for, and whether the key is to be held.
+    pending: HashMap<VolumeId, bool>,
+    workers: usize,
+}
+
+impl Jobs {
+    /// Has `volume` asked for, and its key held if `hold` says so. Returns whether the caller has to start somebody who
+    /// calls [`Jobs::next`] until there is none.
+    #[must_use]
+    pub(super) fn add(&self, volume: &VolumeId, hold: bool) -> bool {
+        let mut state = self.state();
+        if let Some(held) = state.pending.get_mut(volume) {
+            *held |= hold;
+            return false;
+        }
+        if state.pending.len() == MOST {
+            return false;
+        }
+        state.pending.insert(volume.clone(), hold);
+        state.queue.push_back(volume.clone());
+        let needed = state.workers < MOST_AT_ONCE;
+        state.workers += usize::from(needed);
+        needed
+    }
+
+    /// The next one.
+    pub(super) fn next(&self) -> Option<VolumeId> {
+        let mut state = self.state();
+        let next = state.queue.pop_front();
+        if next.is_none() {
+            state.workers -= 1;
+        }
+        next
+    }
+
+    /// Gives up what nobody works on, because nobody could be started.
+    pub(super) fn give_up(&self) {
+        let mut state = self.state();
+        state.workers -= 1;
+        if state.workers == 0 {
+            let State { queue, pending, .. } = &mut *state;
+            for volume in queue.drain(..) {
+                pending.remove(&volume);
+            }
+        }
+    }
+
+    /// Whether the key of a volume that is being asked for is to be held.
+    pub(super) fn is_to_be_held(&self, volume: &VolumeId) -> bool {
+        self.state().pending.get(volume).copied().unwrap_or(false)
+    }
+
+    /// Notes that `volume` was asked for.
+    pub(super) fn end(&self, volume: &VolumeId) {
+        self.state().pending.remove(volume);
+        self.done.notify_all();
+    }
+
+    /// Waits until nobody asks for `volume`, for `most`; returns whether that came.
+    pub(super) fn wait_for(&self, volume: &VolumeId, most: Duration) -> bool {
+        let end = Instant::now() + most;
+        let mut state = self.state();
+        while state.pending.contains_key(volume) {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            state = self.done.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_volume_is_asked_for_once_at_a_time_by_a_few_and_not_without_end() {
+        let jobs = Jobs::default();
+        let volume = |number: usize| -> VolumeId { format!("v{number}").parse().unwrap() };
+        let started = (0..2 * MOST).filter(|number| jobs.add(&volume(*number), false)).count();
+        assert_eq!(started, MOST_AT_ONCE);
+        assert!(!jobs.add(&volume(0), true) && jobs.is_to_be_held(&volume(0)));
+        assert!(!jobs.wait_for(&volume(0), Duration::ZERO));
+        let mut done = 0;
+        while let Some(volume) = jobs.next() {
+            jobs.end(&volume);
+            done += 1;
+        }
+        assert_eq!(done, MOST);
+        assert!(jobs.wait_for(&volume(0), Duration::ZERO));
+        (1..MOST_AT_ONCE).for_each(|_| assert!(jobs.next().is_none(), "all of them have ended"));
+        assert!(jobs.add(&volume(0), false), "so another one is needed");
+        jobs.give_up();
+        assert!(jobs.wait_for(&volume(0), Duration::ZERO));
+    }
+}

@@ -1,0 +1,318 @@
+//! What stands between this host and a key server: keys that are fetched ahead, and, if the configuration says so, keys
+//! that are kept for when the server does not answer.
+//!
+//! The server is asked first. Only if it does not answer, neither yes nor no, is a kept key used, and only for so long
+//! after the server last gave it as the configuration says. Whatever no the server says to a volume's key wipes the kept
+//! one at once. A server that was found silent is not waited for again by each open that could do without: the kept key
+//! is used, and the server is asked behind it.
+
+mod cache;
+mod clock;
+mod held;
+mod jobs;
+mod silence;
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak, mpsc};
+use std::time::{Duration, Instant};
+
+use self::held::Held;
+use self::jobs::Jobs;
+use self::silence::{Patience, Silence};
+use super::{Description, KekRotation, KeptKeys, Key, KeyInfo, KeyManager, RotationStep};
+use crate::refusal::{Reason, Refusal};
+use crate::volume::VolumeId;
+
+pub use self::cache::KeyCache;
+
+/// How long a server that was silent before is waited for by somebody who has a kept key.
+const HEAD_START: Duration = Duration::from_secs(1);
+/// How often kept keys are looked through for those whose time is over.
+const TIDY_EVERY: Duration = Duration::from_secs(3600);
+/// Enough for TLS and SQLite.
+const STACK: usize = 512 << 10;
+
+/// A key server's key manager, with the keys of it that are on this host.
+pub struct CachedKeyManager {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    server: Box<dyn KeyManager>,
+    cache: Cache,
+    held: Held,
+    silence: Silence,
+    jobs: Jobs,
+    /// How many keys were given up so far: what was asked for before one was is not kept any more.
+    evictions: AtomicU64,
+    /// Held by whoever keeps or gives up a key.
+    turn: Mutex<()>,
+    /// Has the keeper look at what is held.
+    wake: mpsc::Sender<()>,
+}
+
+/// Whether keys are kept on the disk.
+pub enum Cache {
+    /// The configuration does not ask for it.
+    Off,
+    /// They are.
+    On(Box<KeyCache>),
+    /// They were to be, but cannot: why, and what to do.
+    Faulty(String),
+}
+
+impl CachedKeyManager {
+    /// The keys of `server`, kept in `cache`.
+    pub fn new(server: Box<dyn KeyManager>, cache: Cache) -> Self {
+        let (wake, woken) = mpsc::channel();
+        let shared = Arc::new(Shared {
+            server,
+            cache,
+            held: Held::default(),
+            silence: Silence::default(),
+            jobs: Jobs::default(),
+            evictions: AtomicU64::new(0),
+            turn: Mutex::default(),
+            wake,
+        });
+        let keeper = Arc::downgrade(&shared);
+        let started = std::thread::Builder::new().name("key-cache".to_owned()).stack_size(STACK);
+        if let Err(error) = started.spawn(move || keep(&keeper, &woken)) {
+            tracing::error!("no thread could be started that wipes cached keys in time: {error}");
+        }
+        CachedKeyManager { shared }
+    }
+}
+
+/// Wipes what was held or kept for long enough, as long as the key manager lives.
+fn keep(shared: &Weak<Shared>, woken: &mpsc::Receiver<()>) {
+    let mut tidied = Instant::now();
+    let mut pause = TIDY_EVERY;
+    while !matches!(woken.recv_timeout(pause), Err(mpsc::RecvTimeoutError::Disconnected)) {
+        let Some(shared) = shared.upgrade() else { return };
+        let now = Instant::now();
+        if now.saturating_duration_since(tidied) >= TIDY_EVERY {
+            tidied = now;
+            if let Cache::On(cache) = &shared.cache {
+                cache.tidy();
+            }
+        }
+        let next = shared.held.expire(now).map(|next| next.saturating_duration_since(now));
+        pause = next.unwrap_or(TIDY_EVERY).min((tidied + TIDY_EVERY).saturating_duration_since(now));
+    }
+}
+
+impl Shared {
+    /// Asks the server, and does with kept keys as it says.
+    fn ask(&self, volume: &VolumeId, hold: impl FnOnce() -> bool) -> Result<Key, Refusal> {
+        let before = self.evictions.load(Ordering::SeqCst);
+        match self.server.get(volume) {
+            Ok(key) => {
+                self.given(volume, &key, before, hold);
+                Ok(key)
+            }
+            Err(refusal) => {
+                self.refused(volume, &refusal);
+                Err(refusal)
+            }
+        }
+    }
+
+    /// The server has given a key, which it was asked for when `before` keys had been given up.
+    fn given(&self, volume: &VolumeId, key: &Key, before: u64, hold: impl FnOnce() -> bool) {
+        self.silence.end();
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        // It may be the answer to a question that is older than another one's no.
+        if self.evictions.load(Ordering::SeqCst) != before {
+            return;
+        }
+        if hold() {
+            self.held.put(volume, key, Instant::now());
+            // Without a keeper it is used for a minute all the same.
+            let _ = self.wake.send(());
+        }
+        if let Cache::On(cache) = &self.cache {
+            cache.keep(volume, key);
+        }
+    }
+
+    fn refused(&self, volume: &VolumeId, refusal: &Refusal) {
+        match refusal.reason() {
+            _ if refusal.is_unanswered() => self.silence.begin(Instant::now()),
+            Reason::NoKey | Reason::WrongKey | Reason::KeyDestroyed | Reason::NotAllowed => {
+                self.silence.end();
+                self.evict(volume);
+            }
+            // Neither yes nor no, and not silence either: what goes on is not known.
+            _ => {}
+        }
+    }
+
+    fn evict(&self, volume: &VolumeId) {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        self.evictions.fetch_add(1, Ordering::SeqCst);
+        self.held.remove(volume);
+        if let Cache::On(cache) = &self.cache {
+            cache.evict(volume);
+        }
+    }
+
+    /// Has the server asked for the key of `volume` while nobody waits.
+    fn ask_behind(self: &Arc<Self>, volume: &VolumeId, hold: bool) {
+        if !self.jobs.add(volume, hold) {
+            return;
+        }
+        let shared = Arc::clone(self);
+        let thread = std::thread::Builder::new().name("key-fetch".to_owned()).stack_size(STACK);
+        if let Err(error) = thread.spawn(move || shared.work()) {
+            tracing::error!("no thread could be started to ask the key server: {error}");
+            self.jobs.give_up();
+        }
+    }
+
+    fn work(&self) {
+        while let Some(volume) = self.jobs.next() {
+            let asked = || self.ask(&volume, || self.jobs.is_to_be_held(&volume));
+            match catch_unwind(AssertUnwindSafe(asked)) {
+                Ok(Ok(_)) => tracing::debug!(volume = %volume, "the key server gave the key of volume {volume}"),
+                Ok(Err(refusal)) if refusal.is_unanswered() => tracing::debug!(volume = %volume, "{refusal}"),
+                Ok(Err(refusal)) => tracing::warn!(volume = %volume, "volume {volume} would not open now: {refusal}"),
+                // It was told of.
+                Err(_) => {}
+            }
+            self.jobs.end(&volume);
+        }
+    }
+
+    /// The kept key of `volume`, if the server was silent lately and does not answer within a moment.
+    fn without_server(self: &Arc<Self>, cache: &KeyCache, volume: &VolumeId) -> Option<Key> {
+        let patience = self.silence.patience(Instant::now());
+        if patience == Patience::Whole {
+            return None;
+        }
+        let key = cache.load(volume).ok()?;
+        self.ask_behind(volume, false);
+        if patience == Patience::None {
+            return Some(key);
+        }
+        match self.jobs.wait_for(volume, HEAD_START) {
+            // What it said counts.
+            true => (self.silence.patience(Instant::now()) == Patience::None).then_some(key),
+            false => {
+                self.silence.begin(Instant::now());
+                Some(key)
+            }
+        }
+    }
+
+    fn tell(&self, volume: &VolumeId, key: Key) -> Key {
+        tracing::warn!(
+            volume = %volume,
+            "the key of volume {volume} comes from this host's cache, because no key server answers"
+        );
+        key
+    }
+}
+
+impl KeyManager for CachedKeyManager {
+    /// # Errors
+    /// Those of the key server's; if it does not answer, that neither is there a kept key.
+    fn get(&self, volume: &VolumeId) -> Result<Key, Refusal> {
+        let shared = &self.shared;
+        if let Some(key) = shared.held.get(volume, Instant::now()) {
+            return Ok(key);
+        }
+        let Cache::On(cache) = &shared.cache else { return shared.ask(volume, || false) };
+        if let Some(key) = shared.without_server(cache, volume) {
+            return Ok(shared.tell(volume, key));
+        }
+        match shared.ask(volume, || false) {
+            Err(refusal) if refusal.is_unanswered() => match cache.load(volume) {
+                Ok(key) => Ok(shared.tell(volume, key)),
+                Err(why) => Err(refusal.and(&why)),
+            },
+            outcome => outcome,
+        }
+    }
+
+    /// # Errors
+    /// Those of the key server's.
+    fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
+        let shared = &self.shared;
+        let before = shared.evictions.load(Ordering::SeqCst);
+        shared
+            .server
+            .create(volume, wanted)
+            .inspect(|(key, _)| shared.given(volume, key, before, || false))
+            .inspect_err(|refusal| shared.refused(volume, refusal))
+    }
+
+    /// # Errors
+    /// Those of the key server's.
+    fn described(&self, volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {
+        let shared = &self.shared;
+        let before = shared.evictions.load(Ordering::SeqCst);
+        let described = shared.server.described(volume).inspect_err(|refusal| shared.refused(volume, refusal))?;
+        match &described {
+            Some((key, _)) => shared.given(volume, key, before, || false),
+            None => shared.evict(volume),
+        }
+        Ok(described)
+    }
+
+    /// # Errors
+    /// Those of the key server's. What is kept here is wiped in any case.
+    fn destroy(&self, volume: &VolumeId) -> Result<(), Refusal> {
+        self.shared.evict(volume);
+        let destroyed = self.shared.server.destroy(volume);
+        // Somebody may have been given it meanwhile.
+        self.shared.evict(volume);
+        destroyed
+    }
+
+    /// # Errors
+    /// Those of the key server's.
+    fn list(&self) -> Result<Vec<KeyInfo>, Refusal> {
+        self.shared.server.list()
+    }
+
+    /// # Errors
+    /// Those of the embedded key manager's, if keys are kept.
+    fn rotate_kek(&self, step: &RotationStep) -> Result<KekRotation, Refusal> {
+        match &self.shared.cache {
+            Cache::On(cache) => cache.keks().rotate_kek(step),
+            Cache::Off | Cache::Faulty(_) => self.shared.server.rotate_kek(step),
+        }
+    }
+
+    fn fetch_ahead(&self, volume: &VolumeId) {
+        let shared = &self.shared;
+        let now = Instant::now();
+        // A server that has just been silent is not asked by everybody who will not wait for it anyway.
+        if shared.held.get(volume, now).is_none() && shared.silence.patience(now) != Patience::None {
+            shared.ask_behind(volume, true);
+        }
+    }
+
+    fn forget(&self, volume: &VolumeId) {
+        self.shared.evict(volume);
+    }
+
+    fn kept(&self) -> Option<KeptKeys> {
+        let (lifetime, until) = match &self.shared.cache {
+            Cache::Off => (Duration::ZERO, Ok(BTreeMap::new())),
+            Cache::On(cache) => (cache.lifetime(), cache.until()),
+            Cache::Faulty(fault) => (Duration::ZERO, Err(fault.clone())),
+        };
+        let (until, fault) = match until {
+            Ok(until) => (until, None),
+            Err(fault) => (BTreeMap::new(), Some(fault)),
+        };
+        Some(KeptKeys { lifetime, until, fault })
+    }
+}
+
+#[cfg(test)]
+mod tests;

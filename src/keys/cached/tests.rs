@@ -1,0 +1,525 @@
+//! A key server that says what it is told to say, and a clock that shows what it is told to show.
+
+use std::path::Path;
+use std::sync::Condvar;
+use std::sync::atomic::{AtomicI64, AtomicUsize};
+
+use tempfile::TempDir;
+
+use super::cache::latest_seen;
+use super::clock::Clock;
+use super::*;
+use crate::policy::Profile;
+use crate::store::tests::private_directory;
+use crate::store::{EnrolledDevice, Store, VolumeState};
+
+const DAY: i64 = 24 * 3600;
+const NOW: i64 = 1_790_000_000;
+const LIFETIME: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// What the server says to a question for a key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Answer {
+    /// The key, whose bytes are all this one.
+    Key(u8),
+    No(Reason),
+    /// Neither yes nor no.
+    Silence,
+    /// Nothing until it says something else.
+    Hang,
+}
+
+#[derive(Clone)]
+struct Script {
+    answer: Arc<(Mutex<Answer>, Condvar)>,
+    asked: Arc<AtomicUsize>,
+}
+
+impl Script {
+    fn say(&self, answer: Answer) {
+        *self.answer.0.lock().unwrap() = answer;
+        self.answer.1.notify_all();
+    }
+
+    fn asked(&self) -> usize {
+        self.asked.load(Ordering::SeqCst)
+    }
+
+    fn wait_until_asked(&self, times: usize) {
+        let end = Instant::now() + Duration::from_secs(10);
+        while self.asked() < times {
+            assert!(Instant::now() < end, "asked {} times", self.asked());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+impl KeyManager for Script {
+    fn get(&self, _volume: &VolumeId) -> Result<Key, Refusal> {
+        self.asked.fetch_add(1, Ordering::SeqCst);
+        let mut answer = self.answer.0.lock().unwrap();
+        while *answer == Answer::Hang {
+            answer = self.answer.1.wait(answer).unwrap();
+        }
+        match *answer {
+            Answer::Key(byte) => Ok(key_of(byte)),
+            Answer::No(reason) => Err(Refusal::new(reason, "no")),
+            Answer::Silence | Answer::Hang => Err(Refusal::unanswered("nobody answers")),
+        }
+    }
+
+    fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
+        Ok((self.get(volume)?, wanted.clone()))
+    }
+
+    fn described(&self, volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {
+        match self.get(volume) {
+            Ok(key) => Ok(Some((key, wanted()))),
+            Err(refusal) if refusal.reason() == Reason::NoKey => Ok(None),
+            Err(refusal) => Err(refusal),
+        }
+    }
+
+    fn destroy(&self, volume: &VolumeId) -> Result<(), Refusal> {
+        self.get(volume).map(drop)
+    }
+
+    fn list(&self) -> Result<Vec<KeyInfo>, Refusal> {
+        Ok(Vec::new())
+    }
+}
+
+/// A host with its database, its clock and its key server.
+struct Host {
+    folder: TempDir,
+    wall: Arc<AtomicI64>,
+    script: Script,
+}
+
+impl Host {
+    fn new() -> Self {
+        let answer = Arc::new((Mutex::new(Answer::Key(1)), Condvar::new()));
+        let script = Script { answer, asked: Arc::default() };
+        Host { folder: private_directory(), wall: Arc::new(AtomicI64::new(NOW)), script }
+    }
+
+    fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    fn store(&self) -> Arc<Store> {
+        Arc::new(Store::open(self.path()).unwrap())
+    }
+
+    /// As another start of the daemon.
+    fn start(&self) -> CachedKeyManager {
+        self.start_for("server")
+    }
+
+    fn start_for(&self, server: &str) -> CachedKeyManager {
+        let cache = self.cache(self.store(), server).unwrap();
+        CachedKeyManager::new(Box::new(self.script.clone()), Cache::On(Box::new(cache)))
+    }
+
+    fn cache(&self, store: Arc<Store>, server: &str) -> Result<KeyCache, Refusal> {
+        let wall = Arc::clone(&self.wall);
+        let clock = Clock::new(Box::new(move || wall.load(Ordering::SeqCst)), latest_seen(&store).unwrap());
+        KeyCache::with_clock(store, (None, self.path()), server, LIFETIME, clock)
+    }
+
+    fn at(&self, time: i64) {
+        self.wall.store(time, Ordering::SeqCst);
+    }
+}
+
+fn key_of(byte: u8) -> Key {
+    Key::filled(64, |bytes| {
+        bytes.fill(byte);
+        Ok(())
+    })
+    .unwrap()
+}
+
+fn wanted() -> Description {
+    let device = EnrolledDevice { wwid: Some("naa.6".to_owned()), ..EnrolledDevice::default() };
+    Description::new(device, 4096, ("default", &Profile::default()), None, 7)
+}
+
+fn one() -> VolumeId {
+    "one".parse().unwrap()
+}
+
+fn refused(manager: &CachedKeyManager) -> Reason {
+    manager.get(&one()).err().expect("must be refused").reason()
+}
+
+/// Has the server give the key once, and be silent from then on.
+fn use_once(host: &Host, manager: &CachedKeyManager) {
+    host.script.say(Answer::Key(1));
+    let key = manager.get(&one()).unwrap();
+    assert_eq!(key.from_cache(), None);
+    host.script.say(Answer::Silence);
+}
+
+#[test]
+fn a_kept_key_is_used_while_nobody_answers_also_after_a_restart() {
+    let host = Host::new();
+    let manager = host.start();
+    host.script.say(Answer::Silence);
+    assert_eq!(refused(&manager), Reason::TimedOut, "it was never used here");
+    use_once(&host, &manager);
+    for manager in [&manager, &host.start(), &host.start()] {
+        let key = manager.get(&one()).unwrap();
+        assert!(key.same_as(&key_of(1)));
+        assert_eq!(key.from_cache(), Some(NOW));
+    }
+    let other = manager.get(&"two".parse().unwrap()).err().unwrap();
+    assert_eq!(other.to_string(), "nobody answers; this host's cache does not have it");
+    assert_eq!(other.reason(), Reason::TimedOut);
+}
+
+#[test]
+fn every_no_to_a_key_wipes_the_kept_one_and_nothing_else_that_goes_wrong_has_it_used() {
+    for reason in [Reason::NoKey, Reason::KeyDestroyed, Reason::NotAllowed, Reason::WrongKey] {
+        let host = Host::new();
+        let manager = host.start();
+        use_once(&host, &manager);
+        host.script.say(Answer::No(reason));
+        let before = Instant::now();
+        while manager.get(&one()).is_ok_and(|key| key.from_cache().is_some()) {
+            assert!(before.elapsed() < Duration::from_secs(5));
+        }
+        host.script.say(Answer::Silence);
+        for manager in [&manager, &host.start()] {
+            assert_eq!(refused(manager), Reason::TimedOut, "{reason:?}");
+        }
+        assert!(host.store().cached_keys().unwrap().is_empty());
+    }
+    for reason in [Reason::KeyManager, Reason::TimedOut, Reason::Configuration] {
+        let host = Host::new();
+        let manager = host.start();
+        use_once(&host, &manager);
+        host.script.say(Answer::No(reason));
+        assert_eq!(refused(&manager), reason, "it is not known that nobody answers");
+        host.script.say(Answer::Silence);
+        assert!(manager.get(&one()).is_ok(), "and nobody said no");
+    }
+}
+
+#[test]
+fn a_key_that_is_created_or_described_is_kept_and_one_that_is_described_no_more_is_not() {
+    let host = Host::new();
+    let manager = host.start();
+    manager.create(&one(), &wanted()).unwrap();
+    manager.described(&"two".parse().unwrap()).unwrap().unwrap();
+    let kept =
+        |manager: &CachedKeyManager| manager.kept().unwrap().until.into_keys().map(String::from).collect::<Vec<_>>();
+    assert_eq!(kept(&manager), ["one", "two"]);
+    host.script.say(Answer::No(Reason::NoKey));
+    assert!(manager.described(&one()).unwrap().is_none());
+    assert_eq!(kept(&manager), ["two"]);
+}
+
+#[test]
+fn the_lifetime_counts_from_the_servers_last_answer() {
+    let host = Host::new();
+    let manager = host.start();
+    use_once(&host, &manager);
+    host.at(NOW + 3 * DAY);
+    use_once(&host, &manager);
+    let end = NOW + 10 * DAY;
+    assert_eq!(manager.kept().unwrap().until, BTreeMap::from([(one(), end)]));
+    host.at(end - 1);
+    assert!(manager.get(&one()).is_ok());
+    host.at(end);
+    assert_eq!(refused(&manager), Reason::TimedOut);
+    assert!(host.store().cached_keys().unwrap().is_empty(), "it is wiped, and not only passed over");
+    assert!(manager.kept().unwrap().until.is_empty());
+}
+
+#[test]
+fn what_is_over_is_wiped_at_the_next_start() {
+    let host = Host::new();
+    use_once(&host, &host.start());
+    host.at(NOW + 7 * DAY);
+    assert_eq!(host.store().cached_keys().unwrap().len(), 1);
+    let manager = host.start();
+    assert!(host.store().cached_keys().unwrap().is_empty());
+    assert_eq!(refused(&manager), Reason::TimedOut);
+}
+
+#[test]
+fn a_wrong_clock_makes_no_key_live_longer() {
+    let host = Host::new();
+    use_once(&host, &host.start());
+    // It has been seen that its time was over; without that row it would be wiped.
+    host.store().cache_has_seen(NOW + 8 * DAY).unwrap();
+    for wrong in [0, NOW - 3600, NOW, NOW + DAY] {
+        host.at(wrong);
+        let manager = host.start();
+        let refusal = manager.get(&one()).err().unwrap();
+        assert!(refusal.to_string().contains("clock is wrong: set it"), "{wrong}: {refusal}");
+        assert!(manager.kept().unwrap().fault.unwrap().contains("clock"));
+        assert_eq!(host.store().cached_keys().unwrap().len(), 1, "once the clock is right it is seen what is over");
+    }
+    // 1970 is no time to keep a key at either.
+    host.at(1000);
+    host.script.say(Answer::Key(2));
+    let manager = host.start();
+    assert!(manager.get(&one()).unwrap().same_as(&key_of(2)));
+    assert_eq!(host.store().cached_keys().unwrap()[0].fetched_at, NOW);
+    // A clock that was set back for good: nothing is known of what was kept before.
+    host.at(NOW - DAY);
+    manager.get(&"two".parse().unwrap()).unwrap();
+    let kept = host.store().cached_keys().unwrap();
+    assert_eq!(
+        kept.iter().map(|kept| (kept.volume.as_str(), kept.fetched_at)).collect::<Vec<_>>(),
+        [("two", NOW - DAY)]
+    );
+}
+
+#[test]
+fn a_changed_row_does_not_open() {
+    let host = Host::new();
+    let manager = host.start();
+    use_once(&host, &manager);
+    let connection = rusqlite::Connection::open(host.path().join("volcrypt.db")).unwrap();
+    for change in [
+        "UPDATE key_cache SET fetched_at = fetched_at + 1",
+        "UPDATE key_cache SET fetched_at = fetched_at - 1, volume_id = 'two'",
+        "UPDATE key_cache SET volume_id = 'one', wrapped = zeroblob(length(wrapped))",
+    ] {
+        connection.execute(change, []).unwrap();
+        let id = host.store().cached_keys().unwrap()[0].volume.clone();
+        let refusal = manager.get(&id).err().expect(change);
+        assert!(refusal.to_string().contains("its cached key does not open"), "{refusal}");
+    }
+}
+
+#[test]
+fn another_server_or_none_that_is_to_be_kept_wipes_all() {
+    let host = Host::new();
+    use_once(&host, &host.start());
+    assert_eq!(refused(&host.start_for("another server")), Reason::TimedOut);
+    assert!(host.store().cached_keys().unwrap().is_empty());
+    use_once(&host, &host.start());
+    KeyCache::wipe(&host.store()).unwrap();
+    assert!(host.store().cached_keys().unwrap().is_empty());
+}
+
+#[test]
+fn no_key_stands_in_the_files_and_a_wiped_one_not_even_wrapped() {
+    let host = Host::new();
+    let manager = host.start();
+    use_once(&host, &manager);
+    let store = host.store();
+    let wrapped = store.cached_key(&one()).unwrap().unwrap().wrapped;
+    let holds = |bytes: &[u8]| {
+        let mut files =
+            std::fs::read_dir(host.path()).unwrap().map(|entry| std::fs::read(entry.unwrap().path()).unwrap());
+        files.any(|file| file.windows(bytes.len()).any(|window| window == bytes))
+    };
+    assert!(holds(&wrapped));
+    assert!(!holds(key_of(1).bytes()));
+    manager.forget(&one());
+    assert!(!holds(&wrapped));
+}
+
+#[test]
+fn what_cannot_be_wiped_is_not_used_all_the_same() {
+    let host = Host::new();
+    use_once(&host, &host.start());
+    let store = Arc::new(Store::open_for_reading(host.path()).unwrap());
+    let cache = Cache::On(Box::new(host.cache(store, "server").unwrap()));
+    let manager = CachedKeyManager::new(Box::new(host.script.clone()), cache);
+    assert!(manager.get(&one()).is_ok(), "a read-only database is good enough to read it");
+    manager.forget(&one());
+    assert_eq!(host.store().cached_keys().unwrap().len(), 1);
+    assert_eq!(refused(&manager), Reason::TimedOut);
+    assert!(manager.kept().unwrap().until.is_empty());
+}
+
+#[test]
+fn a_key_of_a_retired_or_destroyed_volume_is_not_kept() {
+    for state in [VolumeState::Retired, VolumeState::Destroyed] {
+        let host = Host::new();
+        let (store, manager) = (host.store(), host.start());
+        store.enrol(&wanted().record(&one(), &key_of(1))).unwrap();
+        use_once(&host, &manager);
+        store.change_state(&one(), &[VolumeState::Enrolled], state, None).unwrap();
+        manager.forget(&one());
+        use_once(&host, &manager);
+        assert_eq!(refused(&manager), Reason::TimedOut);
+        assert!(store.cached_keys().unwrap().is_empty());
+    }
+}
+
+#[test]
+fn an_answer_that_was_asked_for_before_the_key_was_destroyed_is_not_kept() {
+    let host = Host::new();
+    let manager = host.start();
+    host.script.say(Answer::Hang);
+    std::thread::scope(|scope| {
+        let asking = scope.spawn(|| manager.get(&one()));
+        host.script.wait_until_asked(1);
+        manager.forget(&one());
+        host.script.say(Answer::Key(1));
+        assert!(asking.join().unwrap().is_ok());
+    });
+    assert!(host.store().cached_keys().unwrap().is_empty());
+    host.script.say(Answer::Key(1));
+    manager.get(&one()).unwrap();
+    manager.destroy(&one()).unwrap();
+    assert!(host.store().cached_keys().unwrap().is_empty());
+}
+
+#[test]
+fn a_server_that_was_just_silent_is_not_waited_for_and_its_no_counts_when_it_comes() {
+    let host = Host::new();
+    let manager = host.start();
+    use_once(&host, &manager);
+    assert!(manager.get(&one()).unwrap().from_cache().is_some());
+    host.script.say(Answer::Hang);
+    let asked = host.script.asked();
+    for _ in 0..100 {
+        // Nobody answers before this loop is over.
+        assert!(manager.get(&one()).unwrap().from_cache().is_some());
+    }
+    host.script.wait_until_asked(asked + 1);
+    assert_eq!(host.script.asked(), asked + 1, "it is asked behind them, once at a time");
+    host.script.say(Answer::No(Reason::KeyDestroyed));
+    let end = Instant::now() + Duration::from_secs(10);
+    while !host.store().cached_keys().unwrap().is_empty() {
+        assert!(Instant::now() < end, "the server's no was not heard");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert_eq!(refused(&manager), Reason::KeyDestroyed);
+}
+
+#[test]
+fn another_key_encryption_key_takes_the_kept_keys_along() {
+    let host = Host::new();
+    let manager = host.start();
+    use_once(&host, &manager);
+    let before = host.store().cached_key(&one()).unwrap().unwrap();
+    let mut step = RotationStep::Begin;
+    let new = loop {
+        match manager.rotate_kek(&step).unwrap() {
+            KekRotation::UnderWay { after, .. } => step = RotationStep::GoOn { after },
+            KekRotation::Finished { new, .. } => break new,
+        }
+    };
+    let after = host.store().cached_key(&one()).unwrap().unwrap();
+    assert_ne!((before.kek, &before.wrapped), (after.kek, &after.wrapped));
+    assert_eq!(after.kek, new);
+    for manager in [&manager, &host.start()] {
+        assert!(manager.get(&one()).unwrap().same_as(&key_of(1)));
+    }
+}
+
+#[test]
+fn without_its_key_encryption_key_the_cache_does_not_open() {
+    let host = Host::new();
+    use_once(&host, &host.start());
+    std::fs::remove_file(host.path().join("kek")).unwrap();
+    let refusal = host.cache(host.store(), "server").err().unwrap();
+    assert_eq!(refusal.reason(), Reason::NoKey);
+    let cache = Cache::Faulty(refusal.to_string());
+    let manager = CachedKeyManager::new(Box::new(host.script.clone()), cache);
+    assert_eq!(refused(&manager), Reason::TimedOut);
+    host.script.say(Answer::Key(1));
+    assert!(manager.get(&one()).is_ok(), "the server is there all the same");
+    assert!(manager.kept().unwrap().fault.is_some());
+}
+
+#[test]
+fn a_cache_that_was_switched_off_may_have_another_key_encryption_key() {
+    let host = Host::new();
+    use_once(&host, &host.start());
+    std::fs::remove_file(host.path().join("kek")).unwrap();
+    KeyCache::switch_off(&host.store()).unwrap();
+    use_once(&host, &host.start());
+    assert!(host.start().get(&one()).is_ok());
+    // But not where that would cost a key.
+    let embedded = crate::keys::EmbeddedKeyManager::open(host.store(), None, host.path()).unwrap();
+    embedded.make(&"two".parse().unwrap(), 256.try_into().unwrap()).unwrap();
+    KeyCache::switch_off(&host.store()).unwrap();
+    assert!(embedded.get(&"two".parse().unwrap()).is_ok());
+    std::fs::remove_file(host.path().join("kek")).unwrap();
+    assert!(host.cache(host.store(), "server").is_err());
+}
+
+#[test]
+fn a_backup_has_no_kept_key_in_it_and_a_restored_database_forgets_them() {
+    let host = Host::new();
+    let manager = host.start();
+    use_once(&host, &manager);
+    let wrapped = host.store().cached_key(&one()).unwrap().unwrap().wrapped;
+    let holds = |path: &Path| {
+        let bytes = std::fs::read(path).unwrap();
+        bytes.windows(wrapped.len()).any(|window| window == wrapped)
+    };
+    let (plain_copy, backup) = (host.path().join("copy.db"), host.path().join("backup.db"));
+    std::fs::copy(host.path().join("volcrypt.db"), &plain_copy).unwrap();
+    assert!(holds(&plain_copy));
+    crate::store::back_up(host.path(), &backup).unwrap();
+    assert!(!holds(&backup));
+    for copy in [&plain_copy, &backup] {
+        let elsewhere = private_directory();
+        let staged = crate::store::Staged::new(copy, elsewhere.path()).unwrap();
+        staged.put_in_place("x").unwrap();
+        assert!(!holds(&elsewhere.path().join("volcrypt.db")));
+        assert!(Store::open(elsewhere.path()).unwrap().cached_keys().unwrap().is_empty());
+    }
+    assert!(manager.get(&one()).is_ok(), "those of the host itself stay");
+}
+
+#[test]
+fn a_key_that_was_fetched_ahead_is_there_at_once() {
+    for cached in [false, true] {
+        let host = Host::new();
+        let manager = match cached {
+            true => host.start(),
+            false => CachedKeyManager::new(Box::new(host.script.clone()), Cache::Off),
+        };
+        let fetch = || {
+            host.script.say(Answer::Key(1));
+            manager.fetch_ahead(&one());
+            assert!(manager.shared.jobs.wait_for(&one(), Duration::from_secs(10)));
+        };
+        fetch();
+        host.script.say(Answer::Hang);
+        let asked = host.script.asked();
+        let key = manager.get(&one()).unwrap();
+        assert!(key.same_as(&key_of(1)) && key.from_cache().is_none());
+        manager.fetch_ahead(&one());
+        assert_eq!(host.script.asked(), asked, "neither is it asked for again");
+        // Destroyed or retired on this host between the two.
+        manager.forget(&one());
+        host.script.say(Answer::No(Reason::NoKey));
+        assert_eq!(refused(&manager), Reason::NoKey);
+        fetch();
+        manager.destroy(&one()).unwrap();
+        host.script.say(Answer::No(Reason::KeyDestroyed));
+        assert_eq!(refused(&manager), Reason::KeyDestroyed);
+    }
+}
+
+#[test]
+fn what_is_fetched_ahead_is_bounded_and_hurts_nobody_whatever_the_server_says() {
+    let host = Host::new();
+    let manager = CachedKeyManager::new(Box::new(host.script.clone()), Cache::Off);
+    host.script.say(Answer::Hang);
+    for number in 0..2000 {
+        manager.fetch_ahead(&format!("v{number}").parse().unwrap());
+    }
+    host.script.wait_until_asked(4);
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(host.script.asked(), 4, "not more at once");
+    host.script.say(Answer::Key(1));
+    host.script.wait_until_asked(1024);
+    host.script.say(Answer::No(Reason::NoKey));
+    manager.fetch_ahead(&one());
+    manager.shared.jobs.wait_for(&one(), Duration::from_secs(10));
+    assert_eq!(refused(&manager), Reason::NoKey);
+}

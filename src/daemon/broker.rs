@@ -1,5 +1,6 @@
 //! What is decided and done for a volume, whoever asks: a guest's open, the hook, or an operator.
 
+mod ahead;
 mod authorisation;
 mod cache;
 mod copies;

@@ -31,7 +31,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use clap::Parser;
@@ -58,6 +58,8 @@ use crate::sys::signals::Signal;
 const MOST_WORKERS: usize = 256;
 /// How many threads serve each of the two sockets.
 const MOST_CLIENTS: usize = 64;
+/// How many announced devices may wait to be looked at.
+const MOST_ANNOUNCED: usize = 1024;
 
 /// The daemon that holds the keys and makes the mappings of protected volumes.
 #[derive(Debug, Parser)]
@@ -133,8 +135,18 @@ fn run(options: &Options) -> io::Result<()> {
         ending.await_none(END_WITHIN);
         termination.act();
     })?;
-    let watched = Arc::clone(&guard);
-    start("guard", move || guard::watch(&watched))?;
+    let (announce, announced) = mpsc::sync_channel(MOST_ANNOUNCED);
+    let fetching = Arc::clone(&broker);
+    start("fetch-ahead", move || announced.into_iter().for_each(|device| fetching.fetch_ahead(device)))?;
+    let (watched, asking) = (Arc::clone(&guard), Arc::clone(&broker));
+    start("guard", move || {
+        // What comes when there are too many already has its key fetched when it is opened.
+        guard::watch(&watched, &|device| {
+            if asking.config().is_ok_and(|config| config.key_manager.server().is_some()) {
+                let _ = announce.try_send(device);
+            }
+        })
+    })?;
     let (reloaded, path) = (Arc::clone(&broker), options.config.clone());
     start("reload", move || {
         loop {

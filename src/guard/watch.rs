@@ -11,6 +11,7 @@ use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 
 use super::Guard;
 use super::uevent::Subject;
+use crate::volume::DeviceNumber;
 
 /// The multicast group of the kernel's own announcements; udev's are in another.
 const KERNELS_GROUP: u32 = 1;
@@ -21,10 +22,11 @@ const INTERVAL: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 /// How long to wait before the announcements are asked for again after an error.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Keeps `guard` up to date for ever.
-pub fn watch(guard: &Guard) -> ! {
+/// Keeps `guard` up to date for ever. `announced` hears of every block device that the kernel has something to say of,
+/// once it is guarded; it must not wait for anything.
+pub fn watch(guard: &Guard, announced: &dyn Fn(DeviceNumber)) -> ! {
     loop {
-        match follow(guard) {
+        match follow(guard, announced) {
             Ok(never) => match never {},
             Err(error) => tracing::error!("new devices are guarded with a delay only: {error}"),
         }
@@ -32,7 +34,7 @@ pub fn watch(guard: &Guard) -> ! {
     }
 }
 
-fn follow(guard: &Guard) -> io::Result<Infallible> {
+fn follow(guard: &Guard, announced: &dyn Fn(DeviceNumber)) -> io::Result<Infallible> {
     let announcements = uevents()?;
     let folders = new_folders(guard);
     // What was announced before the socket was there.
@@ -48,17 +50,20 @@ fn follow(guard: &Guard) -> io::Result<Infallible> {
         let mut events = [0; 4096];
         while folders.as_ref().is_some_and(|folders| rustix::io::read(folders, &mut events).is_ok()) {}
         guard.ensure();
-        take_announcements(guard, &announcements)?;
+        take_announcements(guard, &announcements, announced)?;
     }
 }
 
-fn take_announcements(guard: &Guard, socket: &OwnedFd) -> io::Result<()> {
+fn take_announcements(guard: &Guard, socket: &OwnedFd, announced: &dyn Fn(DeviceNumber)) -> io::Result<()> {
     let mut buffer = [0; MESSAGE_LIMIT];
     loop {
         match rustix::net::recv(socket, &mut buffer, RecvFlags::DONTWAIT) {
             Ok((received, _)) => {
                 if let Some(subject) = Subject::of_message(&buffer[..received]) {
                     guard.look(&subject);
+                    if let Subject::Block(number) = subject {
+                        announced(number);
+                    }
                 }
             }
             Err(Errno::AGAIN) => return Ok(()),

@@ -190,7 +190,7 @@ impl Broker {
         Err(refusal.of(id))
     }
 
-    fn is_mapped(&self, id: &VolumeId) -> Result<bool, Refusal> {
+    pub(super) fn is_mapped(&self, id: &VolumeId) -> Result<bool, Refusal> {
         Ok(self.encryptor.mappings()?.iter().any(|mapping| mapping.volume == *id))
     }
 }

@@ -1,4 +1,4 @@
-//! A key server that accepts questions and never answers and one that cannot be reached.
+//! A key server that accepts questions and never answers, one that cannot be reached, and keys that are fetched ahead.
 
 use std::sync::Condvar;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -209,4 +209,54 @@ fn a_volume_that_is_retired_or_that_nobody_could_destroy_leaves_the_cache() {
         }
         assert!(broker.vault().unwrap().keys.kept().unwrap().until.is_empty());
     }
+}
+
+#[test]
+fn the_key_of_an_announced_volume_is_fetched_ahead_and_no_other() {
+    let world = World::new();
+    let device = world.add_volume("one", 3);
+    let server = Reachable::default();
+    let broker = with_cache(&world, world.broker(false), &server);
+    let stranger = world.add_volume("stranger", 4);
+    let other_device = world.add_volume("one", 5);
+    let unprotected = world.add_volume("none", 6);
+    world.change(unprotected, |identity| (identity.iscsi, identity.wwid) = (None, None));
+    broker.enrol(device, None).unwrap();
+    let asked = |number: usize| {
+        let end = Instant::now() + Duration::from_secs(10);
+        while server.asked.load(Ordering::SeqCst) < number && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        server.asked.load(Ordering::SeqCst)
+    };
+    for nothing in [stranger, other_device, unprotected, DeviceNumber { major: 9, minor: 9 }] {
+        broker.fetch_ahead(nothing);
+        world.devices.lock().unwrap().remove(&nothing);
+    }
+    broker.fetch_ahead(device);
+    assert_eq!(asked(1), 1);
+    let records = || broker.vault().unwrap().store.audit(&crate::store::AuditQuery::default()).unwrap().entries.len();
+    let before = records();
+    // The answer may still be on its way.
+    let end = Instant::now() + Duration::from_secs(10);
+    loop {
+        let asked = server.asked.load(Ordering::SeqCst);
+        assert_eq!(open(&broker, device), Ok(None));
+        if server.asked.load(Ordering::SeqCst) == asked {
+            break;
+        }
+        assert!(Instant::now() < end, "each open asks the server");
+    }
+    assert_eq!(records(), before, "to fetch a key ahead is no use of it");
+    // Not for what is retired, nor for what a guest has.
+    let mut mapped = world.clone();
+    mapped.mapped = true;
+    let server = Reachable { keys: server.keys.clone(), ..Reachable::default() };
+    let busy = with_cache(&mapped, mapped.broker(false), &server);
+    busy.fetch_ahead(device);
+    broker.retire(&"one".parse().unwrap()).unwrap();
+    let retired = with_cache(&world, world.broker(false), &server);
+    retired.fetch_ahead(device);
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(server.asked.load(Ordering::SeqCst), 0);
 }

@@ -19,6 +19,7 @@ mod key_file;
 pub mod kmip;
 mod rotation;
 mod secret_file;
+pub mod tls;
 
 pub use description::Description;
 pub use embedded::EmbeddedKeyManager;

@@ -7,7 +7,8 @@ use x509_cert::Certificate;
 use x509_cert::der::Decode;
 
 use super::Finding;
-use crate::keys::kmip::{KmipConfig, certificates};
+use crate::keys::kmip::KmipConfig;
+use crate::keys::tls::certificates;
 
 /// How long ahead a certificate's end is warned of.
 const AHEAD: Duration = Duration::from_secs(30 * 24 * 3600);

@@ -6,12 +6,13 @@ use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use serde::{Deserialize, Serialize};
 use ureq::http::Method;
 use zeroize::Zeroizing;
 
-use super::http::{Answer, Http, NoAnswer, Question};
+use super::answer::{Answer, NoAnswer};
+use super::http::{Http, Question};
 use super::keystone::{Token, authenticate};
+use super::messages::{Consumer, Listing, Made, Metadata, Metadatum, NewSecret, Secret, id_of};
 use super::{BarbicanConfig, to_json};
 use crate::keys::Key;
 
@@ -26,76 +27,6 @@ pub struct Client {
     config: BarbicanConfig,
     http: Http,
     token: Mutex<Option<Arc<Token>>>,
-}
-
-/// What Barbican says of a secret, apart from the secret.
-#[derive(Deserialize)]
-pub struct Secret {
-    /// Its name, which need not be its own.
-    #[serde(default)]
-    pub name: Option<String>,
-    /// When it was made.
-    pub created: String,
-    /// Where it is: an URL that ends in its id.
-    secret_ref: String,
-    /// The size of the key, as its maker gave it.
-    #[serde(default)]
-    pub bit_length: Option<u32>,
-}
-
-impl Secret {
-    /// Its id, a UUID.
-    ///
-    /// # Errors
-    /// When there is none.
-    pub fn id(&self) -> Result<&str, NoAnswer> {
-        id_of(&self.secret_ref)
-    }
-}
-
-#[derive(Deserialize)]
-struct Listing {
-    secrets: Vec<Secret>,
-    total: usize,
-}
-
-#[derive(Deserialize)]
-struct Made {
-    secret_ref: String,
-}
-
-#[derive(Serialize, Deserialize)]
-struct Metadata<T> {
-    metadata: T,
-}
-
-#[derive(Serialize)]
-struct Metadatum<'a> {
-    key: &'a str,
-    value: &'a str,
-}
-
-#[derive(Serialize)]
-struct NewSecret<'a> {
-    name: &'a str,
-    payload: &'a str,
-    payload_content_type: &'a str,
-    payload_content_encoding: &'a str,
-    secret_type: &'a str,
-    algorithm: &'a str,
-    bit_length: usize,
-    mode: &'a str,
-}
-
-/// Who uses a secret.
-#[derive(Serialize)]
-pub struct Consumer<'a> {
-    /// The program.
-    pub service: &'a str,
-    /// Whose it is.
-    pub resource_type: &'a str,
-    /// What tells it from others of the kind: 36 characters at most.
-    pub resource_id: &'a str,
 }
 
 impl Client {
@@ -278,34 +209,6 @@ impl Asking<'_> {
                 }
                 outcome => return outcome,
             }
-        }
-    }
-}
-
-/// The id at the end of a reference. Where else it points counts for nothing.
-fn id_of(reference: &str) -> Result<&str, NoAnswer> {
-    let id = reference.rsplit('/').next().unwrap_or_default();
-    let is_uuid = id.len() == 36
-        && id.bytes().enumerate().all(|(place, byte)| match place {
-            8 | 13 | 18 | 23 => byte == b'-',
-            _ => byte.is_ascii_hexdigit(),
-        });
-    match is_uuid {
-        true => Ok(id),
-        false => Err(NoAnswer::Malformed("Barbican: its answer names a secret without an id".to_owned())),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_an_id_is_taken_from_a_reference() {
-        let id = "dfe2418f-8205-4e90-816a-4e8ea2366b48";
-        assert_eq!(id_of(&format!("http://elsewhere/v1/secrets/{id}")).unwrap(), id);
-        for wrong in ["", "http://x/v1/secrets/", "../../x", "dfe2418f-8205-4e90-816a-4e8ea2366b4?", "a/b"] {
-            assert!(id_of(wrong).is_err(), "{wrong}");
         }
     }
 }

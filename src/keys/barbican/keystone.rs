@@ -3,46 +3,20 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 use ureq::http::Method;
 use x509_cert::der::DateTime;
 use zeroize::Zeroizing;
 
 use super::BarbicanConfig;
-use super::http::{Http, NoAnswer, Question};
+use super::answer::NoAnswer;
+use super::http::{Http, Question};
 use crate::keys::secret_file::{self, Trust};
 
 /// The longest secret or password that is read, in bytes.
 const LONGEST_SECRET: usize = 4096;
 /// A token is not used for so long before its end: what is asked with it still has to be answered.
 const MARGIN: Duration = Duration::from_secs(60);
-
-/// How this host shows who it is. The secret or the password is in a file.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Credential {
-    /// An application credential, by its id.
-    Application(String),
-    /// An application credential, by its name and its user's.
-    NamedApplication {
-        /// The credential's name.
-        name: String,
-        /// The user that it belongs to.
-        user: String,
-        /// The domain of that user.
-        user_domain: String,
-    },
-    /// A user with a password, in a project.
-    Password {
-        /// The user's name.
-        user: String,
-        /// The domain of the user.
-        user_domain: String,
-        /// The project whose keys are meant.
-        project: String,
-        /// The domain of the project.
-        project_domain: String,
-    },
-}
 
 /// A token, and what came with it.
 pub struct Token {
@@ -104,7 +78,7 @@ pub fn authenticate(http: &Http, config: &BarbicanConfig, deadline: Instant) -> 
     let secret = std::str::from_utf8(secret.bytes().trim_ascii())
         .map_err(|_| NoAnswer::Local(format!("{} ({purpose}) is no text", path.display())))?;
     let url = format!("{}/auth/tokens", versioned(&config.auth_url, "v3"));
-    let body = request(&config.credential, secret);
+    let body = config.credential.request(secret);
     let question = Question {
         method: Method::POST,
         url: &url,
@@ -177,93 +151,6 @@ pub fn seconds(time: &str) -> Option<u64> {
     Some(time.unix_duration().as_secs())
 }
 
-#[derive(Serialize)]
-struct Auth<'a> {
-    auth: Inner<'a>,
-}
-
-#[derive(Serialize)]
-struct Inner<'a> {
-    identity: IdentityPart<'a>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    scope: Option<Scope<'a>>,
-}
-
-#[derive(Default, Serialize)]
-struct IdentityPart<'a> {
-    methods: [&'a str; 1],
-    #[serde(skip_serializing_if = "Option::is_none")]
-    application_credential: Option<ApplicationPart<'a>>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    password: Option<PasswordPart<'a>>,
-}
-
-#[derive(Serialize)]
-struct ApplicationPart<'a> {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    id: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    name: Option<&'a str>,
-    secret: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    user: Option<UserPart<'a>>,
-}
-
-#[derive(Serialize)]
-struct PasswordPart<'a> {
-    user: UserPart<'a>,
-}
-
-#[derive(Serialize)]
-struct UserPart<'a> {
-    name: &'a str,
-    domain: Named<'a>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    password: Option<&'a str>,
-}
-
-#[derive(Serialize)]
-struct Scope<'a> {
-    project: ProjectPart<'a>,
-}
-
-#[derive(Serialize)]
-struct ProjectPart<'a> {
-    name: &'a str,
-    domain: Named<'a>,
-}
-
-#[derive(Serialize)]
-struct Named<'a> {
-    name: &'a str,
-}
-
-fn request(credential: &Credential, secret: &str) -> Zeroizing<Vec<u8>> {
-    let application = |id, name, user| IdentityPart {
-        methods: ["application_credential"],
-        application_credential: Some(ApplicationPart { id, name, secret, user }),
-        password: None,
-    };
-    let user_part = |name, domain, password| UserPart { name, domain: Named { name: domain }, password };
-    let (identity, scope) = match credential {
-        Credential::Application(id) => (application(Some(id.as_str()), None, None), None),
-        Credential::NamedApplication { name, user, user_domain } => {
-            (application(None, Some(name.as_str()), Some(user_part(user, user_domain, None))), None)
-        }
-        Credential::Password { user, user_domain, project, project_domain } => {
-            let user = user_part(user, user_domain, Some(secret));
-            let identity = IdentityPart {
-                methods: ["password"],
-                password: Some(PasswordPart { user }),
-                application_credential: None,
-            };
-            let project = ProjectPart { name: project, domain: Named { name: project_domain } };
-            (identity, Some(Scope { project }))
-        }
-    };
-    super::to_json(&Auth { auth: Inner { identity, scope } })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -284,27 +171,5 @@ mod tests {
         for time in ["", "2026-11-24", "2026-13-24T15:52:57Z", "2026-11-24T15:52:5é"] {
             assert_eq!(seconds(time), None);
         }
-    }
-
-    #[test]
-    fn what_is_sent_is_what_keystone_documents() {
-        let text = |credential| String::from_utf8(request(&credential, "s").to_vec()).unwrap();
-        assert_eq!(
-            text(Credential::Application("id".into())),
-            r#"{"auth":{"identity":{"methods":["application_credential"],"application_credential":{"id":"id","secret":"s"}}}}"#
-        );
-        assert_eq!(
-            text(Credential::NamedApplication { name: "n".into(), user: "u".into(), user_domain: "d".into() }),
-            r#"{"auth":{"identity":{"methods":["application_credential"],"application_credential":{"name":"n","secret":"s","user":{"name":"u","domain":{"name":"d"}}}}}}"#
-        );
-        assert_eq!(
-            text(Credential::Password {
-                user: "u".into(),
-                user_domain: "d".into(),
-                project: "p".into(),
-                project_domain: "e".into()
-            }),
-            r#"{"auth":{"identity":{"methods":["password"],"password":{"user":{"name":"u","domain":{"name":"d"},"password":"s"}}},"scope":{"project":{"name":"p","domain":{"name":"e"}}}}}"#
-        );
     }
 }

@@ -6,9 +6,12 @@
 //!
 //! [`settle`]: settle
 
+mod answer;
 mod client;
+mod credential;
 mod http;
 mod keystone;
+mod messages;
 mod refusals;
 mod settle;
 mod wiped;
@@ -22,8 +25,9 @@ use std::time::Duration;
 use serde::Serialize;
 use zeroize::Zeroizing;
 
-use self::client::{Asking, Client, Consumer};
-use self::http::NoAnswer;
+use self::answer::NoAnswer;
+use self::client::{Asking, Client};
+use self::messages::Consumer;
 use self::refusals::About;
 use self::settle::{Found, label};
 use super::{CheckValue, Description, Key, KeyInfo, KeyManager};
@@ -31,8 +35,8 @@ use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
+pub use credential::Credential;
 pub use http::check_url;
-pub use keystone::Credential;
 
 /// What the name of every key begins with; the volume's id follows.
 const PREFIX: &str = "volcrypt/";

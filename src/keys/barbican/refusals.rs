@@ -1,7 +1,7 @@
 //! What is said of an answer that did not come, or was no.
 
 use super::BarbicanKeyManager;
-use super::http::{Answered, NoAnswer};
+use super::answer::{Answered, NoAnswer};
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 

@@ -16,8 +16,9 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use super::client::{Asking, Secret};
-use super::http::NoAnswer;
+use super::answer::NoAnswer;
+use super::client::Asking;
+use super::messages::Secret;
 use super::refusals::About;
 use super::{BarbicanKeyManager, name_of};
 use crate::keys::{CheckValue, Description};

@@ -1,15 +1,14 @@
 //! Several servers that hold the same keys, and the connections to them.
 
 use std::cell::Cell;
-use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::KmipConfig;
-use super::connection::{Connection, Trouble, tls};
+use super::connection::{Connection, Trouble};
 use super::message::{Answer, Request};
+use crate::keys::tls::{self, FileIdentity};
 
 /// How many connections are kept for later.
 const KEPT: usize = 4;
@@ -32,8 +31,8 @@ struct Idle {
     connection: Connection,
 }
 
-/// What tells whether certificates or key were replaced: inode, size and time of change of each file.
-type Identity = [Option<(u64, u64, i64, i64)>; 3];
+/// What tells whether certificates or key were replaced.
+type Identity = [FileIdentity; 3];
 
 impl Client {
     /// A client of the servers in `config`. Nothing is connected yet.
@@ -85,10 +84,7 @@ impl Client {
 
     fn identity(&self) -> Identity {
         let KmipConfig { ca, certificate, key, .. } = &self.config;
-        [ca, certificate, key].map(|path| {
-            let metadata = fs::metadata(path).ok()?;
-            Some((metadata.ino(), metadata.size(), metadata.ctime(), metadata.ctime_nsec()))
-        })
+        [ca, certificate, key].map(|path| tls::file_identity(path))
     }
 }
 
@@ -126,7 +122,8 @@ impl Talk<'_> {
                 outcome => return self.done(identity, connection, outcome),
             }
         }
-        let tls = tls(&client.config).map_err(Trouble::Local)?;
+        let KmipConfig { ca, certificate, key, .. } = &client.config;
+        let tls = tls::mutual_client(ca, certificate, key, "the KMIP client").map_err(Trouble::Local)?;
         let mut connection = Connection::open(self.name(), &tls, until)?;
         let outcome = connection.ask(request, until);
         self.done(identity, connection, outcome)

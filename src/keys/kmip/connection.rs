@@ -3,22 +3,16 @@
 use std::fmt;
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
-use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
-use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
+use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, ClientConnection, StreamOwned};
 use zeroize::Zeroizing;
 
-use super::KmipConfig;
 use super::message::{Answer, Failure, Request, VERSIONS, Version, tag};
 use super::ttlv::{HEADER, Malformed, message_length};
-use crate::keys::secret_file::{self, Trust};
-
-/// The largest private key that is read, in bytes.
-const LONGEST_PRIVATE_KEY: usize = 64 << 10;
+use crate::keys::tls;
 
 /// Why a server gave no answer.
 #[derive(Debug)]
@@ -41,8 +35,8 @@ impl From<io::Error> for Trouble {
     fn from(error: io::Error) -> Self {
         // rustls hands its own errors on as those of reading and writing.
         match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
-            Some(alert @ rustls::Error::AlertReceived(_)) => Trouble::TurnedAway(tls_fault(alert)),
-            Some(tls) => Trouble::Tls(tls_fault(tls)),
+            Some(alert @ rustls::Error::AlertReceived(_)) => Trouble::TurnedAway(tls::fault(alert)),
+            Some(tls) => Trouble::Tls(tls::fault(tls)),
             None => Trouble::Io(error),
         }
     }
@@ -82,12 +76,13 @@ impl Connection {
     ///
     /// # Errors
     /// [`Trouble`].
-    pub fn open(server: &str, tls: &Arc<ClientConfig>, deadline: Instant) -> Result<Self, Trouble> {
+    pub fn open(server: &str, client: &Arc<ClientConfig>, deadline: Instant) -> Result<Self, Trouble> {
         let (host, _) = split_address(server).ok_or_else(|| Trouble::Tls(format!("{server:?} is no HOST:PORT")))?;
         let name = ServerName::try_from(host.to_owned()).map_err(|error| Trouble::Tls(error.to_string()))?;
         let socket = connect(server, deadline)?;
         socket.set_nodelay(true)?;
-        let session = ClientConnection::new(Arc::clone(tls), name).map_err(|error| Trouble::Tls(tls_fault(&error)))?;
+        let session =
+            ClientConnection::new(Arc::clone(client), name).map_err(|error| Trouble::Tls(tls::fault(&error)))?;
         let stream = StreamOwned::new(session, Timed { socket, deadline });
         let mut connection = Connection { stream, version: VERSIONS[0] };
         connection.agree()?;
@@ -144,27 +139,6 @@ impl Connection {
     }
 }
 
-/// What is wrong with a TLS connection, for whoever manages the certificates.
-pub(in crate::keys) fn tls_fault(error: &rustls::Error) -> String {
-    use rustls::CertificateError::{
-        Expired, ExpiredContext, NotValidForName, NotValidForNameContext, NotValidYet, NotValidYetContext,
-        UnknownIssuer,
-    };
-    match error {
-        rustls::Error::InvalidCertificate(fault) => match fault {
-            Expired | ExpiredContext { .. } => "its certificate has expired".to_owned(),
-            NotValidYet | NotValidYetContext { .. } => {
-                "its certificate is not valid yet: is the clock right?".to_owned()
-            }
-            NotValidForName | NotValidForNameContext { .. } => "its certificate is for another name".to_owned(),
-            UnknownIssuer => "its certificate is of an authority that is not among those in ca".to_owned(),
-            fault => format!("its certificate is no good: {fault}"),
-        },
-        rustls::Error::AlertReceived(alert) => format!("it does not accept this host or its certificate: {alert:?}"),
-        error => error.to_string(),
-    }
-}
-
 /// `bytes` with `more` zeros behind them; what had to be moved for it is wiped.
 fn grown(mut bytes: Zeroizing<Vec<u8>>, more: usize) -> Zeroizing<Vec<u8>> {
     let length = bytes.len() + more;
@@ -175,51 +149,6 @@ fn grown(mut bytes: Zeroizing<Vec<u8>>, more: usize) -> Zeroizing<Vec<u8>> {
     }
     bytes.resize(length, 0);
     bytes
-}
-
-/// What a TLS connection takes on this side: which authorities are believed, and who this host is. Read anew for
-/// every connection, so that a renewed certificate counts without a restart.
-///
-/// # Errors
-/// One sentence that names the file and says what is wrong with it.
-pub fn tls(config: &KmipConfig) -> Result<Arc<ClientConfig>, String> {
-    let mut roots = RootCertStore::empty();
-    for authority in certificates(&config.ca)? {
-        roots
-            .add(authority)
-            .map_err(|error| format!("{} holds no usable certificate: {error}", config.ca.display()))?;
-    }
-    let chain = certificates(&config.certificate)?;
-    let purpose = "the private key of the KMIP client";
-    let key = secret_file::read(&config.key, purpose, Trust::Mode, LONGEST_PRIVATE_KEY)
-        .map_err(|refusal| refusal.to_string())?
-        .ok_or_else(|| format!("{} ({purpose}) is not there", config.key.display()))?;
-    let key = PrivateKeyDer::from_pem_slice(key.bytes())
-        .map_err(|error| format!("{} holds no private key in PEM: {error}", config.key.display()))?;
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let unusable = |error| format!("{} and {}: {error}", config.certificate.display(), config.key.display());
-    let config = ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .map_err(unusable)?
-        .with_root_certificates(roots)
-        .with_client_auth_cert(chain, key)
-        .map_err(unusable)?;
-    Ok(Arc::new(config))
-}
-
-/// The certificates in a PEM file.
-///
-/// # Errors
-/// When it cannot be read or holds none.
-pub fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
-    let shown = path.display();
-    let bytes = std::fs::read(path).map_err(|error| format!("{shown} cannot be read: {error}"))?;
-    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&bytes).collect();
-    match certificates {
-        Ok(certificates) if !certificates.is_empty() => Ok(certificates),
-        Ok(_) => Err(format!("{shown} holds no certificate in PEM")),
-        Err(error) => Err(format!("{shown} holds no certificate in PEM: {error}")),
-    }
 }
 
 /// `HOST:PORT` or `[ADDRESS]:PORT`, taken apart.

@@ -25,8 +25,7 @@ use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
-pub(super) use connection::tls_fault;
-pub use connection::{certificates, split_address};
+pub use connection::split_address;
 
 /// How a KMIP server is reached.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -4,6 +4,7 @@
 mod key_managers {
     pub mod authority;
     pub mod barbican;
+    mod barbican_consumers;
     mod barbican_faults;
     mod cache;
     mod conformance;

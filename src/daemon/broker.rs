@@ -29,6 +29,7 @@ pub use self::readiness::Ready;
 use super::auditing::RefusalLimit;
 use super::devices::Devices;
 use super::holds::{HELD_FOR, Holds};
+use super::in_use::InUse;
 use super::pool::while_waiting;
 use super::uses::UseLimit;
 use crate::audit::Asker;
@@ -56,6 +57,7 @@ pub struct Broker {
     uses: Arc<UseLimit>,
     merging: Arc<AtomicBool>,
     holds: Arc<Holds>,
+    in_use: InUse,
 }
 
 /// The database and the key manager, once both could be opened.
@@ -91,7 +93,8 @@ impl Broker {
         let (vault, enrolling) = (Mutex::default(), VolumeLocks::default());
         let (refusals, uses, merging) = (RefusalLimit::default(), Arc::default(), Arc::default());
         let holds = Arc::new(Holds::new(HELD_FOR));
-        Broker { policy, devices, domains, encryptor, vault, enrolling, refusals, uses, merging, holds }
+        let in_use = InUse::default();
+        Broker { policy, devices, domains, encryptor, vault, enrolling, refusals, uses, merging, holds, in_use }
     }
 
     /// The maker of mappings.
@@ -120,6 +123,11 @@ impl Broker {
     pub(super) fn with_keys(self, keys: Box<dyn KeyManager>) -> Self {
         let store = Arc::clone(&self.vault().unwrap().store);
         Broker { vault: Mutex::new(Some(Arc::new(Vault { store, keys }))), ..self }
+    }
+
+    /// Whether a volume was opened of which a key manager may have to be told.
+    pub(super) fn in_use(&self) -> &InUse {
+        &self.in_use
     }
 
     /// Whether the audit records are about to be merged.
@@ -186,6 +194,7 @@ impl Broker {
         let cached_since = Cell::new(None);
         let key = || self.key(&record).inspect(|key| cached_since.set(key.from_cache()));
         let opened = while_waiting(|| self.encryptor.open(&spec, flags, &key))?;
+        self.in_use.opened();
         // The device number may have been given to another device while all this went on; the
         // mapping holds it now, so what is there now stays.
         self.check_device(&self.devices.identify(identity.number)?, &record)?;

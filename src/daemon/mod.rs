@@ -11,6 +11,7 @@ mod devices;
 mod guests;
 mod holds;
 mod identify;
+mod in_use;
 mod incoming;
 mod inspection;
 mod limit;
@@ -128,6 +129,8 @@ fn run(options: &Options) -> io::Result<()> {
     });
     let keeper = Arc::clone(broker.holds());
     start("holds", move || keeper.keep())?;
+    let told = Arc::clone(&broker);
+    start("in-use", move || in_use::keep(&told))?;
     start("control", move || control.serve(&control_socket, &Pool::new(MOST_CLIENTS)))?;
     let ending = Arc::clone(broker.holds());
     start("termination", move || {

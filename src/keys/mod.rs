@@ -1,6 +1,6 @@
 //! Key managers, and the secret types they hand out.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::time::Duration;
 
@@ -63,6 +63,15 @@ pub trait KeyManager: Send + Sync {
     /// What could be used if the key server did not answer; nothing where there is no such server.
     fn kept(&self) -> Option<KeptKeys> {
         None
+    }
+
+    /// Notes that the volumes in `in_use`, and no others, are mapped on this host, where others see it before they
+    /// destroy a key. It is told all of them each time, by one thread, now and then and after each use.
+    ///
+    /// # Errors
+    /// What could not be noted is tried again with the next call.
+    fn note_uses(&self, _in_use: &HashSet<VolumeId>) -> Result<(), Refusal> {
+        Ok(())
     }
 
     /// Takes a step in the replacement of the key-encryption key, of a second or so.

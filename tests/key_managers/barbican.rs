@@ -82,6 +82,19 @@ impl Barbican {
         self.barbican
     }
 
+    /// Asks Barbican as somebody who has the token of the request `like`; returns the whole answer.
+    pub fn ask_like(&self, like: &Request, method: &str, target: &str, body: &str) -> String {
+        let is_token = |line: &&str| line.to_lowercase().starts_with("x-auth-token");
+        let token = like.head.lines().find(is_token).unwrap();
+        let head = format!(
+            "{method} {target} HTTP/1.1\r\nhost: 127.0.0.1\r\n{token}\r\ncontent-type: application/json\r\naccept: \
+             application/json\r\nopenstack-api-version: key-manager 1.2\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
+        let request = Request { method: method.into(), target: target.into(), head, body: body.as_bytes().to_vec() };
+        String::from_utf8(forward(self.barbican, &request).bytes()).unwrap()
+    }
+
     /// The key manager of another host's.
     pub fn manager(&self, user: &str) -> BarbicanKeyManager {
         BarbicanKeyManager::new(self.config(user))

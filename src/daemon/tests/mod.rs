@@ -9,6 +9,7 @@ mod control;
 mod copies;
 mod fleet;
 mod hostile;
+mod in_use;
 mod incoming;
 mod lifecycle;
 mod prepare;

@@ -86,11 +86,6 @@ impl Asking<'_> {
         self.deadline += pause;
     }
 
-    /// The same, with `most` for what is left to ask.
-    pub fn within(&self, most: Duration) -> Self {
-        Asking { client: self.client, deadline: self.deadline.min(Instant::now() + most) }
-    }
-
     /// Gives the next question the whole deadline again.
     pub fn renew(&mut self) {
         self.deadline = Instant::now() + self.client.config.deadline;
@@ -159,18 +154,27 @@ impl Asking<'_> {
         self.send_as(Method::GET, &format!("secrets/{id}/payload"), None, true, "application/octet-stream")?.key()
     }
 
-    /// Deletes a secret, whoever is said to use it. One that is gone is deleted already.
+    /// Deletes a secret, which Barbican refuses while somebody is said to use it. One that is gone is deleted already.
     pub fn delete(&self, id: &str) -> Result<(), NoAnswer> {
-        match self.send(Method::DELETE, &format!("secrets/{id}?force=true"), None, false) {
+        match self.send(Method::DELETE, &format!("secrets/{id}"), None, false) {
             Err(NoAnswer::Refused(answered)) if answered.status == 404 => Ok(()),
             outcome => outcome.map(drop),
         }
     }
 
     /// Says that `consumer` uses a secret. To say it again changes nothing.
-    pub fn consume(&self, id: &str, consumer: &Consumer<'_>) -> Result<(), NoAnswer> {
+    pub fn consume(&self, id: &str, consumer: &Consumer) -> Result<(), NoAnswer> {
         let body = to_json(consumer);
         self.send(Method::POST, &format!("secrets/{id}/consumers"), Some(&body), false).map(drop)
+    }
+
+    /// Says that `consumer` does not use a secret any more. A secret that is gone nobody uses.
+    pub fn release(&self, id: &str, consumer: &Consumer) -> Result<(), NoAnswer> {
+        let body = to_json(consumer);
+        match self.send(Method::DELETE, &format!("secrets/{id}/consumers"), Some(&body), false) {
+            Err(NoAnswer::Refused(answered)) if answered.status == 404 => Ok(()),
+            outcome => outcome.map(drop),
+        }
     }
 
     fn send(&self, method: Method, path: &str, body: Option<&[u8]>, secret: bool) -> Result<Answer, NoAnswer> {

@@ -17,6 +17,9 @@ pub struct Secret {
     /// The size of the key, as its maker gave it.
     #[serde(default)]
     pub bit_length: Option<u32>,
+    /// Who uses it.
+    #[serde(default)]
+    pub consumers: Vec<Consumer>,
 }
 
 impl Secret {
@@ -83,14 +86,14 @@ pub struct NewSecret<'a> {
 }
 
 /// Who uses a secret.
-#[derive(Serialize)]
-pub struct Consumer<'a> {
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Consumer {
     /// The program.
-    pub service: &'a str,
+    pub service: String,
     /// Whose it is.
-    pub resource_type: &'a str,
+    pub resource_type: String,
     /// What tells it from others of the kind: 36 characters at most.
-    pub resource_id: &'a str,
+    pub resource_id: String,
 }
 
 /// The id at the end of a reference. Where else it points counts for nothing.

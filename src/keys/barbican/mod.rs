@@ -8,6 +8,7 @@
 
 mod answer;
 mod client;
+mod consumers;
 mod credential;
 mod http;
 mod keystone;
@@ -17,9 +18,7 @@ mod settle;
 mod wiped;
 
 use std::collections::{BTreeMap, HashSet};
-use std::fs;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -27,7 +26,7 @@ use zeroize::Zeroizing;
 
 use self::answer::NoAnswer;
 use self::client::{Asking, Client};
-use self::messages::Consumer;
+use self::consumers::Registered;
 use self::refusals::About;
 use self::settle::{Found, label};
 use super::{CheckValue, Description, Key, KeyInfo, KeyManager};
@@ -40,8 +39,6 @@ pub use http::check_url;
 
 /// What the name of every key begins with; the volume's id follows.
 const PREFIX: &str = "volcrypt/";
-/// How long a key that is there may be delayed by saying who uses it.
-const LONGEST_REGISTRATION: Duration = Duration::from_secs(1);
 
 /// How Barbican is reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,14 +62,13 @@ pub struct BarbicanConfig {
 /// Keeps volume keys in Barbican.
 pub struct BarbicanKeyManager {
     client: Client,
-    /// The secrets of which Barbican knows that this host uses them.
-    registered: Mutex<HashSet<String>>,
+    registered: Registered,
 }
 
 impl BarbicanKeyManager {
     /// A key manager that works by `config`; nothing is connected yet.
     pub fn new(config: BarbicanConfig) -> Self {
-        BarbicanKeyManager { client: Client::new(config), registered: Mutex::default() }
+        BarbicanKeyManager { client: Client::new(config), registered: Registered::default() }
     }
 
     /// Has Keystone give this host a token; returns where its catalogue says that Barbican is.
@@ -109,7 +105,7 @@ impl BarbicanKeyManager {
         if key.check_value(volume) != *check_value {
             return Err(wrong("is another one than was made for it".to_owned()));
         }
-        self.register(asking, volume, id);
+        self.registered.is_now(volume, id);
         Ok((key, description.clone()))
     }
 
@@ -150,21 +146,6 @@ impl BarbicanKeyManager {
         }
         Ok(())
     }
-
-    /// Has Barbican know that this host uses a secret. The key is there, so what goes wrong here keeps nobody waiting.
-    fn register(&self, asking: &Asking<'_>, volume: &VolumeId, id: &str) {
-        let is_new = self.registered.lock().unwrap_or_else(PoisonError::into_inner).insert(id.to_owned());
-        if !is_new {
-            return;
-        }
-        let of_host = |path| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
-        let (host, machine) = (of_host("/proc/sys/kernel/hostname"), of_host("/etc/machine-id"));
-        let consumer = Consumer { service: "volcrypt", resource_type: &host, resource_id: &machine };
-        if let Err(no_answer) = asking.within(LONGEST_REGISTRATION).consume(id, &consumer) {
-            let refusal = self.refusal(About::Secret(volume, id), no_answer);
-            tracing::warn!("Barbican does not know that this host uses the secret {id}: {refusal}");
-        }
-    }
 }
 
 impl KeyManager for BarbicanKeyManager {
@@ -194,14 +175,15 @@ impl KeyManager for BarbicanKeyManager {
     }
 
     /// # Errors
-    /// [`Reason::NoKey`] when Barbican has no such key, and those of [`get`](KeyManager::get).
+    /// [`Reason::NoKey`] when Barbican has no such key, [`Reason::NotAllowed`] when somebody else is registered as using
+    /// it, and those of [`get`](KeyManager::get).
     fn destroy(&self, volume: &VolumeId) -> Result<(), Refusal> {
         let mut asking = self.client.begin();
         let mut found = self.find(&asking, volume)?;
         // The one that counts goes last, so that none takes its place if this breaks off.
         found.sort_by_key(|found| found.is_chosen);
-        let unfinished = self.named(&asking, volume)?;
-        let unfinished = unfinished.iter().filter_map(|secret| secret.id().ok()).map(str::to_owned);
+        let named = self.named(&asking, volume)?;
+        let unfinished = named.iter().filter_map(|secret| secret.id().ok()).map(str::to_owned);
         let ids: Vec<String> = unfinished
             .filter(|id| found.iter().all(|found| found.id != *id))
             .chain(found.iter().map(|found| found.id.clone()))
@@ -209,6 +191,7 @@ impl KeyManager for BarbicanKeyManager {
         if ids.is_empty() {
             return Err(self.no_key(volume));
         }
+        self.check_unused(&mut asking, volume, &named)?;
         for id in ids {
             asking.renew();
             asking.delete(&id).map_err(|no_answer| self.refusal(About::Secret(volume, &id), no_answer))?;
@@ -222,38 +205,32 @@ impl KeyManager for BarbicanKeyManager {
         }
     }
 
-    /// Each page has the deadline for itself.
     fn list(&self) -> Result<Vec<KeyInfo>, Refusal> {
-        let mut asking = self.client.begin();
         let mut infos: BTreeMap<VolumeId, KeyInfo> = BTreeMap::new();
-        let mut offset = 0;
-        loop {
-            asking.renew();
+        self.each_secret(&mut self.client.begin(), |asking, volume, secret| {
+            let size = secret.bit_length.and_then(|bits| KeySize::try_from(bits).ok());
+            let created = keystone::seconds(&secret.created).and_then(|seconds| i64::try_from(seconds).ok());
+            let (Some(key_size), Some(created_at)) = (size, created) else { return Ok(()) };
             let nobody = |no_answer| self.refusal(About::NoVolume, no_answer);
-            let (secrets, total) = asking.secrets(&format!("{PREFIX}%"), offset).map_err(nobody)?;
-            let count = secrets.len();
-            offset += count;
-            for secret in secrets {
-                let volume = secret.name.as_ref().and_then(|name| name.strip_prefix(PREFIX)?.parse::<VolumeId>().ok());
-                let size = secret.bit_length.and_then(|bits| KeySize::try_from(bits).ok());
-                let created = keystone::seconds(&secret.created).and_then(|seconds| i64::try_from(seconds).ok());
-                // Whoever else gives a secret such a name, it is none of ours.
-                let (Some(volume), Some(key_size), Some(created_at)) = (volume, size, created) else { continue };
-                asking.renew();
-                let metadata = match asking.metadata(secret.id().map_err(nobody)?) {
-                    Ok(metadata) => metadata,
-                    Err(NoAnswer::Refused(answered)) if matches!(answered.status, 403 | 404) => continue,
-                    Err(no_answer) => return Err(nobody(no_answer)),
-                };
-                if settle::is_chosen(&metadata) {
-                    let info = KeyInfo { volume: volume.clone(), key_size, version: 1, created_at, destroyed: false };
-                    infos.entry(volume).or_insert(info);
-                }
+            asking.renew();
+            let metadata = match asking.metadata(secret.id().map_err(nobody)?) {
+                Ok(metadata) => metadata,
+                Err(NoAnswer::Refused(answered)) if matches!(answered.status, 403 | 404) => return Ok(()),
+                Err(no_answer) => return Err(nobody(no_answer)),
+            };
+            if settle::is_chosen(&metadata) {
+                let info = KeyInfo { volume: volume.clone(), key_size, version: 1, created_at, destroyed: false };
+                infos.entry(volume).or_insert(info);
             }
-            if count == 0 || offset >= total {
-                return Ok(infos.into_values().collect());
-            }
-        }
+            Ok(())
+        })?;
+        Ok(infos.into_values().collect())
+    }
+
+    /// # Errors
+    /// As [`get`](KeyManager::get), of the first volume that it went wrong with.
+    fn note_uses(&self, in_use: &HashSet<VolumeId>) -> Result<(), Refusal> {
+        self.settle_uses(in_use)
     }
 }
 

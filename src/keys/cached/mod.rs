@@ -12,7 +12,7 @@ mod held;
 mod jobs;
 mod silence;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak, mpsc};
@@ -276,6 +276,12 @@ impl KeyManager for CachedKeyManager {
     /// Those of the key server's.
     fn list(&self) -> Result<Vec<KeyInfo>, Refusal> {
         self.shared.server.list()
+    }
+
+    /// # Errors
+    /// Those of the key server's.
+    fn note_uses(&self, in_use: &HashSet<VolumeId>) -> Result<(), Refusal> {
+        self.shared.server.note_uses(in_use)
     }
 
     /// # Errors

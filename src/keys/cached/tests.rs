@@ -33,6 +33,8 @@ enum Answer {
 struct Script {
     answer: Arc<(Mutex<Answer>, Condvar)>,
     asked: Arc<AtomicUsize>,
+    /// The volumes that it was told of as in use.
+    used: Arc<Mutex<HashSet<VolumeId>>>,
 }
 
 impl Script {
@@ -72,6 +74,11 @@ impl KeyManager for Script {
         Ok((self.get(volume)?, wanted.clone()))
     }
 
+    fn note_uses(&self, in_use: &HashSet<VolumeId>) -> Result<(), Refusal> {
+        self.used.lock().unwrap().clone_from(in_use);
+        Ok(())
+    }
+
     fn described(&self, volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {
         match self.get(volume) {
             Ok(key) => Ok(Some((key, wanted()))),
@@ -99,7 +106,7 @@ struct Host {
 impl Host {
     fn new() -> Self {
         let answer = Arc::new((Mutex::new(Answer::Key(1)), Condvar::new()));
-        let script = Script { answer, asked: Arc::default() };
+        let script = Script { answer, asked: Arc::default(), used: Arc::default() };
         Host { folder: private_directory(), wall: Arc::new(AtomicI64::new(NOW)), script }
     }
 
@@ -522,4 +529,12 @@ fn what_is_fetched_ahead_is_bounded_and_hurts_nobody_whatever_the_server_says() 
     manager.fetch_ahead(&one());
     manager.shared.jobs.wait_for(&one(), Duration::from_secs(10));
     assert_eq!(refused(&manager), Reason::NoKey);
+}
+
+#[test]
+fn the_server_hears_what_is_in_use() {
+    let host = Host::new();
+    let used = HashSet::from(["a".parse().unwrap()]);
+    host.start().note_uses(&used).unwrap();
+    assert_eq!(*host.script.used.lock().unwrap(), used);
 }

@@ -1,0 +1,247 @@
+//! Which hosts use a key: Barbican's consumers.
+//!
+//! While a volume is mapped on a host, that host is registered as a consumer of its key, with the service `volcrypt`, the
+//! host's name and its machine-id. Then Barbican refuses to delete the key, and so does volcrypt on every host. What is
+//! mapped is told by the kernel, and what is registered by Barbican, so a daemon that was killed, and a Barbican that did
+//! not answer, leave nothing that the next look does not put right.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::answer::NoAnswer;
+use super::client::Asking;
+use super::messages::{Consumer, Secret};
+use super::refusals::About;
+use super::{BarbicanKeyManager, PREFIX};
+use crate::refusal::{Reason, Refusal};
+use crate::volume::VolumeId;
+
+const SERVICE: &str = "volcrypt";
+/// How many users of a key are named.
+const MOST_NAMED: usize = 3;
+
+/// As whom this host is registered where. Never locked while anything is asked.
+#[derive(Default)]
+pub(super) struct Registered(Mutex<Book>);
+
+#[derive(Default)]
+struct Book {
+    /// Whether Barbican was asked what an earlier daemon has registered.
+    is_complete: bool,
+    entries: BTreeMap<VolumeId, Vec<Entry>>,
+}
+
+#[derive(Clone, PartialEq, Eq)]
+struct Entry {
+    secret: String,
+    consumer: Consumer,
+}
+
+impl Registered {
+    fn book(&self) -> MutexGuard<'_, Book> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, volume: &VolumeId, secret: &str, consumer: Consumer) {
+        let entry = Entry { secret: secret.to_owned(), consumer };
+        let mut book = self.book();
+        let entries = book.entries.entry(volume.clone()).or_default();
+        if !entries.contains(&entry) {
+            entries.push(entry);
+        }
+    }
+
+    /// The key of `volume` is this secret now; where it was restored, this host is registered with another one.
+    pub(super) fn is_now(&self, volume: &VolumeId, secret: &str) {
+        self.book().entries.retain(|of, entries| of != volume || entries.iter().any(|entry| entry.secret == secret));
+    }
+
+    fn remove(&self, volume: &VolumeId, entry: &Entry) {
+        let mut book = self.book();
+        if let Some(entries) = book.entries.get_mut(volume) {
+            entries.retain(|known| known != entry);
+            if entries.is_empty() {
+                book.entries.remove(volume);
+            }
+        }
+    }
+}
+
+/// This host, as a consumer.
+struct Host {
+    name: String,
+    /// What tells it from others, also after it was given another name.
+    id: String,
+}
+
+impl Host {
+    fn this() -> Self {
+        let read = |path| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+        let name = read("/proc/sys/kernel/hostname");
+        let id = Some(read("/etc/machine-id")).filter(|id| !id.is_empty()).unwrap_or_else(|| name.clone());
+        Host { name, id }
+    }
+
+    fn consumer(&self) -> Consumer {
+        Consumer { service: SERVICE.to_owned(), resource_type: self.name.clone(), resource_id: self.id.clone() }
+    }
+
+    fn is(&self, consumer: &Consumer) -> bool {
+        consumer.service == SERVICE && consumer.resource_id == self.id
+    }
+}
+
+impl BarbicanKeyManager {
+    /// Registers this host where it uses a key and is not registered, and ends that where it uses none any more.
+    pub(super) fn settle_uses(&self, in_use: &HashSet<VolumeId>) -> Result<(), Refusal> {
+        let host = Host::this();
+        self.learn(&host)?;
+        let (missing, surplus) = {
+            let book = self.registered.book();
+            let missing: Vec<_> = in_use.iter().filter(|volume| !book.entries.contains_key(*volume)).cloned().collect();
+            let surplus = book.entries.iter().filter(|(volume, _)| !in_use.contains(*volume));
+            let surplus: Vec<_> = surplus.map(|(volume, entries)| (volume.clone(), entries.clone())).collect();
+            (missing, surplus)
+        };
+        let mut first = Ok(());
+        let begin = missing.iter().map(|volume| (volume, None));
+        let end = surplus.iter().map(|(volume, entries)| (volume, Some(entries)));
+        for (volume, entries) in begin.chain(end) {
+            let settled = match entries {
+                None => self.begin_use(volume, &host),
+                Some(entries) => self.end_use(volume, entries),
+            };
+            // What is wrong with one key is not in the way of the others; who does not answer is not asked on.
+            let is_silent = settled.as_ref().is_err_and(|refusal| refusal.reason() == Reason::TimedOut);
+            first = first.and(settled);
+            if is_silent {
+                break;
+            }
+        }
+        first
+    }
+
+    /// Has Barbican say, once, where an earlier daemon has registered this host.
+    fn learn(&self, host: &Host) -> Result<(), Refusal> {
+        if self.registered.book().is_complete {
+            return Ok(());
+        }
+        let mut asking = self.client.begin();
+        self.each_secret(&mut asking, |_, volume, secret| {
+            let id = secret.id().map_err(|no_answer| self.refusal(About::Volume(&volume), no_answer))?;
+            for consumer in secret.consumers.iter().filter(|consumer| host.is(consumer)) {
+                self.registered.add(&volume, id, consumer.clone());
+            }
+            Ok(())
+        })?;
+        self.registered.book().is_complete = true;
+        Ok(())
+    }
+
+    fn begin_use(&self, volume: &VolumeId, host: &Host) -> Result<(), Refusal> {
+        let asking = self.client.begin();
+        let chosen = self.find(&asking, volume)?.into_iter().filter(|found| found.is_chosen);
+        let mut is_known = false;
+        for found in chosen {
+            let consumer = host.consumer();
+            asking
+                .consume(&found.id, &consumer)
+                .map_err(|no_answer| self.refusal(About::Secret(volume, &found.id), no_answer))?;
+            self.registered.add(volume, &found.id, consumer);
+            is_known = true;
+        }
+        if is_known { Ok(()) } else { Err(self.no_key(volume)) }
+    }
+
+    fn end_use(&self, volume: &VolumeId, entries: &[Entry]) -> Result<(), Refusal> {
+        let asking = self.client.begin();
+        for entry in entries {
+            asking
+                .release(&entry.secret, &entry.consumer)
+                .map_err(|no_answer| self.refusal(About::Secret(volume, &entry.secret), no_answer))?;
+            self.registered.remove(volume, entry);
+        }
+        Ok(())
+    }
+
+    /// Refuses if anybody but this host is registered as a user of one of `secrets`, keys of `volume` that are about to
+    /// be deleted; this host's own registration ends.
+    pub(super) fn check_unused(
+        &self,
+        asking: &mut Asking<'_>,
+        volume: &VolumeId,
+        secrets: &[Secret],
+    ) -> Result<(), Refusal> {
+        let host = Host::this();
+        let refusal = |no_answer| self.refusal(About::Volume(volume), no_answer);
+        for secret in secrets {
+            let id = secret.id().map_err(refusal)?;
+            let others: Vec<&Consumer> = secret.consumers.iter().filter(|consumer| !host.is(consumer)).collect();
+            if let Some(first) = others.first() {
+                return Err(self.in_use_elsewhere(volume, id, first, &others));
+            }
+        }
+        for secret in secrets {
+            let id = secret.id().map_err(refusal)?;
+            for consumer in &secret.consumers {
+                asking.renew();
+                asking.release(id, consumer).map_err(refusal)?;
+                let entry = Entry { secret: id.to_owned(), consumer: consumer.clone() };
+                self.registered.remove(volume, &entry);
+            }
+        }
+        Ok(())
+    }
+
+    fn in_use_elsewhere(&self, volume: &VolumeId, id: &str, first: &Consumer, others: &[&Consumer]) -> Refusal {
+        let named = |consumer: &&Consumer| match consumer.service == SERVICE {
+            true => format!("host {}", consumer.resource_type),
+            false => format!("{} {} of {}", consumer.resource_type, consumer.resource_id, consumer.service),
+        };
+        let mut names: Vec<String> = others.iter().take(MOST_NAMED).map(named).collect();
+        if others.len() > MOST_NAMED {
+            names.push(format!("{} more", others.len() - MOST_NAMED));
+        }
+        let (_, barbican) = self.client.who_and_where();
+        Refusal::new(
+            Reason::NotAllowed,
+            format!(
+                "the key of volume {volume} is in use by {} and was not destroyed: detach the volume there first, or, if that \
+                 user is gone for good, run 'openstack secret consumer delete --service-type-name {} --resource-type {} \
+                 --resource-id {} {barbican}/secrets/{id}'",
+                names.join(", "),
+                first.service,
+                first.resource_type,
+                first.resource_id,
+            ),
+        )
+    }
+
+    /// Has `look` see every secret that is named as a volume's key, with the volume. Each page has the deadline for
+    /// itself.
+    pub(super) fn each_secret(
+        &self,
+        asking: &mut Asking<'_>,
+        mut look: impl FnMut(&mut Asking<'_>, VolumeId, Secret) -> Result<(), Refusal>,
+    ) -> Result<(), Refusal> {
+        let mut offset = 0;
+        loop {
+            asking.renew();
+            let nobody = |no_answer: NoAnswer| self.refusal(About::NoVolume, no_answer);
+            let (secrets, total) = asking.secrets(&format!("{PREFIX}%"), offset).map_err(nobody)?;
+            let count = secrets.len();
+            offset += count;
+            for secret in secrets {
+                // Whoever else gives a secret such a name, it is none of ours.
+                let volume = secret.name.as_ref().and_then(|name| name.strip_prefix(PREFIX)?.parse().ok());
+                if let Some(volume) = volume {
+                    look(asking, volume, secret)?;
+                }
+            }
+            if count == 0 || offset >= total {
+                return Ok(());
+            }
+        }
+    }
+}

@@ -9,6 +9,7 @@ mod key_managers {
     mod cache;
     mod conformance;
     mod faults;
+    mod kmip_create;
     pub mod proxy;
     pub mod pykmip;
     pub mod scripted;

@@ -2,6 +2,7 @@ use super::compare::Comparison;
 use super::config::{Config, Intercept, OtherEmulators, Unmatched, WhenUnreachable, WhenUnwritable};
 use super::key_manager::KeyManagerConfig;
 use super::rule::{Action, Rule};
+use crate::keys::kmip::KeyOrigin;
 
 impl Config {
     /// The configuration in plain words, a line for each setting, with overlaps and warnings at the end.
@@ -98,8 +99,9 @@ impl Config {
                 format!("Keys are kept in the database in {}.{export}", directory.display())
             }
             KeyManagerConfig::Kmip { directory, kmip } => format!(
-                "Keys are kept on the KMIP servers {}, which have {} seconds to answer; what is known of volumes is in the \
+                "Keys are {} the KMIP servers {}, which have {} seconds to answer; what is known of volumes is in the \
                  database in {}.{export}",
+                if kmip.key_origin == KeyOrigin::Server { "made by and kept on" } else { "kept on" },
                 kmip.servers.join(", "),
                 kmip.deadline.as_secs(),
                 directory.display()

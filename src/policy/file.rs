@@ -40,6 +40,7 @@ pub(super) struct KmipTable {
     pub(super) ca: Option<Spanned<String>>,
     pub(super) certificate: Option<Spanned<String>>,
     pub(super) key: Option<Spanned<String>>,
+    pub(super) key_origin: Option<Spanned<String>>,
     pub(super) deadline_seconds: Option<Spanned<i64>>,
 }
 

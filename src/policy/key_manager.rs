@@ -7,7 +7,7 @@ use super::config::seconds;
 use super::error::Fault;
 use super::file::{BarbicanTable, KeyCacheTable, KeyManagerTable, KmipTable};
 use crate::keys::barbican::{BarbicanConfig, Credential, check_url};
-use crate::keys::kmip::{KmipConfig, split_address};
+use crate::keys::kmip::{KeyOrigin, KmipConfig, split_address};
 
 /// Where the database and the key-encryption key are, unless the configuration says otherwise.
 pub const DEFAULT_DIRECTORY: &str = "/var/lib/volcrypt";
@@ -170,7 +170,7 @@ impl KeyManagerConfig {
 
 fn new_kmip(table: Spanned<KmipTable>) -> Result<KmipConfig, Fault> {
     let span = table.span();
-    let KmipTable { servers, ca, certificate, key, deadline_seconds } = table.into_inner();
+    let KmipTable { servers, ca, certificate, key, key_origin, deadline_seconds } = table.into_inner();
     let missing = |what: &str| Fault::new(span.clone(), format!("the section [kmip] needs {what}; add it"));
     let servers = servers.ok_or_else(|| missing("servers = [\"HOST:5696\"]"))?;
     if servers.get_ref().is_empty() {
@@ -182,11 +182,20 @@ fn new_kmip(table: Spanned<KmipTable>) -> Result<KmipConfig, Fault> {
             return Err(Fault::new(server.span(), sentence));
         }
     }
+    let key_origin = match key_origin.as_ref().map(|origin| origin.get_ref().as_str()) {
+        None | Some("host") => KeyOrigin::Host,
+        Some("server") => KeyOrigin::Server,
+        Some(other) => {
+            let sentence = format!("{other:?} makes no keys; use \"host\" or \"server\"");
+            return Err(Fault::new(key_origin.map_or(span, |origin| origin.span()), sentence));
+        }
+    };
     Ok(KmipConfig {
         servers: servers.into_inner().into_iter().map(Spanned::into_inner).collect(),
         ca: absolute(ca.ok_or_else(|| missing("ca = \"/path\", the authorities that vouch for the servers"))?)?,
         certificate: absolute(certificate.ok_or_else(|| missing("certificate = \"/path\", this host's own"))?)?,
         key: absolute(key.ok_or_else(|| missing("key = \"/path\", the private key of its certificate"))?)?,
+        key_origin,
         deadline: seconds("deadline_seconds", deadline_seconds, DEFAULT_KMIP_DEADLINE, 1..=60)?,
     })
 }

@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::sync::{Arc, Barrier, Mutex};
 use std::time::Duration;
 
+use volcrypt::keys::kmip::{KeyOrigin, KmipConfig, KmipKeyManager};
 use volcrypt::keys::{Description, EmbeddedKeyManager, Key, KeyFileManager, KeyManager, OneKeyForEveryVolume};
 use volcrypt::policy::{KeySize, Profile};
 use volcrypt::refusal::{Reason, Refusal};
@@ -198,6 +199,25 @@ fn kmip_with_a_cache_on_every_host() {
     two_hosts_that_make_a_key_at_once_have_the_same(&host, 1, 256);
     what_is_said_of_a_volume_is_what_the_first_host_said(&host);
     what_was_destroyed_is_gone_for_everybody(&host, Reason::NoKey);
+}
+
+#[test]
+fn kmip_with_keys_of_the_servers_making() {
+    let server = PyKmip::start();
+    let config = KmipConfig { key_origin: KeyOrigin::Server, ..server.config("client", vec![server.address()]) };
+    let host = || -> Box<dyn KeyManager> { Box::new(KmipKeyManager::new(config.clone())) };
+    a_key_is_the_same_for_all_and_for_ever(&host, 256);
+    a_key_is_the_same_for_all_and_for_ever(&host, 512);
+    keys_of_two_volumes_differ(&host);
+    what_is_not_there_is_told_from_the_rest(&host);
+    another_size_is_refused(&host);
+    two_hosts_that_make_a_key_at_once_have_the_same(&host, 3, 512);
+    what_is_said_of_a_volume_is_what_the_first_host_said(&host);
+    what_was_destroyed_is_gone_for_everybody(&host, Reason::NoKey);
+    // Hosts of both kinds have the same keys.
+    let id = volume("described");
+    assert!(server.manager().get(&id).unwrap().same_as(&host().get(&id).unwrap()));
+    assert_eq!(server.objects(), host().list().unwrap().len(), "something unfinished is left");
 }
 
 #[test]

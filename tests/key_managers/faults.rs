@@ -204,6 +204,24 @@ fn a_host_that_takes_a_new_key_over_takes_the_one_that_counts() {
 }
 
 #[test]
+fn a_server_that_is_too_slow_to_choose_by_is_told_of_in_time() {
+    let server = PyKmip::start();
+    let proxy = Proxy::start(server.authority(), "server", server.address());
+    let id = volume("late");
+    proxy.spoil(LOCATE, Fault::Late(Duration::from_millis(1100)));
+    let started = Instant::now();
+    let (reason, sentence) =
+        refused(create(&with_deadline(server.config("client", vec![proxy.address()]), 60_000), &id));
+    assert_eq!(reason, Reason::TimedOut);
+    assert!(sentence.contains("longer than 1000 ms"), "{sentence}");
+    assert!(started.elapsed() < Duration::from_secs(25), "{:?}", started.elapsed());
+    // One that was chosen is used all the same.
+    let key = create(&server.manager(), &id).unwrap();
+    let slow = with_deadline(server.config("client", vec![proxy.address()]), 60_000);
+    assert!(slow.get(&id).unwrap().same_as(&key));
+}
+
+#[test]
 fn a_new_key_is_made_only_while_every_server_says_that_there_is_none() {
     let server = PyKmip::start();
     let id = volume("everywhere");

@@ -19,6 +19,8 @@ pub enum Fault {
     None,
     /// Only so many bytes of it are handed on, and the connection ends.
     Cut(usize),
+    /// So many of them are handed on, and of those after them nothing.
+    CutAfter(usize),
     /// It comes byte by byte, with this pause before each.
     Slow(Duration),
     /// The request is handed on only after this pause.
@@ -130,14 +132,14 @@ fn relay(
         if is_forgotten() {
             std::thread::sleep(Duration::from_secs(600));
         }
-        let (spoilt, fault) = fault.lock().unwrap().clone();
-        let fault = if operation(&request) == spoilt { fault } else { Fault::None };
+        let is_spoilt = fault.lock().unwrap().0 == operation(&request);
+        let fault = if is_spoilt { next(&mut fault.lock().unwrap().1) } else { Fault::None };
         if let Fault::Late(pause) = fault {
             std::thread::sleep(pause);
         }
         server.write_all(&request)?;
         let mut answer = message(&mut server)?;
-        if operation(&request) == spoilt {
+        if is_spoilt {
             longest.fetch_max(answer.len(), Ordering::Relaxed);
         }
         match fault {
@@ -146,6 +148,7 @@ fn relay(
                 client.write_all(&answer[..length.min(answer.len())])?;
                 return client.flush();
             }
+            Fault::CutAfter(_) => return Ok(()),
             Fault::Slow(pause) => {
                 for byte in answer {
                     std::thread::sleep(pause);
@@ -162,6 +165,17 @@ fn relay(
         }
         client.flush()?;
         request = message(&mut client)?;
+    }
+}
+
+/// What becomes of the next answer.
+fn next(fault: &mut Fault) -> Fault {
+    match fault {
+        Fault::CutAfter(left) if *left > 0 => {
+            *left -= 1;
+            Fault::None
+        }
+        fault => fault.clone(),
     }
 }
 

@@ -2,11 +2,13 @@
 
 use std::fs;
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use volcrypt::keys::kmip::{KmipConfig, KmipKeyManager};
+use rusqlite::Connection;
+use volcrypt::keys::kmip::{KeyOrigin, KmipConfig, KmipKeyManager};
 
 use super::authority::Authority;
 
@@ -26,9 +28,11 @@ impl PyKmip {
         PyKmip { authority, port, process }
     }
 
-    /// Stops it as a power cut would.
+    /// Stops it as a power cut would, with the processes that it has started itself.
     pub fn stop(&mut self) {
-        self.process.kill().unwrap();
+        let group = rustix::process::Pid::from_child(&self.process);
+        // None of it may be left, if it was stopped before.
+        let _ = rustix::process::kill_process_group(group, rustix::process::Signal::KILL);
         self.process.wait().unwrap();
     }
 
@@ -45,6 +49,13 @@ impl PyKmip {
     /// Where it listens.
     pub fn address(&self) -> String {
         format!("127.0.0.1:{}", self.port)
+    }
+
+    /// How many objects it holds, finished or not.
+    pub fn objects(&self) -> usize {
+        let database = Connection::open(self.authority.path("pykmip.db")).unwrap();
+        let count = database.query_row("SELECT count(*) FROM managed_objects", [], |row| row.get::<_, i64>(0));
+        count.unwrap() as usize
     }
 
     /// How the client `name` reaches `servers`.
@@ -65,6 +76,7 @@ pub fn config(authority: &Authority, name: &str, servers: Vec<String>) -> KmipCo
         ca: authority.path("ca.pem"),
         certificate: authority.path(&format!("{name}.pem")),
         key: authority.path(&format!("{name}.key")),
+        key_origin: KeyOrigin::Host,
         deadline: Duration::from_secs(20),
     }
 }
@@ -93,6 +105,7 @@ fn run(authority: &Authority, port: u16) -> Child {
         .arg(authority.path("server.log"))
         .stdout(Stdio::null())
         .stderr(Stdio::null())
+        .process_group(0)
         .spawn()
         .unwrap_or_else(|error| panic!("{}: {error}; run tests/prerequisites", program.display()));
     let up = (0..600).any(|_| {

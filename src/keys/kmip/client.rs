@@ -107,6 +107,11 @@ impl Talk<'_> {
         self.until.set(self.until.get() + time);
     }
 
+    /// Gives what is asked next the whole time again that there is for one key.
+    pub fn renew(&self) {
+        self.until.set(Instant::now() + self.client.config.deadline);
+    }
+
     /// Has the server answer `request`. It may get it twice: every request can be repeated.
     ///
     /// # Errors

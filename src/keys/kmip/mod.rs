@@ -1,13 +1,15 @@
 //! A KMIP server as the key manager: OASIS Key Management Interoperability Protocol 1.0 to 1.4.
 //!
 //! A volume's key is a symmetric key with the name `volcrypt/<volume id>`, which is made here and handed over
-//! (Register), and has beside it what other hosts have to know of the volume, and its check value. See [`settle`] for
-//! which key counts when two hosts make one for the same new volume.
+//! (Register) or made by the server (see [`making`]), and has beside it what other hosts have to know of the volume, and
+//! its check value. See [`settle`] for which key counts when two hosts make one for the same new volume.
 //!
+//! [`making`]: making
 //! [`settle`]: settle
 
 mod client;
 mod connection;
+mod making;
 pub mod message;
 mod settle;
 pub mod ttlv;
@@ -17,10 +19,11 @@ use std::time::{Duration, Instant};
 
 use self::client::{Client, Talk};
 use self::connection::Trouble;
-use self::message::{Failure, Label, Request, State};
+use self::making::clear_unfinished;
+use self::message::{Failure, Request, State};
 use self::settle::{Found, find, settle};
 use self::ttlv::Malformed;
-use super::{CheckValue, Description, Key, KeyInfo, KeyManager};
+use super::{Description, Key, KeyInfo, KeyManager};
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
@@ -38,8 +41,20 @@ pub struct KmipConfig {
     pub certificate: PathBuf,
     /// Its private key, in PEM.
     pub key: PathBuf,
+    /// Who makes keys.
+    pub key_origin: KeyOrigin,
     /// How long all that is asked for one key may take, of all servers together: 1 to 60 seconds.
     pub deadline: Duration,
+}
+
+/// Who makes keys.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum KeyOrigin {
+    /// This host, which hands them to the server (Register).
+    #[default]
+    Host,
+    /// The server (Create).
+    Server,
 }
 
 /// Keeps volume keys on a KMIP server.
@@ -158,62 +173,6 @@ impl KmipKeyManager {
             hand_out(talk, volume, &found).map(Some)
         })
     }
-
-    /// Hands a new key to the server and lets it be used, if it is the one that counts in the end.
-    ///
-    /// All servers have to say that there is none: a key that only one of them knows would be replaced by another.
-    fn make(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
-        let deadline = Instant::now() + self.client.config().deadline;
-        let talks: Vec<_> = self.client.order().map(|server| self.client.talk(server, deadline)).collect();
-        let talks: Vec<&Talk<'_>> = talks.iter().collect();
-        let named = |talk: &Talk<'_>, fault: Fault| match fault {
-            Fault::Final(refusal) => refusal,
-            Fault::Server(trouble) => self.refusal(
-                &format!("a new key of volume {volume}, for which every server has to answer"),
-                vec![(talk.name().to_owned(), trouble)],
-                false,
-            ),
-        };
-        // There is at least one: the configuration has no empty list.
-        let first = talks[0];
-        let key = Key::random(wanted.key_size)?;
-        let check_value = key.check_value(volume);
-        let text = wanted.to_text(check_value).map_err(|error| Refusal::new(Reason::KeyManager, error.to_string()))?;
-        let mut none = true;
-        for talk in &talks {
-            none &= find(talk, volume).map_err(|fault| named(talk, fault))?.is_empty();
-        }
-        if none {
-            let label = Label { name: &name_of(volume), volume: volume.as_str(), description: &text };
-            let made = first.ask(&Request::register(&label, wanted.key_size, &key));
-            // It may have been made though no answer came; and a server that lets no name be used twice has taken
-            // another host's meanwhile.
-            if let Err(trouble) = made
-                && find(first, volume).map_err(|fault| named(first, fault))?.is_empty()
-            {
-                return Err(named(first, trouble.into()));
-            }
-        }
-        let settled = settle(&talks, volume).map_err(|fault| named(first, fault))?;
-        let found = settled.ok_or_else(|| no_key(volume))?;
-        let (kept, description) = hand_out(first, volume, &found).map_err(|fault| named(first, fault))?;
-        let is_own = found.check_value == check_value;
-        if is_own && (!kept.same_as(&key) || description != *wanted) {
-            let sentence = format!(
-                "the new key of volume {volume} is not what the KMIP server gave back, and was not used: have its \
-                 administrator look at object {}",
-                found.identifier
-            );
-            return Err(Refusal::new(Reason::KeyManager, sentence));
-        }
-        // Another host was quicker, or the server has done twice what it was asked twice. That one stays does no harm.
-        if let Err(fault) = give_up(first, volume, check_value) {
-            let refusal = named(first, fault);
-            tracing::warn!("a new key of volume {volume} that nobody uses stays on the server: {refusal}");
-        }
-        self.client.prefer(self.client.order().next().unwrap_or(0));
-        Ok((kept, description))
-    }
 }
 
 impl KeyManager for KmipKeyManager {
@@ -256,6 +215,7 @@ impl KeyManager for KmipKeyManager {
                 }
                 unless_gone(talk, &Request::destroy(&found.identifier))?;
             }
+            clear_unfinished(talk, volume)?;
             let left = find(talk, volume)?;
             match left.iter().all(|found| found.attributes.state == State::Destroyed) {
                 true if found.is_empty() => Ok(None),
@@ -271,10 +231,12 @@ impl KeyManager for KmipKeyManager {
         destroyed.ok_or_else(|| no_key(volume))
     }
 
+    /// Each question has the deadline for itself once the server has begun to answer.
     fn list(&self) -> Result<Vec<KeyInfo>, Refusal> {
         let infos = self.with_any("the list of keys", |talk| {
             let mut infos = Vec::new();
             for identifier in talk.ask(&Request::locate_all())?.identifiers()? {
+                talk.renew();
                 let attributes = match talk.ask(&Request::get_attributes(&identifier)) {
                     Ok(answer) => answer.attributes(&identifier),
                     Err(Trouble::Refused(failure)) if failure.reason == Failure::ITEM_NOT_FOUND => continue,
@@ -283,6 +245,8 @@ impl KeyManager for KmipKeyManager {
                 // Whatever else somebody put into that group is none of ours.
                 let Ok(attributes) = attributes else { continue };
                 let volume: Option<VolumeId> = attributes.volume.as_ref().and_then(|volume| volume.parse().ok());
+                // One that the server has made and nobody has described has another name yet.
+                let volume = volume.filter(|volume| attributes.names.contains(&name_of(volume)));
                 let size = u32::try_from(attributes.bits).ok().and_then(|bits| KeySize::try_from(bits).ok());
                 let (Some(volume), Some(key_size)) = (volume, size) else { continue };
                 let destroyed = matches!(attributes.state, State::Revoked | State::Destroyed);
@@ -319,16 +283,6 @@ fn hand_out(talk: &Talk<'_>, volume: &VolumeId, found: &Found) -> Result<(Key, D
         true => Ok((key, description.clone())),
         false => Err(wrong("is another one than was made for it".to_owned()).into()),
     }
-}
-
-/// Destroys what was made here, has this check value, and was never chosen.
-fn give_up(talk: &Talk<'_>, volume: &VolumeId, check_value: CheckValue) -> Result<(), Fault> {
-    let is_left = |found: &Found| found.attributes.state == State::PreActive && found.check_value == check_value;
-    let found = find(talk, volume)?;
-    found
-        .iter()
-        .filter(|found| is_left(found))
-        .try_for_each(|found| unless_gone(talk, &Request::destroy(&found.identifier)))
 }
 
 fn unless_gone(talk: &Talk<'_>, request: &Request) -> Result<(), Fault> {

@@ -23,8 +23,10 @@ use crate::volume::VolumeId;
 const PATIENCE: Duration = Duration::from_millis(2500);
 /// How long a choice may take after the look that it is made by.
 const PROMPTLY: Duration = Duration::from_secs(1);
+/// How many looks may take too long for a choice.
+const SLOW_LOOKS: usize = 2;
 /// The most keys of one name that are looked at. More than a few were not made by volcrypt.
-const MOST: usize = 16;
+pub(super) const MOST: usize = 16;
 
 /// A key on the server that was made for a volume.
 pub(super) struct Found {
@@ -92,7 +94,7 @@ pub(super) fn settle(talks: &[&Talk<'_>], volume: &VolumeId) -> Result<Option<Fo
     if found.is_empty() {
         return Ok(None);
     }
-    let mut patient = false;
+    let (mut patient, mut slow) = (false, 0);
     loop {
         if let Some(chosen) = chosen(volume, &mut found)? {
             return Ok(Some(chosen));
@@ -109,9 +111,13 @@ pub(super) fn settle(talks: &[&Talk<'_>], volume: &VolumeId) -> Result<Option<Fo
         }
         let age = |found: &&Found| (found.attributes.initial_date, found.identifier.clone());
         let Some(oldest) = found.iter().min_by_key(age) else { return Ok(None) };
-        if looked.elapsed() < PROMPTLY {
-            activate(talks[0], &oldest.identifier)?;
-            patient = true;
+        match looked.elapsed() < PROMPTLY {
+            true => {
+                activate(talks[0], &oldest.identifier)?;
+                patient = true;
+            }
+            false if slow == SLOW_LOOKS => return Err(too_slow(volume).into()),
+            false => slow += 1,
         }
         found = find_all(talks, volume)?;
     }
@@ -150,6 +156,18 @@ fn chosen(volume: &VolumeId, found: &mut Vec<Found>) -> Result<Option<Found>, Re
         )),
         false => Ok(None),
     }
+}
+
+/// A choice that was made by an old look could be another one than another host's.
+fn too_slow(volume: &VolumeId) -> Refusal {
+    Refusal::new(
+        Reason::TimedOut,
+        format!(
+            "the KMIP server takes longer than {} ms to say which keys of volume {volume} there are, so none of them was \
+             chosen: have its administrator see why it is slow to find objects by name",
+            PROMPTLY.as_millis()
+        ),
+    )
 }
 
 fn undecided(volume: &VolumeId, what: String) -> Refusal {

@@ -15,7 +15,9 @@ struct Input<'a> {
     bytes: &'a [u8],
 }
 
-const OPERATIONS: [Operation; 8] = [
+const OPERATIONS: [Operation; 10] = [
+    Operation::Create,
+    Operation::ModifyAttribute,
     Operation::Register,
     Operation::Locate,
     Operation::Get,

@@ -1,4 +1,9 @@
+use zeroize::Zeroizing;
+
+use super::request::{REQUEST_SPACE, attribute, name_value};
 use super::*;
+use crate::keys::Key;
+use crate::keys::kmip::ttlv::Writer;
 
 fn answer(fill: impl FnOnce(&mut Writer<'_>)) -> Answer {
     let mut message = Vec::new();
@@ -99,4 +104,14 @@ fn a_request_never_outgrows_the_space_that_is_set_aside_for_its_key() {
     let message = request.encode(VERSIONS[0]);
     assert!(message.len() < REQUEST_SPACE);
     assert!(message.windows(64).any(|bytes| bytes == key.bytes()));
+}
+
+#[test]
+fn a_key_that_is_to_be_made_has_no_description_yet() {
+    let label = Label { name: "volcrypt/x (unfinished)", volume: "x", description: "unfinished" };
+    let request = Request::create(&label, 256.try_into().unwrap());
+    let is_in = |text: &[u8]| request.payload.windows(text.len()).any(|bytes| bytes == text);
+    assert!(is_in(b"volcrypt/x (unfinished)") && is_in(b"Cryptographic Length"));
+    // The length in bits, as an integer of KMIP's.
+    assert!(is_in(&[0x42, 0, 0x0b, 2, 0, 0, 0, 4, 0, 0, 1, 0, 0, 0, 0, 0]));
 }

@@ -1,0 +1,183 @@
+//! How a new key comes to be: made here and handed over (Register), or made by the server (Create).
+//!
+//! What is kept beside a key holds its check value, so a key that the server has made is handed out to this host first
+//! and described then. Until that is done it has a name of its own, under which nobody looks for a key that could be
+//! used; it gets the right name last, and from then on it is one that was registered. A host that ends in between
+//! leaves an unfinished key, which goes when the volume gets its key, or is destroyed.
+
+use std::time::Instant;
+
+use super::client::Talk;
+use super::connection::Trouble;
+use super::message::{Attributes, Failure, Label, Request, State};
+use super::settle::{Found, MOST, find, settle};
+use super::ttlv::Malformed;
+use super::{Fault, KeyOrigin, KmipKeyManager, hand_out, name_of, no_key, unless_gone};
+use crate::keys::{CheckValue, Description, Key};
+use crate::refusal::{Reason, Refusal};
+use crate::volume::VolumeId;
+
+/// What is kept beside a key that was not described yet.
+const UNFINISHED: &str = "unfinished";
+
+impl KmipKeyManager {
+    /// Has a new key come to be on the server, and lets it be used if it is the one that counts in the end.
+    ///
+    /// All servers have to say that there is none: a key that only one of them knows would be replaced by another.
+    pub(super) fn make(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
+        let deadline = Instant::now() + self.client.config().deadline;
+        let talks: Vec<_> = self.client.order().map(|server| self.client.talk(server, deadline)).collect();
+        let talks: Vec<&Talk<'_>> = talks.iter().collect();
+        let named = |talk: &Talk<'_>, fault: Fault| match fault {
+            Fault::Final(refusal) => refusal,
+            Fault::Server(trouble) => self.refusal(
+                &format!("a new key of volume {volume}, for which every server has to answer"),
+                vec![(talk.name().to_owned(), trouble)],
+                false,
+            ),
+        };
+        // There is at least one: the configuration has no empty list.
+        let first = talks[0];
+        let mut none = true;
+        for talk in &talks {
+            none &= find(talk, volume).map_err(|fault| named(talk, fault))?.is_empty();
+        }
+        let own = match (none, self.client.config().key_origin) {
+            (false, _) => None,
+            (true, KeyOrigin::Host) => Some(hand_over(first, volume, wanted).map_err(|fault| named(first, fault))?),
+            (true, KeyOrigin::Server) => Some(have_made(first, volume, wanted).map_err(|fault| named(first, fault))?),
+        };
+        let settled = settle(&talks, volume).map_err(|fault| named(first, fault))?;
+        let found = settled.ok_or_else(|| no_key(volume))?;
+        let (kept, description) = hand_out(first, volume, &found).map_err(|fault| named(first, fault))?;
+        let is_own = |key: &Key| key.check_value(volume) == found.check_value;
+        if let Some(key) = own.as_ref().filter(|key| is_own(key))
+            && (!kept.same_as(key) || description != *wanted)
+        {
+            let sentence = format!(
+                "the new key of volume {volume} is not what the KMIP server gave back, and was not used: have its \
+                 administrator look at object {}",
+                found.identifier
+            );
+            return Err(Refusal::new(Reason::KeyManager, sentence));
+        }
+        // Another host was quicker, or the server has done twice what it was asked twice. That one stays does no harm.
+        let given_up = own.map_or(Ok(()), |key| give_up(first, volume, key.check_value(volume)));
+        let cleared = match self.client.config().key_origin {
+            KeyOrigin::Host => Ok(()),
+            KeyOrigin::Server => clear_unfinished(first, volume),
+        };
+        if let Err(fault) = given_up.and(cleared) {
+            let refusal = named(first, fault);
+            tracing::warn!("a new key of volume {volume} that nobody uses stays on the server: {refusal}");
+        }
+        self.client.prefer(self.client.order().next().unwrap_or(0));
+        Ok((kept, description))
+    }
+}
+
+/// Makes a key and hands it to the server.
+fn hand_over(talk: &Talk<'_>, volume: &VolumeId, wanted: &Description) -> Result<Key, Fault> {
+    let key = Key::random(wanted.key_size)?;
+    let text = describe(volume, wanted, &key)?;
+    let label = Label { name: &name_of(volume), volume: volume.as_str(), description: &text };
+    match talk.ask(&Request::register(&label, wanted.key_size, &key)) {
+        Ok(_) => Ok(key),
+        Err(trouble) => unless_offered(talk, volume, key, trouble),
+    }
+}
+
+/// Has the server make a key and hand it out, and offers it.
+fn have_made(talk: &Talk<'_>, volume: &VolumeId, wanted: &Description) -> Result<Key, Fault> {
+    let label = Label { name: &unfinished_name(volume), volume: volume.as_str(), description: UNFINISHED };
+    let made = talk.ask(&Request::create(&label, wanted.key_size))?.identifiers()?;
+    let [identifier] = made.as_slice() else {
+        return Err(Malformed("the key that was made has no identifier").into());
+    };
+    let key = match taken(talk, volume, identifier, wanted) {
+        Ok(key) => key,
+        Err(fault) => return undo(talk, identifier, fault),
+    };
+    let text = describe(volume, wanted, &key)?;
+    let described = talk.ask(&Request::describe_anew(identifier, &text));
+    match described.and_then(|_| talk.ask(&Request::rename(identifier, &name_of(volume)))) {
+        Ok(_) => Ok(key),
+        Err(trouble @ Trouble::Refused(_)) => undo(talk, identifier, trouble.into()),
+        Err(trouble) => unless_offered(talk, volume, key, trouble),
+    }
+}
+
+/// The key that the server has just made.
+fn taken(talk: &Talk<'_>, volume: &VolumeId, identifier: &str, wanted: &Description) -> Result<Key, Fault> {
+    let answer = talk.ask(&Request::get(identifier))?;
+    let bytes = answer.key(identifier)?;
+    if bytes.len() != wanted.key_size.bytes() {
+        let sentence = format!(
+            "the KMIP server has made a key of {} bits for volume {volume}, and was asked for {}: use a profile with a key_size \
+             that it can make, or key_origin = \"host\"",
+            bytes.len() * 8,
+            wanted.key_size.bits()
+        );
+        return Err(Refusal::new(Reason::KeyManager, sentence).into());
+    }
+    Ok(Key::filled(bytes.len(), |room| {
+        room.copy_from_slice(bytes);
+        Ok(())
+    })?)
+}
+
+/// Ends a key that was not offered, if the server can still be asked for that.
+fn undo(talk: &Talk<'_>, identifier: &str, fault: Fault) -> Result<Key, Fault> {
+    if unless_gone(talk, &Request::destroy(identifier)).is_err() {
+        tracing::warn!("the unfinished key {identifier} stays on the KMIP server {}", talk.name());
+    }
+    Err(fault)
+}
+
+/// It may have been offered though no answer came; and a server that lets no name be used twice has taken another
+/// host's meanwhile.
+fn unless_offered(talk: &Talk<'_>, volume: &VolumeId, key: Key, trouble: Trouble) -> Result<Key, Fault> {
+    match find(talk, volume)?.is_empty() {
+        true => Err(trouble.into()),
+        false => Ok(key),
+    }
+}
+
+fn describe(volume: &VolumeId, wanted: &Description, key: &Key) -> Result<String, Refusal> {
+    let text = wanted.to_text(key.check_value(volume));
+    text.map_err(|error| Refusal::new(Reason::KeyManager, error.to_string()))
+}
+
+/// Destroys what was made here, has this check value, and was never chosen.
+fn give_up(talk: &Talk<'_>, volume: &VolumeId, check_value: CheckValue) -> Result<(), Fault> {
+    let is_left = |found: &Found| found.attributes.state == State::PreActive && found.check_value == check_value;
+    let found = find(talk, volume)?;
+    found
+        .iter()
+        .filter(|found| is_left(found))
+        .try_for_each(|found| unless_gone(talk, &Request::destroy(&found.identifier)))
+}
+
+/// The name of a key that the server has made and that was not described yet.
+fn unfinished_name(volume: &VolumeId) -> String {
+    format!("volcrypt-unfinished/{volume}")
+}
+
+/// Destroys what the server has made for `volume` and nobody has finished.
+pub(super) fn clear_unfinished(talk: &Talk<'_>, volume: &VolumeId) -> Result<(), Fault> {
+    let name = unfinished_name(volume);
+    let identifiers = talk.ask(&Request::locate_name(&name))?.identifiers()?;
+    for identifier in identifiers.iter().take(MOST) {
+        let attributes = match talk.ask(&Request::get_attributes(identifier)) {
+            Ok(answer) => answer.attributes(identifier)?,
+            Err(Trouble::Refused(failure)) if failure.reason == Failure::ITEM_NOT_FOUND => continue,
+            Err(trouble) => return Err(trouble.into()),
+        };
+        let Attributes { names, state, volume: of, .. } = attributes;
+        // Its name is all that it has: one that was offered meanwhile has another.
+        if names == [name.as_str()] && of.as_deref() == Some(volume.as_str()) && state == State::PreActive {
+            unless_gone(talk, &Request::destroy(identifier))?;
+        }
+    }
+    Ok(())
+}

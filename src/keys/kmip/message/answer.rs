@@ -1,0 +1,203 @@
+//! What a server says: KMIP 1.4, sections 4 (operations) and 7 (messages).
+
+use zeroize::Zeroizing;
+
+use super::{AES, APPLICATION, DESCRIPTION, GROUP, Operation, RAW, SYMMETRIC_KEY_OBJECT, State, Version, tag};
+use crate::keys::kmip::ttlv::{Item, Malformed};
+
+/// The longest of what a server says in words, in characters.
+const LONGEST_WORDS: usize = 200;
+
+/// What is known of a key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Attributes {
+    /// Its names.
+    pub names: Vec<String>,
+    /// Its state.
+    pub state: State,
+    /// When the server first had it, in seconds since 1970-01-01 UTC.
+    pub initial_date: i64,
+    /// Its length in bits.
+    pub bits: i32,
+    /// The volume it was made for, if volcrypt made it.
+    pub volume: Option<String>,
+    /// What is kept beside it of that volume.
+    pub description: Option<String>,
+}
+
+/// Why the server refused (section 9.1.3.2.29).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// The number of the result's reason; 0 if the server gave none.
+    pub reason: u32,
+    /// What it said besides, in its own words.
+    pub message: String,
+}
+
+impl Failure {
+    /// There is no such object.
+    pub const ITEM_NOT_FOUND: u32 = 0x01;
+    /// The client could not prove who it is.
+    pub const AUTHENTICATION_NOT_SUCCESSFUL: u32 = 0x03;
+    /// The client may not do that.
+    pub const PERMISSION_DENIED: u32 = 0x0c;
+}
+
+const ANOTHER_OBJECT: Malformed = Malformed("it is another object than was asked for");
+const NO_SYMMETRIC_KEY: Malformed = Malformed("it is no symmetric key");
+
+/// A server's answer, wiped when dropped.
+pub struct Answer {
+    message: Zeroizing<Vec<u8>>,
+}
+
+impl Answer {
+    /// An answer that was received whole.
+    pub fn new(message: Zeroizing<Vec<u8>>) -> Self {
+        Answer { message }
+    }
+
+    /// Whether the server did what `operation` asks for, or why not.
+    ///
+    /// # Errors
+    /// When it is no answer to `operation`.
+    pub fn outcome(&self, operation: Operation) -> Result<Result<(), Failure>, Malformed> {
+        let item = self.item()?;
+        // A message that could not be read is answered without its operation.
+        let said = item.find(tag::OPERATION)?.map(|said| said.enumeration()).transpose()?;
+        match item.get(tag::RESULT_STATUS)?.enumeration()? {
+            0 if said == Some(operation as u32) => Ok(Ok(())),
+            1 if said.is_none_or(|said| said == operation as u32) => {
+                let reason = item.find(tag::RESULT_REASON)?.map(|reason| reason.enumeration()).transpose()?;
+                let message = item.find(tag::RESULT_MESSAGE)?.map(|message| message.text()).transpose()?;
+                let message = message.unwrap_or_default().chars().take(LONGEST_WORDS).collect();
+                Ok(Err(Failure { reason: reason.unwrap_or(0), message }))
+            }
+            0 | 1 => Err(Malformed("the answer is to another question")),
+            _ => Err(Malformed("the server puts the answer off, which it was not allowed to")),
+        }
+    }
+
+    /// The versions that the server speaks.
+    ///
+    /// # Errors
+    /// When the answer holds none that make sense.
+    pub fn versions(&self) -> Result<Vec<Version>, Malformed> {
+        let versions = self.payload()?.items()?.map(|item| {
+            let item = item?;
+            let number = |tag| item.get(tag)?.integer();
+            Ok(Version { major: number(tag::PROTOCOL_VERSION_MAJOR)?, minor: number(tag::PROTOCOL_VERSION_MINOR)? })
+        });
+        versions.collect()
+    }
+
+    /// The identifiers that the answer names: of what was found, or was made.
+    ///
+    /// # Errors
+    /// When they are no texts.
+    pub fn identifiers(&self) -> Result<Vec<String>, Malformed> {
+        // Without any, some servers leave the payload out.
+        let Some(payload) = self.item()?.find(tag::RESPONSE_PAYLOAD)? else { return Ok(Vec::new()) };
+        let mut identifiers = Vec::new();
+        for item in payload.items()? {
+            let item = item?;
+            if item.tag == tag::UNIQUE_IDENTIFIER {
+                identifiers.push(item.text()?.to_owned());
+            }
+        }
+        Ok(identifiers)
+    }
+
+    /// What is known of the symmetric key `identifier`.
+    ///
+    /// # Errors
+    /// When it is another object, or its state, date or length is missing or makes no sense.
+    pub fn attributes(&self, identifier: &str) -> Result<Attributes, Malformed> {
+        let (mut state, mut initial_date, mut bits) = (None, None, None);
+        let (mut volume, mut description, mut names) = (None, None, Vec::new());
+        if self.payload()?.get(tag::UNIQUE_IDENTIFIER)?.text()? != identifier {
+            return Err(ANOTHER_OBJECT);
+        }
+        for item in self.payload()?.items()? {
+            let item = item?;
+            if item.tag != tag::ATTRIBUTE {
+                continue;
+            }
+            // An attribute that was asked for and is not set may come without a value.
+            let Some(value) = item.find(tag::ATTRIBUTE_VALUE)? else { continue };
+            match item.get(tag::ATTRIBUTE_NAME)?.text()? {
+                "Name" => names.push(value.get(tag::NAME_VALUE)?.text()?.to_owned()),
+                "Object Type" if value.enumeration()? != SYMMETRIC_KEY_OBJECT => return Err(NO_SYMMETRIC_KEY),
+                "State" => state = Some(read_state(value.enumeration()?)?),
+                "Initial Date" => initial_date = Some(value.date_time()?),
+                "Cryptographic Length" => bits = Some(value.integer()?),
+                APPLICATION => {
+                    let data = value.get(tag::APPLICATION_DATA)?.text()?;
+                    match value.get(tag::APPLICATION_NAMESPACE)?.text()? {
+                        GROUP => volume = Some(data.to_owned()),
+                        DESCRIPTION => description = Some(data.to_owned()),
+                        _ => {}
+                    }
+                }
+                _ => {}
+            }
+        }
+        match (state, initial_date, bits) {
+            (Some(state), Some(initial_date), Some(bits)) => {
+                Ok(Attributes { names, state, initial_date, bits, volume, description })
+            }
+            _ => Err(Malformed("the key's state, date or length is missing")),
+        }
+    }
+
+    /// The bytes of the symmetric key `identifier`, as they stand in the answer.
+    ///
+    /// # Errors
+    /// When it is another object, is wrapped, or is not in the raw format.
+    pub fn key(&self, identifier: &str) -> Result<&[u8], Malformed> {
+        let payload = self.payload()?;
+        if payload.get(tag::UNIQUE_IDENTIFIER)?.text()? != identifier {
+            return Err(ANOTHER_OBJECT);
+        }
+        if payload.get(tag::OBJECT_TYPE)?.enumeration()? != SYMMETRIC_KEY_OBJECT {
+            return Err(NO_SYMMETRIC_KEY);
+        }
+        let block = payload.get(tag::SYMMETRIC_KEY)?.get(tag::KEY_BLOCK)?;
+        if block.find(tag::KEY_WRAPPING_DATA)?.is_some() {
+            return Err(Malformed("the key is wrapped by another one"));
+        }
+        if block.get(tag::KEY_FORMAT_TYPE)?.enumeration()? != RAW {
+            return Err(Malformed("the key is not in the raw format"));
+        }
+        if let Some(algorithm) = block.find(tag::CRYPTOGRAPHIC_ALGORITHM)?
+            && algorithm.enumeration()? != AES
+        {
+            return Err(Malformed("the key is for another algorithm than AES"));
+        }
+        block.get(tag::KEY_VALUE)?.get(tag::KEY_MATERIAL)?.bytes()
+    }
+
+    fn payload(&self) -> Result<Item<'_>, Malformed> {
+        self.item()?.get(tag::RESPONSE_PAYLOAD)
+    }
+
+    fn item(&self) -> Result<Item<'_>, Malformed> {
+        let message = Item::parse(&self.message)?;
+        match message.tag {
+            tag::RESPONSE_MESSAGE => message.get(tag::BATCH_ITEM),
+            _ => Err(Malformed("it is no answer")),
+        }
+    }
+}
+
+fn read_state(number: u32) -> Result<State, Malformed> {
+    match number {
+        1 => Ok(State::PreActive),
+        2 => Ok(State::Active),
+        // Deactivated, compromised.
+        3 | 4 => Ok(State::Revoked),
+        // Destroyed, destroyed compromised.
+        5 | 6 => Ok(State::Destroyed),
+        _ => Err(Malformed("the key has a state that KMIP does not know")),
+    }
+}

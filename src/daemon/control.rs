@@ -15,7 +15,7 @@ use super::broker::{Broker, no_such_device};
 use super::guests::Guests;
 use super::holds::{CallerHold, HELD_FOR, Until};
 use super::identify::identify;
-use super::pool::Pool;
+use super::pool::{Pool, while_waiting};
 use super::{incoming, prepare, rewrite, status};
 use crate::audit::{Asker, Kind};
 use crate::encryptor::Mapping;
@@ -129,7 +129,10 @@ impl Control {
             Request::Status => Ok(Reply::Status(status::status(&self.broker, &self.guests, (self.guard)())?)),
             Request::Volumes => Ok(Reply::Volumes(self.volumes(self.broker.vault()?.store.volumes()?)?)),
             Request::Volume { id } => self.volume(self.broker.volume(&id)?),
-            Request::Keys => Ok(Reply::Keys(self.broker.vault()?.keys.list()?)),
+            Request::Keys => {
+                let vault = self.broker.vault()?;
+                Ok(Reply::Keys(while_waiting(|| vault.keys.list())?))
+            }
             Request::RotateKek(step) => {
                 let step = self.broker.vault().and_then(|vault| vault.keys.rotate_kek(&step));
                 Ok(Reply::KekRotation(self.recorded(step)?))
@@ -245,7 +248,7 @@ impl Control {
         // A key outlives the record of its volume.
         let key = match vault.store.volume(id)? {
             Some(record) => self.broker.key(&record)?,
-            None => vault.keys.get(id)?,
+            None => while_waiting(|| vault.keys.get(id))?,
         };
         self.broker.record_use(Kind::KeyExported, id, "to a file of the operator's")?;
         self.broker.merge_audit_soon();

@@ -12,6 +12,8 @@
 
 #[path = "figures/audit.rs"]
 mod audit;
+#[path = "../key_managers/authority.rs"]
+mod authority;
 #[path = "figures/daemon.rs"]
 mod daemon;
 #[path = "figures/hook.rs"]
@@ -30,6 +32,8 @@ mod opens;
 mod policy;
 #[path = "figures/rewrite.rs"]
 mod rewrite;
+#[path = "figures/silence.rs"]
+mod silence;
 #[path = "figures/table.rs"]
 mod table;
 #[path = "figures/wrapper.rs"]
@@ -105,6 +109,7 @@ fn host() -> Outcome<Vec<Figure>> {
         figures.extend(opens::figures()?);
         figures.extend(policy::figures(daemon.folder())?);
     }
+    figures.extend(silence::figures()?);
     // A daemon that has done nothing else yet.
     let daemon = Daemon::start()?;
     let stand_in = wrapper::StandIn::compile(daemon.folder())?;

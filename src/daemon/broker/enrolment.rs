@@ -86,8 +86,8 @@ impl Broker {
         })
     }
 
-    /// Runs `work`, which may wait for a key server, while nobody else enrols `volume`.
-    fn one_at_a_time<R>(&self, volume: &VolumeId, work: impl FnOnce() -> R) -> R {
+    /// Runs `work`, which may wait for a key server, while nobody else enrols `volume` or takes it out of use.
+    pub(super) fn one_at_a_time<R>(&self, volume: &VolumeId, work: impl FnOnce() -> R) -> R {
         while_waiting(|| self.enrolling.with(volume, work))
     }
 

@@ -20,7 +20,7 @@ impl Broker {
     /// # Errors
     /// When the volume is unknown, destroyed, or in use on this host.
     pub fn retire(&self, id: &VolumeId) -> Result<VolumeRecord, Refusal> {
-        self.enrolling.with(id, || {
+        self.one_at_a_time(id, || {
             let record = self.volume(id)?;
             self.check_not_destroyed(&record)?;
             let before = self.vault()?.store.change_state(
@@ -44,7 +44,7 @@ impl Broker {
     /// # Errors
     /// When the volume is unknown or in use on this host, or its key cannot be destroyed.
     pub fn destroy(&self, id: &VolumeId) -> Result<VolumeRecord, Refusal> {
-        self.enrolling.with(id, || {
+        self.one_at_a_time(id, || {
             let record = self.volume(id)?;
             let vault = self.vault()?;
             // Other hosts may ask the same key manager.

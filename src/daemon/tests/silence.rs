@@ -233,6 +233,8 @@ fn the_key_of_an_announced_volume_is_fetched_ahead_and_no_other() {
         broker.fetch_ahead(nothing);
         world.devices.lock().unwrap().remove(&nothing);
     }
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(server.asked.load(Ordering::SeqCst), 0);
     broker.fetch_ahead(device);
     assert_eq!(asked(1), 1);
     let records = || broker.vault().unwrap().store.audit(&crate::store::AuditQuery::default()).unwrap().entries.len();

@@ -53,10 +53,15 @@ pub struct Daemon {
 impl Daemon {
     /// Starts one, with the configuration at its usual place, where the hook reads it too.
     pub fn start() -> Outcome<Self> {
+        Daemon::start_saying("", "")
+    }
+
+    /// The same with `key_manager` in that section of the configuration and `more` behind it.
+    pub fn start_saying(key_manager: &str, more: &str) -> Outcome<Self> {
         let folder = tempfile::tempdir_in("/run")?;
         let store = folder.path().join(STORE);
         fs::create_dir(&store)?;
-        fs::write(DEFAULT_PATH, format!("[key_manager]\ndirectory = {store:?}\n{CONFIGURATION}"))?;
+        fs::write(DEFAULT_PATH, format!("[key_manager]\ndirectory = {store:?}\n{key_manager}{CONFIGURATION}{more}"))?;
         let _ = fs::remove_dir_all(RUNTIME_DIRECTORY);
 
         let socket = folder.path().join("notify");

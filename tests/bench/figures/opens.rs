@@ -53,7 +53,7 @@ pub fn figures() -> Outcome<Vec<Figure>> {
 }
 
 /// A block device that can be opened for reading.
-fn open_device() -> Outcome<PathBuf> {
+pub fn open_device() -> Outcome<PathBuf> {
     let nodes = fs::read_dir("/sys/class/block")?.flatten().map(|device| Path::new("/dev").join(device.file_name()));
     let mut usable: Vec<PathBuf> = nodes
         .filter(|node| fs::metadata(node).is_ok_and(|metadata| metadata.file_type().is_block_device()))
@@ -95,7 +95,17 @@ impl Openers {
         self.carry_out(rounds, [file, file], true)
     }
 
+    /// All times of a guest's opens of a path.
+    pub fn times(&self, rounds: usize, path: &Path) -> Outcome<Vec<Duration>> {
+        let [_, times] = self.times_of(rounds, [path, path], false)?;
+        Ok(times)
+    }
+
     fn carry_out(&self, rounds: usize, paths: [&Path; 2], for_writing: bool) -> Outcome<[Measured; 2]> {
+        Ok(self.times_of(rounds, paths, for_writing)?.map(|mut times| summary(&mut times)))
+    }
+
+    fn times_of(&self, rounds: usize, paths: [&Path; 2], for_writing: bool) -> Outcome<[Vec<Duration>; 2]> {
         let mut times = [Vec::new(), Vec::new()];
         for _ in 0..rounds {
             for ((opener, path), times) in self.threads.iter().zip(paths).zip(&mut times) {
@@ -103,7 +113,7 @@ impl Openers {
                 times.extend(opener.times.recv()??);
             }
         }
-        Ok(times.map(|mut times| summary(&mut times)))
+        Ok(times)
     }
 }
 

@@ -10,7 +10,7 @@ use crate::domain::{Given, Requester};
 use crate::guest::{Written, block_device_at, is_no_device};
 use crate::policy::Config;
 use crate::refusal::{Reason, Refusal};
-use crate::volume::{Identity, VolumeId};
+use crate::volume::{DeviceNumber, Identity, VolumeId};
 
 impl Broker {
     /// Decides on something that nothing encrypts and that `guest` opens for writing.
@@ -24,7 +24,7 @@ impl Broker {
     /// When the guest uses a protected volume, and neither libvirt nor the configuration allows the place.
     pub fn check_written(&self, written: Written<'_>, guest: &Guest<'_>) -> Result<(), Refusal> {
         let pid = guest.process().map_err(|error| untold(&error))?;
-        let volumes = self.volumes_of(pid)?;
+        let volumes = self.volumes_of(pid, guest)?;
         let Some(volume) = volumes.first() else { return Ok(()) };
         let config = self.config()?;
         let place = match written {
@@ -39,13 +39,18 @@ impl Broker {
     }
 
     /// The protected volumes that process `pid` has open, each once.
-    fn volumes_of(&self, pid: u32) -> Result<Vec<VolumeId>, Refusal> {
+    fn volumes_of(&self, pid: u32, guest: &Guest<'_>) -> Result<Vec<VolumeId>, Refusal> {
+        let open = || self.devices.open_by(pid).map_err(|error| untold(&error));
         let mut volumes = Vec::new();
-        for device in self.devices.open_by(pid).map_err(|error| untold(&error))? {
+        for device in open()? {
             match self.devices.identify(device) {
                 Ok(device) => volumes.extend(device.own_mappings().into_iter().map(|(volume, _)| volume)),
-                // It was closed meanwhile.
-                Err(refusal) if refusal.reason() == Reason::DeviceGone => {}
+                // It was closed meanwhile, or has lost what is beneath it: it may be a volume that comes back.
+                Err(refusal) if refusal.reason() == Reason::DeviceGone => {
+                    if open()?.contains(&device) {
+                        return Err(lost(device, guest));
+                    }
+                }
                 Err(refusal) => return Err(refusal),
             }
         }
@@ -81,6 +86,21 @@ impl Broker {
     }
 }
 
+fn lost(device: DeviceNumber, guest: &Guest<'_>) -> Refusal {
+    let sentence = format!(
+        "{} may not write to what nothing encrypts as long as it cannot be told whether it uses a protected volume: it has \
+         block device {device} open, which is not there or has no path to its storage ('multipath -ll' shows maps); bring \
+         the storage back or detach the disk, and try again",
+        who(guest)
+    );
+    Refusal::new(Reason::NotAllowed, sentence)
+}
+
+fn who(guest: &Guest<'_>) -> String {
+    let domain = guest.facts().map(|domain| format!("QEMU of domain {}", domain.name));
+    domain.unwrap_or_else(|| "a process that is no known domain".to_owned())
+}
+
 fn untold(error: &io::Error) -> Refusal {
     let sentence = format!("it cannot be told what a guest that wants to write has open ({error}): try again");
     Refusal::new(Reason::NotAllowed, sentence)
@@ -101,9 +121,7 @@ impl Place<'_> {
     }
 
     fn refusal(&self, guest: &Guest<'_>, volumes: &[VolumeId]) -> Refusal {
-        let who = guest
-            .facts()
-            .map_or("a process that is no known domain".to_owned(), |domain| format!("QEMU of domain {}", domain.name));
+        let who = who(guest);
         let (place, remedy) = match self {
             Place::File(path) => {
                 (path.display().to_string(), "add its path to plaintext_targets in [policy]".to_owned())

@@ -187,3 +187,23 @@ fn what_is_written_already_goes_on_to_be_written() {
     });
     assert_eq!(opened, [None, REFUSED]);
 }
+
+/// As a multipath map is whose paths are all gone, for as long as it queues.
+#[test]
+fn a_device_that_is_open_and_cannot_be_told_counts_as_protected() {
+    let copier = Copier::new(230);
+    let file = copier.file("file");
+    let missing = DeviceNumber { major: 250, minor: 231 };
+    // It is closed meanwhile.
+    copier.world.open.lock().unwrap().clear();
+    copier.world.closing.lock().unwrap().push(missing);
+    assert_eq!(copier.open("", &[&file]), [None]);
+    copier.world.open.lock().unwrap().push(missing);
+    assert_eq!(copier.open("", &[&file]), [REFUSED]);
+    assert_eq!(
+        copier.refusals()[0],
+        "QEMU of domain vm may not write to what nothing encrypts as long as it cannot be told whether it uses a protected \
+         volume: it has block device 250:231 open, which is not there or has no path to its storage ('multipath -ll' shows \
+         maps); bring the storage back or detach the disk, and try again"
+    );
+}

@@ -69,6 +69,8 @@ struct World {
     domain: Option<Facts>,
     /// The block devices that every process has open.
     open: Arc<Mutex<Vec<DeviceNumber>>>,
+    /// Those among them that are closed once they were looked for.
+    closing: Arc<Mutex<Vec<DeviceNumber>>>,
     /// The live XML of the domain.
     given: Arc<Mutex<String>>,
     /// The domains that have every mapping open.
@@ -91,6 +93,7 @@ impl World {
             guard_fault: None,
             domain: Some(vm()),
             open: Arc::default(),
+            closing: Arc::default(),
             given: Arc::new(Mutex::new("<domain/>".to_owned())),
             users: Arc::default(),
             ended: Arc::default(),
@@ -183,7 +186,9 @@ impl Devices for World {
     }
 
     fn open_by(&self, _pid: u32) -> io::Result<Vec<DeviceNumber>> {
-        Ok(self.open.lock().unwrap().clone())
+        let mut open = self.open.lock().unwrap().clone();
+        open.append(&mut self.closing.lock().unwrap());
+        Ok(open)
     }
 
     fn domains_with_open(&self, _device: DeviceNumber) -> Vec<String> {

@@ -23,6 +23,7 @@ use rustix::fs::OFlags;
 pub use self::authorisation::Guest;
 use self::authorisation::known;
 use self::cache::{open_cache, open_store};
+pub use self::copies::Doubt;
 pub use self::holding::Finder;
 use self::policy::Policy;
 pub use self::readiness::Ready;

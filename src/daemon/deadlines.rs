@@ -89,6 +89,7 @@ impl Deadlines {
 impl Pending {
     fn refuse(&self) {
         let guest = &self.guest;
+        guest.give_up(self.call);
         // ENOENT: it was answered in time.
         if guest.listener().refuse(self.call, libc::ETIMEDOUT).is_ok() {
             tracing::error!(

@@ -2,18 +2,22 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::os::fd::AsFd;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, Timespec, epoll};
 
+use super::turns::Turns;
 use crate::audit::{Asker, Role};
 use crate::guest::{Domains, start_time};
 use crate::sys::seccomp::Listener;
 
-/// How many calls of one guest may be worked on at a time, so that no guest takes all threads. QEMU opens
-/// its disks one after the other.
-const AT_A_TIME: u32 = 16;
+/// How many calls of one guest may be worked on at a time, so that no guest takes all threads. A call whose storage
+/// does not answer keeps its thread. QEMU opens its disks one after the other.
+const AT_A_TIME: usize = 12;
+/// How many more may look up what else libvirt has given to the guest. That may be on a dead file server, which has
+/// nothing to do with what the others ask for.
+const LOOKUPS_AT_A_TIME: usize = 4;
 
 /// A registered QEMU.
 pub struct Guest {
@@ -21,10 +25,11 @@ pub struct Guest {
     pid: u32,
     /// When that process started: its number may be another one's later.
     started: Option<u64>,
-    listener: Listener,
+    listener: Arc<Listener>,
     domains: Arc<dyn Domains>,
     name: OnceLock<String>,
-    in_work: AtomicU32,
+    work: Arc<Turns>,
+    lookups: Arc<Turns>,
     has_volumes: AtomicBool,
 }
 
@@ -73,28 +78,20 @@ impl Guest {
         looked.is_err() || !listener[0].revents().contains(PollFlags::HUP)
     }
 
-    /// Counts one more call in work until the returned value is dropped; `None` when there are as many
-    /// as there may be.
-    pub fn begin_work(self: &Arc<Self>) -> Option<Work> {
-        let one_more = |count| (count < AT_A_TIME).then_some(count + 1);
-        self.in_work.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).ok()?;
-        Some(Work(Arc::clone(self)))
+    /// The turns of its calls.
+    pub fn work(&self) -> &Arc<Turns> {
+        &self.work
     }
-}
 
-/// A call that is worked on. It counts until it is dropped, also when working on it panicked.
-pub struct Work(Arc<Guest>);
-
-impl Work {
-    /// Whose call it is.
-    pub fn guest(&self) -> &Guest {
-        &self.0
+    /// The turns of those of its calls for which something has to be looked up that they do not ask for themselves.
+    pub fn lookups(&self) -> &Arc<Turns> {
+        &self.lookups
     }
-}
 
-impl Drop for Work {
-    fn drop(&mut self) {
-        self.0.in_work.fetch_sub(1, Ordering::Relaxed);
+    /// Has `call`, which has its answer, wait for no turn any more.
+    pub fn give_up(&self, call: u64) {
+        self.work.give_up(call);
+        self.lookups.give_up(call);
     }
 }
 
@@ -147,6 +144,12 @@ impl Guests {
     /// Those of epoll_ctl(2).
     pub fn add(&self, pid: u32, listener: Listener) -> io::Result<Arc<Guest>> {
         listener.prefer_same_cpu();
+        let listener = Arc::new(listener);
+        let turns = |at_a_time| {
+            let listener = Arc::clone(&listener);
+            Turns::new(at_a_time, move |call| listener.is_waiting(call))
+        };
+        let (work, lookups) = (turns(AT_A_TIME), turns(LOOKUPS_AT_A_TIME));
         let mut all = self.all();
         let number = all.next_number;
         all.next_number += 1;
@@ -157,7 +160,8 @@ impl Guests {
             listener,
             domains: Arc::clone(&self.domains),
             name: OnceLock::new(),
-            in_work: AtomicU32::new(0),
+            work,
+            lookups,
             has_volumes: AtomicBool::new(false),
         });
         all.guests.insert(number, Arc::clone(&guest));

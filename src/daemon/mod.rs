@@ -24,6 +24,7 @@ mod rewrite;
 mod server;
 mod service_manager;
 mod status;
+mod turns;
 mod uses;
 
 use std::fs;

@@ -8,25 +8,20 @@
 //! memory, and a page of that may be in the hands of another process (userfaultfd(2), FUSE). So each guest
 //! can hold up one of these threads, and whenever that was the last one another is started.
 
+mod decision;
+
 use std::io;
-use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use rustix::fs::OFlags;
-use rustix::io::Errno;
-
-use super::auditing::with_source;
-use super::broker::{self, Broker, Verdict};
-use super::deadlines::Deadlines;
+use super::broker::Broker;
+use super::deadlines::{Deadline, Deadlines};
 use super::guests::{Event, Guest, Guests};
 use super::pool::Pool;
 use super::receivers::{Receivers, Relief};
-use crate::audit::Kind;
-use crate::domain::Requester;
-use crate::guest::{Located, Node, OpenRequest, Written, locate, written_file};
-use crate::refusal::{Reason, Refusal};
+use super::turns::Turns;
+use crate::guest::{Located, OpenRequest, locate};
 use crate::sys::seccomp::Notification;
 
 /// How long nothing is received for a guest when the system is short of what that takes.
@@ -40,6 +35,15 @@ pub struct Server {
     receivers: Receivers,
     pool: Pool,
     open_deadline: Duration,
+}
+
+/// An open that is to be decided on.
+struct Open {
+    guest: Arc<Guest>,
+    call: Notification,
+    request: OpenRequest,
+    /// Refuses it when it takes too long.
+    _deadline: Deadline,
 }
 
 /// Where a thread says that it cannot receive any more.
@@ -151,153 +155,28 @@ impl Server {
         {
             return settle(guest.listener().let_through(call.id));
         }
-        let Some(work) = guest.begin_work() else {
+        let open = Open { guest: Arc::clone(guest), call, request, _deadline: deadline };
+        self.at_its_turn(guest.work(), open, Server::decide);
+    }
+
+    /// Has `work` done for `open` on a thread of the pool.
+    fn at_its_turn(
+        self: &Arc<Self>,
+        turns: &Arc<Turns>,
+        open: Open,
+        work: impl FnOnce(&Arc<Self>, Open) + Send + 'static,
+    ) {
+        let (server, guest, call) = (Arc::clone(self), Arc::clone(&open.guest), open.call.id);
+        let path = open.request.path.clone();
+        if !turns.run(&self.pool, call, move || work(&server, open)) {
             tracing::error!(
                 pid = guest.pid(),
                 "{guest} was refused {:?} with ETIMEDOUT: too many earlier opens of it still wait for storage",
-                String::from_utf8_lossy(&request.path)
+                String::from_utf8_lossy(&path)
             );
-            return settle(guest.listener().refuse(call.id, libc::ETIMEDOUT));
-        };
-        let server = Arc::clone(self);
-        self.pool.run(move || {
-            let _deadline = deadline;
-            server.decide(work.guest(), &call, &request);
-        });
-    }
-
-    fn decide(&self, guest: &Guest, call: &Notification, request: &OpenRequest) {
-        let listener = guest.listener();
-        let node = match locate(call.tid, request, true) {
-            Located::NoVolume if guest.may_have_volumes() => return self.decide_file(guest, call, request),
-            Located::NoVolume => return settle(listener.let_through(call.id)),
-            Located::Refused(errno) => {
-                if errno == Errno::ACCESS {
-                    let path = String::from_utf8_lossy(&request.path);
-                    tracing::error!(
-                        pid = guest.pid(),
-                        "{guest} was refused {path:?}: neither root nor its own user may look there (a FUSE file system needs \
-                         the option allow_other)"
-                    );
-                }
-                return settle(listener.refuse(call.id, errno.raw_os_error()));
-            }
-            Located::WouldWait => return settle(listener.refuse(call.id, libc::EAGAIN)),
-            Located::Device(node) => node,
-            Located::Unknown(error) => return refuse_unknown(guest, call, request, &error),
-        };
-        // What was read of the thread's files means nothing if it was another thread's by then.
-        if !listener.is_waiting(call.id) {
-            return;
-        }
-        let requester = self.broker.guest(call.tid);
-        match guest.asker().ask(|| self.judge(guest, &requester, &node, request)) {
-            Ok(Verdict::LetThrough) => settle(listener.let_through(call.id)),
-            // Where a volume is concerned it counts which domain asks.
-            outcome => {
-                let asker = guest.asker().known_as(requester.facts());
-                asker.ask(|| self.carry_out(outcome, guest, call, request));
-            }
+            settle(guest.listener().refuse(call, libc::ETIMEDOUT));
         }
     }
-
-    /// Decides on what is no device, for a guest that may have a protected volume.
-    fn decide_file(&self, guest: &Guest, call: &Notification, request: &OpenRequest) {
-        let listener = guest.listener();
-        let file = match written_file(call.tid, request) {
-            Ok(Some(file)) => file,
-            Ok(None) => return settle(listener.let_through(call.id)),
-            Err(error) => return refuse_unknown(guest, call, request, &error),
-        };
-        if !listener.is_waiting(call.id) {
-            return;
-        }
-        let requester = self.broker.guest(call.tid);
-        match guest.asker().ask(|| self.broker.check_written(Written::File(&file), &requester)) {
-            Ok(()) => settle(listener.let_through(call.id)),
-            Err(refusal) => {
-                let asker = guest.asker().known_as(requester.facts());
-                asker.ask(|| self.carry_out(Err(refusal), guest, call, request));
-            }
-        }
-    }
-
-    /// Answers the call as it was judged.
-    fn carry_out(&self, outcome: Result<Verdict, Refusal>, guest: &Guest, call: &Notification, request: &OpenRequest) {
-        let listener = guest.listener();
-        let path = String::from_utf8_lossy(&request.path);
-        match outcome.and_then(|verdict| self.record(verdict, guest, call, &path)) {
-            Ok(Verdict::LetThrough) => settle(listener.let_through(call.id)),
-            Ok(Verdict::OnMapping) => {
-                guest.takes_volume();
-                settle(listener.let_through(call.id));
-            }
-            Ok(Verdict::Mapping(volume, mapping, _)) => {
-                guest.takes_volume();
-                let close_on_exec = request.flags.contains(OFlags::CLOEXEC);
-                match listener.inject(call.id, mapping.as_fd(), close_on_exec) {
-                    Ok(()) => tracing::info!(
-                        pid = guest.pid(), volume = %volume, path = %path,
-                        "{guest} got the mapping of volume {volume} for {path:?}"
-                    ),
-                    // Closing it removes the mapping again.
-                    Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
-                    Err(error) => {
-                        tracing::error!(pid = guest.pid(), volume = %volume, "{guest} could not take the mapping of volume {volume}: {error}");
-                        settle(listener.refuse(call.id, error.raw_os_error().unwrap_or(libc::EIO)));
-                    }
-                }
-                self.broker.merge_audit_soon();
-            }
-            Err(refusal) => {
-                let errno = refusal.errno();
-                if listener.refuse(call.id, errno).is_ok() {
-                    tracing::error!(pid = guest.pid(), path = %path, errno, "{guest} was refused {path:?}: {refusal}");
-                }
-                self.broker.record_refusal(&refusal);
-            }
-        }
-    }
-
-    /// Lets a mapping be handed out once that is recorded, so that no use of a key is missing in the log.
-    fn record(&self, verdict: Verdict, guest: &Guest, call: &Notification, path: &str) -> Result<Verdict, Refusal> {
-        if let Verdict::Mapping(volume, _, cached_since) = &verdict {
-            if !guest.listener().is_waiting(call.id) {
-                let sentence = format!("the open of volume {volume} was given up before its mapping was ready");
-                return Err(Refusal::new(Reason::TimedOut, sentence).of(volume));
-            }
-            let detail = with_source(&format!("opened as {path}"), *cached_since);
-            self.broker.record_use(Kind::KeyUsed, volume, &detail)?;
-        }
-        Ok(verdict)
-    }
-
-    fn judge(
-        &self,
-        guest: &Guest,
-        requester: &broker::Guest<'_>,
-        node: &Node,
-        request: &OpenRequest,
-    ) -> Result<Verdict, Refusal> {
-        // A mere handle reads and writes nothing, and opening it for real comes by here again.
-        if request.is_path_only() {
-            return Ok(Verdict::LetThrough);
-        }
-        if node.passes_commands {
-            return self.broker.pass_commands(node.device, requester);
-        }
-        let verdict = self.broker.open(node.device, node.permitted, request.device_flags(), requester)?;
-        if matches!(verdict, Verdict::LetThrough) && request.writes() && guest.may_have_volumes() {
-            self.broker.check_written(Written::Device(node.device), requester)?;
-        }
-        Ok(verdict)
-    }
-}
-
-fn refuse_unknown(guest: &Guest, call: &Notification, request: &OpenRequest, error: &io::Error) {
-    let path = String::from_utf8_lossy(&request.path);
-    tracing::error!(pid = guest.pid(), "it cannot be told what {path:?} is for {guest}: {error}");
-    settle(guest.listener().refuse(call.id, error.raw_os_error().unwrap_or(libc::EACCES)));
 }
 
 /// Has the next call of a guest reported when this one was dealt with, also when that panicked.

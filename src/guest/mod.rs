@@ -13,4 +13,4 @@ pub use process::{
     open_block_devices, open_devices, process_of, processes, processes_with_open, start_time, writes_file,
 };
 pub use request::OpenRequest;
-pub use written::{Written, WrittenFile, written_file};
+pub use written::{Written, WrittenFile, is_local, written_file};

@@ -31,10 +31,10 @@ const LIBVIRT_FOLDER: &str = "/var/lib/libvirt/qemu";
 const DOMAINS_FOLDER: &[u8] = b"domain-";
 
 /// Something that a call could write to.
-#[derive(Clone, Copy, Debug)]
-pub enum Written<'a> {
+#[derive(Debug)]
+pub enum Written {
     /// A file.
-    File(&'a WrittenFile),
+    File(WrittenFile),
     /// A block device.
     Device(DeviceNumber),
 }
@@ -111,12 +111,15 @@ fn path_of(handle: &OwnedFd) -> io::Result<PathBuf> {
     fs::read_link(format!("/proc/self/fd/{}", handle.as_raw_fd()))
 }
 
-impl Written<'_> {
-    /// The path by which `given` names this place in the same words, if it does, for which nothing has to be looked up.
-    pub fn spelled_by<'a>(&self, given: &'a Given) -> Option<&'a Path> {
+impl Written {
+    /// The path by which `given` names this place, if that can be told without asking any file server: a file in the
+    /// same words, or by a folder that it is in; a device by what is in /dev.
+    pub fn named_at_once_by<'a>(&self, given: &'a Given) -> Option<&'a Path> {
         match self {
-            Written::Device(_) => None,
-            Written::File(file) => given.find(|path| path == file.path),
+            Written::Device(device) => given.find(|path| is_local(path) && is_device(path, *device)),
+            Written::File(file) => given
+                .find(|path| path == file.path)
+                .or_else(|| given.find_folder(|folder| file.path.starts_with(folder))),
         }
     }
 
@@ -128,15 +131,30 @@ impl Written<'_> {
         }
     }
 
-    /// The path by which `given` names this place, if it does.
-    pub fn named_by<'a>(&self, given: &'a Given) -> Option<&'a Path> {
+    /// The folder by which `given` names this place, if it does. It is looked up.
+    pub fn within_folder_of<'a>(&self, given: &'a Given) -> Option<&'a Path> {
         match self {
-            Written::Device(device) => given.find(|path| block_device_at(path).is_ok_and(|named| named == *device)),
-            Written::File(file) => {
-                given.find(|path| file.is_at(path)).or_else(|| given.find_folder(|folder| file.is_within(folder)))
-            }
+            Written::Device(_) => None,
+            Written::File(file) => given.find_folder(|folder| file.is_within(folder)),
         }
     }
+
+    /// The path by which `given` names this place, if it does. All of them are looked up.
+    pub fn named_by<'a>(&self, given: &'a Given) -> Option<&'a Path> {
+        match self {
+            Written::Device(device) => given.find(|path| is_device(path, *device)),
+            Written::File(file) => given.find(|path| file.is_at(path)),
+        }
+    }
+}
+
+/// Whether looking `path` up asks no file server.
+pub fn is_local(path: &Path) -> bool {
+    path.starts_with("/dev")
+}
+
+fn is_device(path: &Path, device: DeviceNumber) -> bool {
+    block_device_at(path).is_ok_and(|named| named == device)
 }
 
 impl WrittenFile {
@@ -181,6 +199,11 @@ mod tests {
 
     fn written(path: &Path, flags: OFlags) -> Option<WrittenFile> {
         written_file(std::process::id(), &request(path, flags)).unwrap()
+    }
+
+    fn is_named(given: &[Given], file: WrittenFile) -> bool {
+        let written = Written::File(file);
+        given.iter().any(|given| written.within_folder_of(given).or_else(|| written.named_by(given)).is_some())
     }
 
     fn folder() -> tempfile::TempDir {
@@ -254,10 +277,7 @@ mod tests {
             "<domain><devices><disk><source file='{shown}/link'/></disk><serial><log file='{shown}/log'/></serial>\
              <filesystem><source dir='{shown}/share'/></filesystem></devices></domain>"
         ));
-        let named = |name: &str, flags| {
-            let file = written(&at(name), flags).unwrap();
-            given.iter().any(|given| Written::File(&file).named_by(given).is_some())
-        };
+        let named = |name: &str, flags| is_named(&given, written(&at(name), flags).unwrap());
         for name in ["there", "link", "hard", "share/in"] {
             assert!(named(name, OFlags::RDWR), "{name}");
         }
@@ -286,8 +306,7 @@ mod tests {
             let given = given(&format!("<domain><devices>{xml}</devices></domain>"));
             ["disk.img", "new.img"].map(|name| {
                 let request = request(&folder.path().join(name), OFlags::RDWR | OFlags::CREATE);
-                let written = written_file(writer.id(), &request).unwrap().unwrap();
-                given.iter().any(|given| Written::File(&written).named_by(given).is_some())
+                is_named(&given, written_file(writer.id(), &request).unwrap().unwrap())
             })
         };
         assert!(!file.exists());

@@ -3,17 +3,27 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
 use super::Broker;
 use super::authorisation::Guest;
 use crate::domain::{Given, Requester};
-use crate::guest::{Written, block_device_at, is_no_device};
+use crate::guest::{Written, block_device_at, is_local, is_no_device};
 use crate::policy::Config;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::{DeviceNumber, Identity, VolumeId};
 
+/// A write that can only be decided on once more was looked up, which may take a file server that has to do with another
+/// disk.
+pub struct Doubt {
+    written: Written,
+    config: Arc<Config>,
+    volumes: Vec<VolumeId>,
+}
+
 impl Broker {
-    /// Decides on something that nothing encrypts and that `guest` opens for writing.
+    /// Decides on something that nothing encrypts and that `guest` opens for writing, as far as that can be done without
+    /// looking up what else libvirt has given to the guest: see [`Broker::look_up_written`].
     ///
     /// What libvirt gave to the domain is its own: that stands in the XML that libvirt keeps of it, from before QEMU starts.
     /// What QEMU is to copy a disk to does not stand there when QEMU opens it, and neither does a disk that is attached:
@@ -21,21 +31,57 @@ impl Broker {
     /// data and other ways to bring it out, but against mistakes.
     ///
     /// # Errors
-    /// When the guest uses a protected volume, and neither libvirt nor the configuration allows the place.
-    pub fn check_written(&self, written: Written<'_>, guest: &Guest<'_>) -> Result<(), Refusal> {
+    /// When the guest uses a protected volume, or that cannot be told.
+    pub fn check_written(&self, written: Written, guest: &Guest<'_>) -> Result<Option<Doubt>, Refusal> {
         let pid = guest.process().map_err(|error| untold(&error))?;
+        // Without a volume in use it does not matter that the configuration is faulty.
+        let config = self.config();
+        // From cheap to dear: a guest may have thousands of descriptors, and many threads that write to a shared folder.
+        if let (Written::File(file), Ok(config)) = (&written, &config)
+            && (Place::File(&file.path).is_allowed(config, guest) || self.is_given_at_once(config, &written, guest))
+        {
+            return Ok(None);
+        }
         let volumes = self.volumes_of(pid, guest)?;
-        let Some(volume) = volumes.first() else { return Ok(()) };
-        let config = self.config()?;
-        let place = match written {
-            Written::File(file) => Place::File(&file.path),
-            Written::Device(device) => Place::Device(Box::new(self.devices.identify(device)?)),
+        if volumes.is_empty() {
+            return Ok(None);
+        }
+        let config = config?;
+        let is_allowed = match &written {
+            // What it was once allowed to write to it goes on to write to.
+            Written::File(_) => written.is_written_by(pid),
+            Written::Device(_) => {
+                self.place(&written)?.is_allowed(&config, guest) || self.is_given_at_once(&config, &written, guest)
+            }
         };
-        // What it was once allowed to write to it goes on to write to.
-        if place.is_allowed(&config, guest) || written.is_written_by(pid) || self.is_given(&config, written, guest) {
+        Ok((!is_allowed).then_some(Doubt { written, config, volumes }))
+    }
+
+    /// Decides on what [`Broker::check_written`] left in doubt. This may hang as long as some file server is dead.
+    ///
+    /// # Errors
+    /// When neither libvirt nor the configuration allows the place.
+    pub fn look_up_written(&self, doubt: &Doubt, guest: &Guest<'_>) -> Result<(), Refusal> {
+        let Doubt { written, config, volumes } = doubt;
+        let given = guest.given();
+        let is_given = |named: for<'a> fn(&Written, &'a Given) -> Option<&'a Path>| {
+            given
+                .iter()
+                .any(|given| named(written, given).is_some_and(|path| !self.holds_a_volume(config, given, path, guest)))
+        };
+        // A guest has few folders, and most writes to one.
+        if is_given(Written::named_at_once_by) || is_given(Written::within_folder_of) || is_given(Written::named_by) {
             return Ok(());
         }
-        Err(place.refusal(guest, &volumes).of(volume))
+        let refusal = self.place(written)?.refusal(guest, volumes);
+        Err(volumes.iter().take(1).fold(refusal, Refusal::of))
+    }
+
+    fn place<'a>(&self, written: &'a Written) -> Result<Place<'a>, Refusal> {
+        Ok(match written {
+            Written::File(file) => Place::File(&file.path),
+            Written::Device(device) => Place::Device(Box::new(self.devices.identify(*device)?)),
+        })
     }
 
     /// The protected volumes that process `pid` has open, each once.
@@ -59,17 +105,14 @@ impl Broker {
         Ok(volumes)
     }
 
-    /// Whether libvirt's own XML of the domain names the place, and not as the overlay of a protected volume: what
-    /// is written there is that volume's.
-    fn is_given(&self, config: &Config, written: Written<'_>, guest: &Guest<'_>) -> bool {
-        let given = guest.given();
-        let is_own = |named: for<'a> fn(&Written<'_>, &'a Given) -> Option<&'a Path>| {
-            given.iter().any(|given| {
-                named(&written, given).is_some_and(|path| !self.holds_a_volume(config, given, path, guest))
+    /// Whether libvirt's own XML of the domain names the place, as far as no file server has to be asked, and not as the
+    /// overlay of a protected volume: what is written there is that volume's.
+    fn is_given_at_once(&self, config: &Config, written: &Written, guest: &Guest<'_>) -> bool {
+        guest.given().iter().any(|given| {
+            written.named_at_once_by(given).is_some_and(|path| {
+                given.besides(path).all(is_local) && !self.holds_a_volume(config, given, path, guest)
             })
-        };
-        // To look a path up may take a file server that has to do with another disk.
-        is_own(|written, given| written.spelled_by(given)) || is_own(|written, given| written.named_by(given))
+        })
     }
 
     /// Whether there is a protected volume among what `given` names `besides`. What cannot be looked at may be one.

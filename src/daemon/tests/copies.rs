@@ -1,6 +1,8 @@
 //! What a guest with a protected volume may write to.
 
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Instant;
 
 use super::server::as_guest;
 use super::*;
@@ -36,7 +38,17 @@ impl Copier {
     /// The live XML has a disk with these sources.
     fn gives(&self, sources: &[&Path]) {
         let sources: String = sources.iter().map(|path| format!("<source dev='{}'/>", path.display())).collect();
-        *self.world.given.lock().unwrap() = format!("<domain><devices><disk>{sources}</disk></devices></domain>");
+        self.gives_devices(&format!("<disk>{sources}</disk>"));
+    }
+
+    /// The live XML has these devices.
+    fn gives_devices(&self, devices: &str) {
+        *self.world.given.lock().unwrap() = format!("<domain><devices>{devices}</devices></domain>");
+    }
+
+    /// The XML of what the guest shares: its files.
+    fn share(&self) -> String {
+        format!("<filesystem><source dir='{}'/><target dir='x'/></filesystem>", self.files.path().display())
     }
 
     /// What comes of opening the paths for writing with the volume in use.
@@ -206,4 +218,130 @@ fn a_device_that_is_open_and_cannot_be_told_counts_as_protected() {
          volume: it has block device 250:231 open, which is not there or has no path to its storage ('multipath -ll' shows \
          maps); bring the storage back or detach the disk, and try again"
     );
+}
+
+#[test]
+fn what_is_allowed_needs_no_look_at_what_the_guest_has_open() {
+    let copier = Copier::new(232);
+    copier.world.open.lock().unwrap().push(DeviceNumber { major: 250, minor: 233 });
+    let (shared, other) = (copier.file("shared"), tempfile::NamedTempFile::new_in("/var/tmp").unwrap());
+    let open = |more: &str| copier.open(more, &[&shared, other.path()]);
+    assert_eq!(open(""), [REFUSED; 2]);
+    copier.gives_devices(&copier.share());
+    assert_eq!(open(""), [None, REFUSED]);
+    let allow = format!("[policy]\nplaintext_targets = ['{}']\n", other.path().display());
+    assert_eq!(open(&allow), [None, None]);
+}
+
+#[test]
+fn a_folder_of_a_device_that_holds_a_volume_is_given_to_nobody() {
+    let copier = Copier::new(234);
+    let file = copier.file("file");
+    let volume = copier.node.0.display();
+    let folder = copier.files.path().display();
+    copier.gives_devices(&format!("<thing><source dir='{folder}'/><other file='{volume}'/></thing>"));
+    assert_eq!(copier.open("", &[&file]), [REFUSED]);
+}
+
+/// The pool of QEMU that serves shared folders has 64 threads.
+#[test]
+fn many_writes_in_a_shared_folder_at_once_are_all_answered() {
+    const THREADS: usize = 64;
+    let copier = Copier::new(235);
+    copier.gives_devices(&copier.share());
+    let (volume, folder) = (copier.node.0.clone(), copier.files.path().to_owned());
+    let failed = as_guest(copier.world.broker(true), DEADLINE, move || {
+        let _volume = OpenOptions::new().read(true).write(true).open(volume).unwrap();
+        let writers: Vec<_> = (0..THREADS)
+            .map(|thread| {
+                let folder = folder.clone();
+                std::thread::spawn(move || {
+                    (0..10).filter_map(|n| open_errno(&folder.join(format!("{thread}-{n}")))).count()
+                })
+            })
+            .collect();
+        writers.into_iter().map(|writer| writer.join().unwrap()).sum::<usize>()
+    });
+    assert_eq!(failed, 0, "of {}", 10 * THREADS);
+}
+
+/// Where everything that is looked up hangs until this is dropped: a file system whose server never answers.
+struct DeadServer {
+    folder: TempDir,
+    _server: File,
+}
+
+impl DeadServer {
+    fn new() -> Self {
+        let server = OpenOptions::new().read(true).write(true).open("/dev/fuse").expect("the tests need FUSE");
+        let folder = tempfile::tempdir_in("/var/tmp").unwrap();
+        let mut mount = Command::new("mount");
+        let mount = mount.args(["-i", "-t", "fuse", "-o", "fd=0,rootmode=40000,user_id=0,group_id=0", "dead"]);
+        let mounted = mount.arg(folder.path()).stdin(Stdio::from(server.try_clone().unwrap())).status();
+        assert!(mounted.is_ok_and(|status| status.success()), "run the tests as root");
+        DeadServer { folder, _server: server }
+    }
+
+    /// The XML of a disk there.
+    fn disk(&self) -> String {
+        format!("<disk><source file='{}/disk.img'/></disk>", self.folder.path().display())
+    }
+}
+
+impl Drop for DeadServer {
+    fn drop(&mut self) {
+        // By force: what hangs there fails.
+        let _ = Command::new("umount").arg("--force").arg(self.folder.path()).status();
+    }
+}
+
+#[test]
+fn a_dead_file_server_of_another_disk_holds_up_no_write_to_a_shared_folder_or_a_device() {
+    let copier = Copier::new(236);
+    let device = copier.world.add_volume("plain", 237);
+    copier.world.change(device, |identity| identity.lun = Some(2));
+    let node = Node::new("/dev", device);
+    let (file, dead) = (copier.file("file"), DeadServer::new());
+    let device_disk = format!("<disk><source dev='{}'/></disk>", node.0.display());
+    copier.gives_devices(&[dead.disk(), copier.share(), device_disk].concat());
+    let began = Instant::now();
+    assert_eq!(copier.open("", &[&file, &node.0]), [None, NO_DEVICE]);
+    assert!(began.elapsed() < DEADLINE, "it took {:?}", began.elapsed());
+}
+
+/// What a link leads to has to be looked up, among the guest's folders first.
+#[test]
+fn a_dead_file_server_holds_up_no_write_to_a_shared_folder_by_another_name() {
+    let copier = Copier::new(238);
+    let (file, dead) = (copier.file("file"), DeadServer::new());
+    let links = tempfile::tempdir_in("/var/tmp").unwrap();
+    let link = links.path().join("link");
+    std::os::unix::fs::symlink(copier.files.path(), &link).unwrap();
+    copier.gives_devices(&format!("{}<filesystem><source dir='{}'/></filesystem>", dead.disk(), link.display()));
+    assert_eq!(copier.open("", &[&file]), [None]);
+}
+
+#[test]
+fn lookups_that_hang_take_no_attach_with_them() {
+    let copier = Copier::new(239);
+    let attached = copier.world.add_volume("attached", 240);
+    let node = Node::new("/dev", attached);
+    let (file, dead) = (copier.file("file"), DeadServer::new());
+    copier.gives_devices(&dead.disk());
+    let (volume, other) = (copier.node.0.clone(), node.0.clone());
+    let (attach, writes) = as_guest(copier.world.broker(true), Duration::from_secs(3), move || {
+        let _volume = OpenOptions::new().read(true).write(true).open(volume).unwrap();
+        let writers: Vec<_> = (0..40)
+            .map(|_| {
+                let file = file.clone();
+                std::thread::spawn(move || open_errno(&file))
+            })
+            .collect();
+        std::thread::sleep(Duration::from_secs(1));
+        let attach = open_errno(&other);
+        (attach, writers.into_iter().map(|writer| writer.join().unwrap()).collect::<Vec<_>>())
+    });
+    assert_eq!(attach, None);
+    assert_eq!(writes, [Some(libc::ETIMEDOUT); 40]);
+    drop(dead);
 }

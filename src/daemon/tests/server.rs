@@ -192,6 +192,37 @@ fn a_slow_guest_gets_its_answer_at_the_deadline_and_delays_no_other() {
     assert!(began.elapsed() < Duration::from_secs(8));
 }
 
+/// Its disks' storage does not answer, and its thread pool opens one after the other.
+#[test]
+fn calls_that_wait_for_their_turn_are_answered_at_their_deadline_and_not_worked_on() {
+    const CALLS: usize = 40;
+    let mut world = World::new();
+    world.delay = Duration::from_secs(3);
+    let device = world.add_volume("stuck", 17);
+    let node = Node::new("/dev", device);
+    let path = node.0.clone();
+    let guests = Arc::new(Guests::new(Arc::new(World::new())).unwrap());
+    let server = Server::new(Arc::new(world.broker(true)), Arc::clone(&guests), Pool::new(256), Duration::from_secs(1));
+    std::thread::spawn(move || server.serve());
+    let (opened, at) = guest_of(&guests, move || {
+        let began = Instant::now();
+        let opens: Vec<_> = (0..CALLS)
+            .map(|_| {
+                std::thread::spawn({
+                    let path = path.clone();
+                    move || (open_errno(&path), began.elapsed())
+                })
+            })
+            .collect();
+        opens.into_iter().map(|open| open.join().unwrap()).unzip::<_, _, Vec<_>, Vec<_>>()
+    });
+    assert_eq!(opened, [Some(libc::ETIMEDOUT); CALLS]);
+    // None was refused for being one too many.
+    assert!(at.iter().all(|at| (Duration::from_millis(900)..Duration::from_secs(3)).contains(at)), "{at:?}");
+    std::thread::sleep(Duration::from_secs(5));
+    assert!(world.opened().len() <= 16, "{} were worked on", world.opened().len());
+}
+
 /// It keeps a copy of its listener, and has answered its only open just when the server, which was told of it, wants to
 /// receive it.
 #[test]

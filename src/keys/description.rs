@@ -1,6 +1,6 @@
 use serde::{Deserialize, Serialize};
 
-use super::{CheckValue, Key};
+use super::{CheckValue, FIRST_VERSION, Key};
 use crate::policy::{KeySize, Provider, is_supported};
 use crate::refusal::{Reason, Refusal};
 use crate::store::{EnrolledDevice, VolumeRecord, VolumeState};
@@ -22,6 +22,18 @@ pub struct Description {
     enrolled_at: i64,
     #[serde(deserialize_with = "there")]
     owner: Option<String>,
+    /// Which of the volume's keys it is. It is left out for the first, as it was when there was no other.
+    #[serde(default = "first", skip_serializing_if = "is_first")]
+    key_version: u32,
+}
+
+fn first() -> u32 {
+    FIRST_VERSION
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
+fn is_first(version: &u32) -> bool {
+    *version == FIRST_VERSION
 }
 
 /// The version of what is kept. What it says decides what stands on a volume, so no older volcrypt may guess.
@@ -61,7 +73,42 @@ impl Description {
             sector_size: profile.sector_size,
             enrolled_at,
             owner: owner.map(str::to_owned),
+            key_version: FIRST_VERSION,
         }
+    }
+
+    /// That of a volume which has a record.
+    pub fn of(record: &VolumeRecord) -> Self {
+        let VolumeRecord { device, size_bytes, profile, provider, cipher, key_size, sector_size, .. } = record.clone();
+        Description {
+            device,
+            size_bytes,
+            profile,
+            provider,
+            cipher,
+            key_size,
+            sector_size,
+            enrolled_at: record.enrolled_at,
+            owner: record.owner.clone(),
+            key_version: FIRST_VERSION,
+        }
+    }
+
+    /// Which of the volume's keys goes with it.
+    pub fn key_version(&self) -> u32 {
+        self.key_version
+    }
+
+    /// When the volume was enrolled, in seconds since 1970-01-01 UTC.
+    pub fn enrolled_at(&self) -> i64 {
+        self.enrolled_at
+    }
+
+    /// Whether what stands on the volume is read in the same way by both: by the same cipher, in the same units, with the
+    /// same of its keys.
+    pub fn reads_as(&self, other: &Description) -> bool {
+        (self.provider, &self.cipher, self.key_size, self.sector_size, self.key_version)
+            == (other.provider, &other.cipher, other.key_size, other.sector_size, other.key_version)
     }
 
     /// The record of `volume` with this description and `key`.
@@ -125,6 +172,9 @@ impl Description {
                 key_size.bits()
             ));
         }
+        if volume.key_version < FIRST_VERSION {
+            return Err(format!("keys are numbered from {FIRST_VERSION} on, and it is for key {}", volume.key_version));
+        }
         match *device == EnrolledDevice::default() {
             true => Err("it does not say which device the volume is on".to_owned()),
             false => Ok((volume, check_value)),
@@ -153,6 +203,18 @@ mod tests {
     }
 
     #[test]
+    fn the_first_key_needs_no_number() {
+        let text = description().to_text(check_value()).unwrap();
+        assert!(!text.contains("key_version"), "older ones refuse what they do not know: {text}");
+        assert_eq!(description().key_version(), 1);
+        let second = text.replacen("\"size_bytes\"", "\"key_version\":4294967295,\"size_bytes\"", 1);
+        let (read, _) = Description::parse(&second).unwrap();
+        assert_eq!(read.key_version(), u32::MAX);
+        assert!(!read.reads_as(&description()), "another key");
+        assert_eq!(Description::parse(&read.to_text(check_value()).unwrap()).unwrap().0, read);
+    }
+
+    #[test]
     fn what_cannot_be_meant_is_refused() {
         let text = description().to_text(check_value()).unwrap();
         for (from, to) in [
@@ -166,6 +228,11 @@ mod tests {
             ("\"version\":1", "\"version\":2"),
             ("\"version\":1", "\"version\":1,\"iv_offset\":8"),
             ("\"size_bytes\"", "\"iv_offset\":8,\"size_bytes\""),
+            ("\"size_bytes\"", "\"key_version\":0,\"size_bytes\""),
+            ("\"size_bytes\"", "\"key_version\":-1,\"size_bytes\""),
+            ("\"size_bytes\"", "\"key_version\":4294967296,\"size_bytes\""),
+            ("\"size_bytes\"", "\"key_version\":\"2\",\"size_bytes\""),
+            ("\"size_bytes\"", "\"key_version\":null,\"size_bytes\""),
             ("\"iscsi_target\":\"iqn\",\"lun\":1", "\"iscsi_target\":null,\"lun\":null"),
             (",\"owner\":\"p1\"", ""),
         ] {

@@ -4,7 +4,10 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::kek_places::{Found, KekPlaces};
-use super::{CheckValue, Description, KekRotation, Key, KeyEncryptionKey, KeyInfo, KeyManager, RotationStep};
+use super::{
+    Capabilities, CheckValue, Description, FIRST_VERSION, Imported, KekRotation, Key, KeyEncryptionKey, KeyInfo,
+    KeyManager, RotationStep, other_key,
+};
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
 use crate::store::{Inserted, Keks, Store, WrappedKey, seconds_now};
@@ -14,9 +17,6 @@ mod cached;
 mod rotation;
 
 use rotation::Pace;
-
-/// The version of the one record that every key has.
-const VERSION: u32 = 1;
 
 /// Keeps volume keys in the database, wrapped by a [`KeyEncryptionKey`] that is kept elsewhere: in a
 /// systemd credential, or in a file of its own. While it is replaced, there are two.
@@ -189,27 +189,33 @@ impl EmbeddedKeyManager {
         let info = KeyInfo {
             volume: volume.clone(),
             key_size: size,
-            version: VERSION,
+            version: FIRST_VERSION,
             created_at: seconds_now(),
             destroyed: false,
         };
-        let mut ring = self.ring();
-        let inserted = loop {
-            let (value, kek) = &ring.current;
-            let wrapped = kek.wrap(volume, VERSION, &key)?;
-            // Nothing is stored that does not open.
-            self.compare(volume, &key, kek.unwrap(volume, VERSION, size, &wrapped)?)?;
-            match self.store.insert_key(&info, &wrapped, *value)? {
-                Inserted::OtherKek => ring = self.reload()?,
-                inserted => break inserted,
-            }
-        };
+        let inserted = self.insert(&info, &key)?;
         let record = self.store.wrapped_key_from_disk(volume)?.ok_or_else(|| no_key(volume))?;
         let read = self.unwrap_sized(&record, size)?;
         match inserted {
             Inserted::Stored => self.compare(volume, &key, read),
             // Somebody else made one meanwhile; that is the volume's key.
             _ => Ok(read),
+        }
+    }
+
+    /// Stores `key` if the volume has none.
+    fn insert(&self, info: &KeyInfo, key: &Key) -> Result<Inserted, Refusal> {
+        let KeyInfo { volume, version, key_size, .. } = info;
+        let mut ring = self.ring();
+        loop {
+            let (value, kek) = &ring.current;
+            let wrapped = kek.wrap(volume, *version, key)?;
+            // Nothing is stored that does not open.
+            self.compare(volume, key, kek.unwrap(volume, *version, *key_size, &wrapped)?)?;
+            match self.store.insert_key(info, &wrapped, *value)? {
+                Inserted::OtherKek => ring = self.reload()?,
+                inserted => return Ok(inserted),
+            }
         }
     }
 }
@@ -231,6 +237,29 @@ impl KeyManager for EmbeddedKeyManager {
         Ok((self.make(volume, wanted.key_size)?, wanted.clone()))
     }
 
+    /// What has to be known of the volume is in its record. The key is as old as the volume is enrolled, not as it is here.
+    fn import(&self, volume: &VolumeId, key: &Key, description: &Description) -> Result<Imported, Refusal> {
+        let info = KeyInfo {
+            volume: volume.clone(),
+            key_size: description.key_size,
+            version: description.key_version(),
+            created_at: description.enrolled_at(),
+            destroyed: false,
+        };
+        let inserted = self.insert(&info, key)?;
+        let record = self.store.wrapped_key_from_disk(volume)?.ok_or_else(|| no_key(volume))?;
+        let same = self.unwrap(&record)?.same_as(key) && record.info.version == info.version;
+        match (inserted, same) {
+            (Inserted::Stored, true) => Ok(Imported::Stored),
+            (_, true) => Ok(Imported::Present),
+            (_, false) => Err(other_key(volume, &self.store.path().display().to_string())),
+        }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { lists: true, imports: true, destroys: true, describes: false }
+    }
+
     /// The record stays, so that the key is known to be destroyed. To destroy it again is no error.
     ///
     /// # Errors
@@ -241,6 +270,11 @@ impl KeyManager for EmbeddedKeyManager {
             true => Ok(()),
             false => Err(no_key(volume)),
         }
+    }
+
+    /// Unlike a key that is destroyed, one that is elsewhere leaves no record: it may come back.
+    fn forget(&self, volume: &VolumeId) -> Result<(), Refusal> {
+        self.store.forget_keys(volume)
     }
 
     fn list(&self) -> Result<Vec<KeyInfo>, Refusal> {

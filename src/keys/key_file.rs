@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::secret_file::{self, Trust};
-use super::{Description, Key, KeyInfo, KeyManager};
+use super::{Capabilities, Description, Imported, Key, KeyInfo, KeyManager};
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
@@ -80,6 +80,23 @@ impl KeyManager for KeyFileManager {
     fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
         self.sized(volume, wanted.key_size).map(|key| (key, wanted.clone()))
     }
+
+    /// Always refused: there is one key for all volumes.
+    fn import(&self, volume: &VolumeId, _key: &Key, _description: &Description) -> Result<Imported, Refusal> {
+        Err(Refusal::new(
+            Reason::Configuration,
+            format!(
+                "the key of volume {volume} cannot be moved to {}, which holds one key for all volumes: name another key \
+                 manager",
+                self.path
+            ),
+        ))
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { lists: false, imports: false, destroys: false, describes: false }
+    }
+
     /// Always refused: the key is every volume's.
     fn destroy(&self, volume: &VolumeId) -> Result<(), Refusal> {
         Err(Refusal::new(

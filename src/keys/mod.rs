@@ -2,7 +2,10 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
+use std::str::FromStr;
 use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
 
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
@@ -28,6 +31,9 @@ pub use key::{CheckValue, Key};
 pub use key_file::{KeyFileManager, OneKeyForEveryVolume};
 pub use rotation::{KekHome, KekRotation, RotationStep};
 
+/// The version of the first key that a volume has.
+pub(crate) const FIRST_VERSION: u32 = 1;
+
 /// Where volume keys live.
 ///
 /// Implementations are shared between threads. Every call may take as long as its own deadline
@@ -41,6 +47,19 @@ pub trait KeyManager: Send + Sync {
     /// right size; another host may have been quicker, so what is known of the volume comes with it.
     fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal>;
 
+    /// Stores `key`, which another key manager has, as that of `volume`, and keeps beside it what other hosts have to know
+    /// of the volume. It returns when the key was read back from here and is the same. A key that is there already is
+    /// never replaced: the same one is fine, whoever stored it.
+    ///
+    /// # Errors
+    /// [`Reason::WrongKey`] when the volume has another key here, or one that is used in another way;
+    /// [`Reason::KeyDestroyed`] when its key was destroyed here; [`Reason::Configuration`] from a key manager that cannot
+    /// take keys.
+    fn import(&self, volume: &VolumeId, key: &Key, description: &Description) -> Result<Imported, Refusal>;
+
+    /// What it can do.
+    fn capabilities(&self) -> Capabilities;
+
     /// The key of `volume` and what was said of the volume when it was made; nothing if there is no key. A key manager
     /// that no other host asks keeps none.
     fn described(&self, _volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {
@@ -50,6 +69,15 @@ pub trait KeyManager: Send + Sync {
     /// Destroys the key of `volume`. What was encrypted with it can never be read again.
     fn destroy(&self, volume: &VolumeId) -> Result<(), Refusal>;
 
+    /// Destroys the key of `volume` here, while another key manager has it as well: what was encrypted with it can be
+    /// read as before. If there is no key here, that is no error.
+    fn forget(&self, volume: &VolumeId) -> Result<(), Refusal> {
+        match self.destroy(volume) {
+            Err(refusal) if refusal.reason() == Reason::NoKey => Ok(()),
+            outcome => outcome,
+        }
+    }
+
     /// What is known of every key; the keys themselves stay where they are.
     fn list(&self) -> Result<Vec<KeyInfo>, Refusal>;
 
@@ -58,7 +86,7 @@ pub trait KeyManager: Send + Sync {
     fn fetch_ahead(&self, _volume: &VolumeId) {}
 
     /// Wipes what is on this host of the key of `volume`, if it is a copy.
-    fn forget(&self, _volume: &VolumeId) {}
+    fn wipe_copy(&self, _volume: &VolumeId) {}
 
     /// What could be used if the key server did not answer; nothing where there is no such server.
     fn kept(&self) -> Option<KeptKeys> {
@@ -95,6 +123,82 @@ pub struct KeptKeys {
     pub until: BTreeMap<VolumeId, i64>,
     /// Why none can, although some were to be.
     pub fault: Option<String>,
+}
+
+/// What a key manager can do beside handing out keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capabilities {
+    /// Whether it lists the volumes that it has keys of.
+    pub lists: bool,
+    /// Whether it takes keys that another one has.
+    pub imports: bool,
+    /// Whether the key of one volume can be destroyed.
+    pub destroys: bool,
+    /// Whether other hosts ask it as well, so that it keeps beside each key what they have to know of the volume.
+    pub describes: bool,
+}
+
+/// What became of a key that was to be stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Imported {
+    /// It was stored now.
+    Stored,
+    /// It was there already.
+    Present,
+}
+
+/// The kinds of key managers, by their names in the configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ManagerKind {
+    /// The daemon's own database.
+    Embedded,
+    /// A KMIP server.
+    Kmip,
+    /// OpenStack Barbican.
+    Barbican,
+    /// One key for all volumes, in a file.
+    KeyFile,
+}
+
+impl ManagerKind {
+    /// Its name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            ManagerKind::Embedded => "embedded",
+            ManagerKind::Kmip => "kmip",
+            ManagerKind::Barbican => "barbican",
+            ManagerKind::KeyFile => "key-file",
+        }
+    }
+}
+
+impl fmt::Display for ManagerKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for ManagerKind {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let all = [ManagerKind::Embedded, ManagerKind::Kmip, ManagerKind::Barbican, ManagerKind::KeyFile];
+        all.into_iter()
+            .find(|kind| kind.as_str() == text)
+            .ok_or_else(|| format!("{text:?} is no key manager: write embedded, kmip or barbican"))
+    }
+}
+
+/// The refusal of a key that is to become that of `volume` in `place`, where the volume has another one.
+fn other_key(volume: &VolumeId, place: &str) -> Refusal {
+    Refusal::new(
+        Reason::WrongKey,
+        format!(
+            "{place} has another key of volume {volume} already, or the same for another cipher, which stays: compare what \
+             'volcrypt volume show {volume}' says on the hosts that use it, and have it removed there if nobody does"
+        ),
+    )
 }
 
 /// What may be shown of a key.

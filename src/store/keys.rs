@@ -153,6 +153,17 @@ impl Store {
         Ok(known)
     }
 
+    /// Removes what is known of the keys of `volume`, and wipes their wrapped forms from the database and its log. Those
+    /// that were destroyed stay known as that. To repeat it wipes what another process kept from being wiped.
+    pub(crate) fn forget_keys(&self, volume: &VolumeId) -> Result<(), Refusal> {
+        let connection = self.connection();
+        self.check_in_place()?;
+        connection
+            .execute("DELETE FROM keys WHERE volume_id = ?1 AND destroyed_at IS NULL", [volume.as_str()])
+            .map_err(|error| self.fault(&error))?;
+        self.empty_log(&connection, volume)
+    }
+
     /// Merges the write-ahead log, which still holds the wrapped key, and cuts it to nothing.
     fn empty_log(&self, connection: &Connection, volume: &VolumeId) -> Result<(), Refusal> {
         match cut_log(connection).map_err(|error| self.fault(&error))? {

@@ -6,7 +6,9 @@ use std::sync::{Arc, Barrier, Mutex};
 use std::time::Duration;
 
 use volcrypt::keys::kmip::{KeyOrigin, KmipConfig, KmipKeyManager};
-use volcrypt::keys::{Description, EmbeddedKeyManager, Key, KeyFileManager, KeyManager, OneKeyForEveryVolume};
+use volcrypt::keys::{
+    Capabilities, Description, EmbeddedKeyManager, Imported, Key, KeyFileManager, KeyManager, OneKeyForEveryVolume,
+};
 use volcrypt::policy::{KeySize, Profile};
 use volcrypt::refusal::{Reason, Refusal};
 use volcrypt::store::{EnrolledDevice, Store};
@@ -123,6 +125,95 @@ fn what_was_destroyed_is_gone_for_everybody(host: &Host<'_>, said: Reason) {
     assert!(one.list().unwrap().iter().all(|info| info.volume != gone || info.destroyed));
 }
 
+fn a_key_that_is_brought_is_kept_and_never_replaces_another(host: &Host<'_>, bits: u32) {
+    let (one, other) = (host(), host());
+    let id = volume(&format!("brought-{bits}"));
+    let (key, another) = (Key::random(size(bits)).unwrap(), Key::random(size(bits)).unwrap());
+    assert_eq!(one.import(&id, &key, &wanted(bits, None)).unwrap(), Imported::Stored);
+    // Another host may know the volume with another owner.
+    for (manager, owner) in [(&one, None), (&other, Some("p1")), (&host(), None)] {
+        assert!(manager.get(&id).unwrap().same_as(&key));
+        assert_eq!(manager.import(&id, &key, &wanted(bits, owner)).unwrap(), Imported::Present);
+        let refusal = manager.import(&id, &another, &wanted(bits, None)).unwrap_err();
+        assert_eq!(refusal.reason(), Reason::WrongKey);
+        assert!(refusal.to_string().contains(&format!("has another key of volume {id} already")), "{refusal}");
+        assert!(manager.get(&id).unwrap().same_as(&key), "never replaced");
+        assert!(create(&**manager, &id, bits).unwrap().same_as(&key), "nor made anew");
+    }
+    if one.capabilities().describes {
+        let (found, said) = other.described(&id).unwrap().unwrap();
+        assert!(found.same_as(&key) && said == wanted(bits, None));
+        let profile = Profile { key_size: size(bits), sector_size: 4096, ..Profile::default() };
+        let device = EnrolledDevice { wwid: Some("naa.6".to_owned()), ..EnrolledDevice::default() };
+        let otherwise = Description::new(device, 4096, ("default", &profile), None, 7);
+        assert_eq!(reason(other.import(&id, &key, &otherwise)), Reason::WrongKey, "the same key in other sectors");
+    }
+    let info = one.list().unwrap().into_iter().filter(|info| info.volume == id).collect::<Vec<_>>();
+    assert_eq!(info.len(), 1, "no other key is left");
+    // One that is elsewhere as well can be taken away, and brought again where the manager does not remember it.
+    one.forget(&id).unwrap();
+    one.forget(&id).unwrap();
+    assert_eq!(reason(other.get(&id)), Reason::NoKey);
+    assert_eq!(other.import(&id, &key, &wanted(bits, None)).unwrap(), Imported::Stored);
+    assert!(one.get(&id).unwrap().same_as(&key));
+}
+
+fn hosts_that_bring_the_same_key_at_once_have_it_once(host: &Host<'_>, rounds: usize) {
+    for round in 0..rounds {
+        let id = volume(&format!("brought-at-once-{round}"));
+        let bytes = Key::random(size(512)).unwrap().bytes().to_vec();
+        let barrier = Barrier::new(4);
+        std::thread::scope(|scope| {
+            for number in 0..4 {
+                let (barrier, id, bytes) = (&barrier, &id, &bytes);
+                scope.spawn(move || {
+                    let manager = host();
+                    barrier.wait();
+                    std::thread::sleep(std::time::Duration::from_millis((number * round * 97 % 900) as u64));
+                    manager.import(id, &key_of(bytes), &wanted(512, [None, Some("p1")][number % 2])).unwrap();
+                    assert_eq!(manager.get(id).unwrap().bytes(), bytes);
+                });
+            }
+        });
+        assert_eq!(host().get(&id).unwrap().bytes(), bytes);
+        assert_eq!(host().list().unwrap().iter().filter(|info| info.volume == id).count(), 1, "no other key is left");
+    }
+}
+
+fn of_hosts_that_bring_different_keys_at_once_one_has_its_way(host: &Host<'_>) {
+    let id = volume("brought-differing");
+    let keys: Vec<Vec<u8>> = (0..3).map(|_| Key::random(size(256)).unwrap().bytes().to_vec()).collect();
+    let barrier = Barrier::new(keys.len());
+    let bring = |bytes: &[u8]| {
+        let manager = host();
+        barrier.wait();
+        match manager.import(&id, &key_of(bytes), &wanted(256, None)) {
+            Ok(_) => true,
+            Err(refusal) => {
+                assert_eq!(refusal.reason(), Reason::WrongKey, "{refusal}");
+                false
+            }
+        }
+    };
+    let outcomes: Vec<bool> = std::thread::scope(|scope| {
+        let threads: Vec<_> = keys.iter().map(|bytes| scope.spawn(|| bring(bytes))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    let kept = host().get(&id).unwrap();
+    for (bytes, brought) in keys.iter().zip(&outcomes) {
+        assert_eq!(*brought, kept.bytes() == bytes);
+    }
+    assert_eq!(outcomes.iter().filter(|&&brought| brought).count(), 1);
+}
+
+fn key_of(bytes: &[u8]) -> Key {
+    Key::filled(bytes.len(), |room| {
+        room.copy_from_slice(bytes);
+        Ok(())
+    })
+    .unwrap()
+}
+
 #[test]
 fn the_embedded_manager() {
     let folder = tempfile::tempdir().unwrap();
@@ -137,7 +228,12 @@ fn the_embedded_manager() {
     what_is_not_there_is_told_from_the_rest(&host);
     another_size_is_refused(&host);
     two_hosts_that_make_a_key_at_once_have_the_same(&host, 10, 512);
+    a_key_that_is_brought_is_kept_and_never_replaces_another(&host, 256);
+    hosts_that_bring_the_same_key_at_once_have_it_once(&host, 10);
+    of_hosts_that_bring_different_keys_at_once_one_has_its_way(&host);
     what_was_destroyed_is_gone_for_everybody(&host, Reason::KeyDestroyed);
+    let gone = host().import(&volume("gone"), &Key::random(size(256)).unwrap(), &wanted(256, None));
+    assert_eq!(reason(gone), Reason::KeyDestroyed, "destroyed for good");
 }
 
 #[test]
@@ -150,6 +246,11 @@ fn the_key_file() {
     a_key_is_the_same_for_all_and_for_ever(&host, 512);
     // One key for every volume: none is ever missing, and none can be destroyed for one.
     assert_eq!(reason(host().destroy(&volume("one"))), Reason::Configuration);
+    assert_eq!(reason(host().forget(&volume("one"))), Reason::Configuration);
+    // Nor can another one be taken for one.
+    let none = Capabilities { lists: false, imports: false, destroys: false, describes: false };
+    assert_eq!(host().capabilities(), none);
+    assert_eq!(reason(host().import(&volume("one"), &key_of(&[7; 64]), &wanted(512, None))), Reason::Configuration);
 }
 
 fn what_is_said_of_a_volume_is_what_the_first_host_said(host: &Host<'_>) {
@@ -177,6 +278,9 @@ fn kmip() {
     two_hosts_that_make_a_key_at_once_have_the_same(&host, 5, 256);
     two_hosts_that_make_a_key_at_once_have_the_same(&host, 5, 512);
     what_is_said_of_a_volume_is_what_the_first_host_said(&host);
+    a_key_that_is_brought_is_kept_and_never_replaces_another(&host, 512);
+    hosts_that_bring_the_same_key_at_once_have_it_once(&host, 2);
+    of_hosts_that_bring_different_keys_at_once_one_has_its_way(&host);
     // PyKMIP forgets what it destroyed.
     what_was_destroyed_is_gone_for_everybody(&host, Reason::NoKey);
 }
@@ -231,6 +335,9 @@ fn barbican() {
     another_size_is_refused(&host);
     two_hosts_that_make_a_key_at_once_have_the_same(&host, 2, 512);
     what_is_said_of_a_volume_is_what_the_first_host_said(&host);
+    a_key_that_is_brought_is_kept_and_never_replaces_another(&host, 512);
+    hosts_that_bring_the_same_key_at_once_have_it_once(&host, 2);
+    of_hosts_that_bring_different_keys_at_once_one_has_its_way(&host);
     // Barbican forgets what it deleted.
     what_was_destroyed_is_gone_for_everybody(&host, Reason::NoKey);
 }

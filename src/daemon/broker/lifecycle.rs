@@ -31,7 +31,7 @@ impl Broker {
             )?;
             if before.is_some() {
                 self.check_unused(id, VolumeState::Retired, VolumeState::Enrolled)?;
-                self.vault()?.keys.forget(id);
+                self.vault()?.keys.wipe_copy(id);
                 tracing::warn!(volume = %id, "retired volume {id}, whose key stays");
             }
             self.volume(id)

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use super::super::broker::Verdict;
 use super::*;
-use crate::keys::{Description, KeyInfo, KeyManager};
+use crate::keys::{Capabilities, Description, Imported, KeyInfo, KeyManager};
 use crate::volume::VolumeId;
 
 /// A key manager of both.
@@ -33,6 +33,18 @@ impl KeyManager for Shared {
             Ok(())
         })?;
         Ok(Some((key, description.clone())))
+    }
+
+    fn import(&self, volume: &VolumeId, key: &Key, description: &Description) -> Result<Imported, Refusal> {
+        let kept = (key.bytes().to_vec(), description.clone());
+        match self.0.lock().unwrap().insert(volume.clone(), kept) {
+            None => Ok(Imported::Stored),
+            Some(_) => Ok(Imported::Present),
+        }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { lists: false, imports: true, destroys: true, describes: true }
     }
 
     fn destroy(&self, volume: &VolumeId) -> Result<(), Refusal> {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::super::in_use::{keep, tell};
 use super::*;
-use crate::keys::{Description, KeyInfo, KeyManager};
+use crate::keys::{Capabilities, Description, Imported, KeyInfo, KeyManager};
 use crate::volume::VolumeId;
 
 /// Notes what it is told, and refuses as often as it is to.
@@ -26,6 +26,14 @@ impl KeyManager for Notes {
 
     fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
         Ok((self.get(volume)?, wanted.clone()))
+    }
+
+    fn import(&self, _: &VolumeId, _: &Key, _: &Description) -> Result<Imported, Refusal> {
+        Ok(Imported::Present)
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { lists: true, imports: true, destroys: true, describes: false }
     }
 
     fn destroy(&self, _: &VolumeId) -> Result<(), Refusal> {

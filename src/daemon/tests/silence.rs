@@ -14,7 +14,7 @@ use super::fleet::Shared;
 use super::server::{guest_of, open_errno};
 use super::*;
 use crate::keys::cached::{Cache, CachedKeyManager, KeyCache};
-use crate::keys::{Description, KeyInfo, KeyManager};
+use crate::keys::{Capabilities, Description, Imported, KeyInfo, KeyManager};
 use crate::volume::VolumeId;
 
 /// Says nothing of volumes whose names begin with `hung`, while it is shut.
@@ -48,6 +48,14 @@ impl KeyManager for Gate {
 
     fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
         self.keys.create(volume, wanted)
+    }
+
+    fn import(&self, volume: &VolumeId, key: &Key, description: &Description) -> Result<Imported, Refusal> {
+        self.keys.import(volume, key, description)
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.keys.capabilities()
     }
 
     fn described(&self, volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {
@@ -141,6 +149,14 @@ impl KeyManager for Reachable {
 
     fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
         self.keys.create(volume, wanted)
+    }
+
+    fn import(&self, volume: &VolumeId, key: &Key, description: &Description) -> Result<Imported, Refusal> {
+        self.keys.import(volume, key, description)
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.keys.capabilities()
     }
 
     fn described(&self, volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {

@@ -29,7 +29,7 @@ use self::client::{Asking, Client};
 use self::consumers::Registered;
 use self::refusals::About;
 use self::settle::{Found, label};
-use super::{CheckValue, Description, Key, KeyInfo, KeyManager};
+use super::{Capabilities, CheckValue, Description, FIRST_VERSION, Imported, Key, KeyInfo, KeyManager, other_key};
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
@@ -109,19 +109,26 @@ impl BarbicanKeyManager {
         Ok((key, description.clone()))
     }
 
-    /// Hands a new key to Barbican and chooses it, if it is the one that counts in the end.
-    fn make(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
+    /// Hands `key` to Barbican and chooses it, if it is the one that counts in the end. Returns the one that does.
+    ///
+    /// What comes back with it has to be `alike`: another host that moves the same key may say more of the volume.
+    fn store(
+        &self,
+        volume: &VolumeId,
+        wanted: &Description,
+        key: &Key,
+        alike: fn(&Description, &Description) -> bool,
+    ) -> Result<(Key, Description), Refusal> {
         let mut asking = self.client.begin();
         let refusal = |no_answer| self.refusal(About::NewKey(volume), no_answer);
-        let key = Key::random(wanted.key_size)?;
         let check_value = key.check_value(volume);
         let text = wanted.to_text(check_value).map_err(|error| Refusal::new(Reason::KeyManager, error.to_string()))?;
-        let id = asking.store(&name_of(volume), &key).map_err(refusal)?;
+        let id = asking.store(&name_of(volume), key).map_err(refusal)?;
         asking.put_metadata(&id, &label(volume, &text)).map_err(refusal)?;
         let found = self.settle(&mut asking, volume)?.ok_or_else(|| self.no_key(volume))?;
         let (kept, description) = self.hand_out(&asking, volume, &found)?;
         let is_own = found.check_value == check_value;
-        if is_own && (!kept.same_as(&key) || description != *wanted) {
+        if is_own && !(kept.same_as(key) && alike(&description, wanted)) {
             let sentence = format!(
                 "the new key of volume {volume} is not what Barbican gave back, and was not used: have its administrator look \
                  at the secret {id}"
@@ -162,10 +169,30 @@ impl KeyManager for BarbicanKeyManager {
     fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
         let (key, description) = match self.fetch(volume)? {
             Some(present) => present,
-            None => self.make(volume, wanted)?,
+            None => self.store(volume, wanted, &Key::random(wanted.key_size)?, Description::eq)?,
         };
         description.check_size(volume, wanted)?;
         Ok((key, description))
+    }
+
+    /// # Errors
+    /// As [`get`](KeyManager::get), and [`Reason::WrongKey`] when there is another key.
+    fn import(&self, volume: &VolumeId, key: &Key, description: &Description) -> Result<Imported, Refusal> {
+        let (imported, (kept, said)) = match self.fetch(volume)? {
+            Some(present) => (Imported::Present, present),
+            None => {
+                self.store(volume, description, key, Description::reads_as)?;
+                (Imported::Stored, self.fetch(volume)?.ok_or_else(|| self.no_key(volume))?)
+            }
+        };
+        match kept.same_as(key) && said.reads_as(description) {
+            true => Ok(imported),
+            false => Err(other_key(volume, "Barbican")),
+        }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { lists: true, imports: true, destroys: true, describes: true }
     }
 
     /// # Errors
@@ -219,7 +246,8 @@ impl KeyManager for BarbicanKeyManager {
                 Err(no_answer) => return Err(nobody(no_answer)),
             };
             if settle::is_chosen(&metadata) {
-                let info = KeyInfo { volume: volume.clone(), key_size, version: 1, created_at, destroyed: false };
+                let info =
+                    KeyInfo { volume: volume.clone(), key_size, version: FIRST_VERSION, created_at, destroyed: false };
                 infos.entry(volume).or_insert(info);
             }
             Ok(())

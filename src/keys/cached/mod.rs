@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use self::held::Held;
 use self::jobs::Jobs;
 use self::silence::{Patience, Silence};
-use super::{Description, KekRotation, KeptKeys, Key, KeyInfo, KeyManager, RotationStep};
+use super::{Capabilities, Description, Imported, KekRotation, KeptKeys, Key, KeyInfo, KeyManager, RotationStep};
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
@@ -280,6 +280,26 @@ impl KeyManager for CachedKeyManager {
 
     /// # Errors
     /// Those of the key server's.
+    fn import(&self, volume: &VolumeId, key: &Key, description: &Description) -> Result<Imported, Refusal> {
+        self.shared.server.import(volume, key, description)
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.shared.server.capabilities()
+    }
+
+    /// # Errors
+    /// Those of the key server's. What is kept here is wiped in any case.
+    fn forget(&self, volume: &VolumeId) -> Result<(), Refusal> {
+        self.shared.evict(volume);
+        let forgotten = self.shared.server.forget(volume);
+        // Somebody may have been given it meanwhile.
+        self.shared.evict(volume);
+        forgotten
+    }
+
+    /// # Errors
+    /// Those of the key server's.
     fn note_uses(&self, in_use: &HashSet<VolumeId>) -> Result<(), Refusal> {
         self.shared.server.note_uses(in_use)
     }
@@ -302,7 +322,7 @@ impl KeyManager for CachedKeyManager {
         }
     }
 
-    fn forget(&self, volume: &VolumeId) {
+    fn wipe_copy(&self, volume: &VolumeId) {
         self.shared.evict(volume);
     }
 

@@ -74,6 +74,17 @@ impl KeyManager for Script {
         Ok((self.get(volume)?, wanted.clone()))
     }
 
+    fn import(&self, volume: &VolumeId, key: &Key, _description: &Description) -> Result<Imported, Refusal> {
+        match self.get(volume)?.same_as(key) {
+            true => Ok(Imported::Present),
+            false => Err(Refusal::new(Reason::WrongKey, "no")),
+        }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { lists: true, imports: true, destroys: true, describes: true }
+    }
+
     fn note_uses(&self, in_use: &HashSet<VolumeId>) -> Result<(), Refusal> {
         self.used.lock().unwrap().clone_from(in_use);
         Ok(())
@@ -328,7 +339,7 @@ fn no_key_stands_in_the_files_and_a_wiped_one_not_even_wrapped() {
     };
     assert!(holds(&wrapped));
     assert!(!holds(key_of(1).bytes()));
-    manager.forget(&one());
+    manager.wipe_copy(&one());
     assert!(!holds(&wrapped));
 }
 
@@ -340,7 +351,7 @@ fn what_cannot_be_wiped_is_not_used_all_the_same() {
     let cache = Cache::On(Box::new(host.cache(store, "server").unwrap()));
     let manager = CachedKeyManager::new(Box::new(host.script.clone()), cache);
     assert!(manager.get(&one()).is_ok(), "a read-only database is good enough to read it");
-    manager.forget(&one());
+    manager.wipe_copy(&one());
     assert_eq!(host.store().cached_keys().unwrap().len(), 1);
     assert_eq!(refused(&manager), Reason::TimedOut);
     assert!(manager.kept().unwrap().until.is_empty());
@@ -354,7 +365,7 @@ fn a_key_of_a_retired_or_destroyed_volume_is_not_kept() {
         store.enrol(&wanted().record(&one(), &key_of(1))).unwrap();
         use_once(&host, &manager);
         store.change_state(&one(), &[VolumeState::Enrolled], state, None).unwrap();
-        manager.forget(&one());
+        manager.wipe_copy(&one());
         use_once(&host, &manager);
         assert_eq!(refused(&manager), Reason::TimedOut);
         assert!(store.cached_keys().unwrap().is_empty());
@@ -369,7 +380,7 @@ fn an_answer_that_was_asked_for_before_the_key_was_destroyed_is_not_kept() {
     std::thread::scope(|scope| {
         let asking = scope.spawn(|| manager.get(&one()));
         host.script.wait_until_asked(1);
-        manager.forget(&one());
+        manager.wipe_copy(&one());
         host.script.say(Answer::Key(1));
         assert!(asking.join().unwrap().is_ok());
     });
@@ -502,7 +513,7 @@ fn a_key_that_was_fetched_ahead_is_there_at_once() {
         manager.fetch_ahead(&one());
         assert_eq!(host.script.asked(), asked, "neither is it asked for again");
         // Destroyed or retired on this host between the two.
-        manager.forget(&one());
+        manager.wipe_copy(&one());
         host.script.say(Answer::No(Reason::NoKey));
         assert_eq!(refused(&manager), Reason::NoKey);
         fetch();

@@ -300,11 +300,11 @@ fn a_key_that_reached_the_disk_wrong_is_not_handed_out() {
     let manager = place.open();
     let key = Key::random(size(512)).unwrap();
     let ring = manager.ring();
-    let wrapped = ring.current.1.wrap(&id("one"), VERSION, &key).unwrap();
+    let wrapped = ring.current.1.wrap(&id("one"), FIRST_VERSION, &key).unwrap();
     let info = KeyInfo {
         volume: id("one"),
         key_size: size(512),
-        version: VERSION,
+        version: FIRST_VERSION,
         created_at: seconds_now(),
         destroyed: false,
     };

@@ -21,10 +21,19 @@ use crate::volume::VolumeId;
 const UNFINISHED: &str = "unfinished";
 
 impl KmipKeyManager {
-    /// Has a new key come to be on the server, and lets it be used if it is the one that counts in the end.
+    /// Has a new key come to be on the server, or the one that was `brought` from elsewhere, and lets it be used if it is
+    /// the one that counts in the end. Returns the one that does.
     ///
     /// All servers have to say that there is none: a key that only one of them knows would be replaced by another.
-    pub(super) fn make(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
+    ///
+    /// What comes back with it has to be `alike`: another host that moves the same key may say more of the volume.
+    pub(super) fn make(
+        &self,
+        volume: &VolumeId,
+        wanted: &Description,
+        brought: Option<&Key>,
+        alike: fn(&Description, &Description) -> bool,
+    ) -> Result<(Key, Description), Refusal> {
         let deadline = Instant::now() + self.client.config().deadline;
         let talks: Vec<_> = self.client.order().map(|server| self.client.talk(server, deadline)).collect();
         let talks: Vec<&Talk<'_>> = talks.iter().collect();
@@ -42,17 +51,30 @@ impl KmipKeyManager {
         for talk in &talks {
             none &= find(talk, volume).map_err(|fault| named(talk, fault))?.is_empty();
         }
-        let own = match (none, self.client.config().key_origin) {
-            (false, _) => None,
-            (true, KeyOrigin::Host) => Some(hand_over(first, volume, wanted).map_err(|fault| named(first, fault))?),
-            (true, KeyOrigin::Server) => Some(have_made(first, volume, wanted).map_err(|fault| named(first, fault))?),
+        let made;
+        let own = match (none, brought, self.client.config().key_origin) {
+            (false, _, _) => None,
+            (true, Some(key), _) => Some(key),
+            (true, None, KeyOrigin::Host) => {
+                made = Key::random(wanted.key_size)?;
+                Some(&made)
+            }
+            (true, None, KeyOrigin::Server) => {
+                made = have_made(first, volume, wanted).map_err(|fault| named(first, fault))?;
+                Some(&made)
+            }
         };
+        if let Some(key) = own
+            && (brought.is_some() || self.client.config().key_origin == KeyOrigin::Host)
+        {
+            hand_over(first, volume, wanted, key).map_err(|fault| named(first, fault))?;
+        }
         let settled = settle(&talks, volume).map_err(|fault| named(first, fault))?;
         let found = settled.ok_or_else(|| no_key(volume))?;
         let (kept, description) = hand_out(first, volume, &found).map_err(|fault| named(first, fault))?;
         let is_own = |key: &Key| key.check_value(volume) == found.check_value;
-        if let Some(key) = own.as_ref().filter(|key| is_own(key))
-            && (!kept.same_as(key) || description != *wanted)
+        if let Some(key) = own.filter(|key| is_own(key))
+            && !(kept.same_as(key) && alike(&description, wanted))
         {
             let sentence = format!(
                 "the new key of volume {volume} is not what the KMIP server gave back, and was not used: have its \
@@ -76,14 +98,13 @@ impl KmipKeyManager {
     }
 }
 
-/// Makes a key and hands it to the server.
-fn hand_over(talk: &Talk<'_>, volume: &VolumeId, wanted: &Description) -> Result<Key, Fault> {
-    let key = Key::random(wanted.key_size)?;
-    let text = describe(volume, wanted, &key)?;
+/// Hands a key to the server.
+fn hand_over(talk: &Talk<'_>, volume: &VolumeId, wanted: &Description, key: &Key) -> Result<(), Fault> {
+    let text = describe(volume, wanted, key)?;
     let label = Label { name: &name_of(volume), volume: volume.as_str(), description: &text };
-    match talk.ask(&Request::register(&label, wanted.key_size, &key)) {
-        Ok(_) => Ok(key),
-        Err(trouble) => unless_offered(talk, volume, key, trouble),
+    match talk.ask(&Request::register(&label, wanted.key_size, key)) {
+        Ok(_) => Ok(()),
+        Err(trouble) => unless_offered(talk, volume, trouble),
     }
 }
 
@@ -103,7 +124,7 @@ fn have_made(talk: &Talk<'_>, volume: &VolumeId, wanted: &Description) -> Result
     match described.and_then(|_| talk.ask(&Request::rename(identifier, &name_of(volume)))) {
         Ok(_) => Ok(key),
         Err(trouble @ Trouble::Refused(_)) => undo(talk, identifier, trouble.into()),
-        Err(trouble) => unless_offered(talk, volume, key, trouble),
+        Err(trouble) => unless_offered(talk, volume, trouble).map(|()| key),
     }
 }
 
@@ -136,10 +157,10 @@ fn undo(talk: &Talk<'_>, identifier: &str, fault: Fault) -> Result<Key, Fault> {
 
 /// It may have been offered though no answer came; and a server that lets no name be used twice has taken another
 /// host's meanwhile.
-fn unless_offered(talk: &Talk<'_>, volume: &VolumeId, key: Key, trouble: Trouble) -> Result<Key, Fault> {
+fn unless_offered(talk: &Talk<'_>, volume: &VolumeId, trouble: Trouble) -> Result<(), Fault> {
     match find(talk, volume)?.is_empty() {
         true => Err(trouble.into()),
-        false => Ok(key),
+        false => Ok(()),
     }
 }
 

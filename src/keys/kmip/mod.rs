@@ -23,7 +23,7 @@ use self::making::clear_unfinished;
 use self::message::{Failure, Request, State};
 use self::settle::{Found, find, settle};
 use self::ttlv::Malformed;
-use super::{Description, Key, KeyInfo, KeyManager};
+use super::{Capabilities, Description, FIRST_VERSION, Imported, Key, KeyInfo, KeyManager, other_key};
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
@@ -190,10 +190,31 @@ impl KeyManager for KmipKeyManager {
     fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
         let (key, description) = match self.fetch(volume)? {
             Some(present) => present,
-            None => self.make(volume, wanted)?,
+            None => self.make(volume, wanted, None, Description::eq)?,
         };
         description.check_size(volume, wanted)?;
         Ok((key, description))
+    }
+
+    /// # Errors
+    /// As [`get`](KeyManager::get), and [`Reason::WrongKey`] when there is another key.
+    fn import(&self, volume: &VolumeId, key: &Key, description: &Description) -> Result<Imported, Refusal> {
+        let (imported, (kept, said)) = match self.fetch(volume)? {
+            Some(present) => (Imported::Present, present),
+            None => {
+                self.make(volume, description, Some(key), Description::reads_as)?;
+                // What was handed over is read once more, from whichever server is asked from now on.
+                (Imported::Stored, self.fetch(volume)?.ok_or_else(|| no_key(volume))?)
+            }
+        };
+        match kept.same_as(key) && said.reads_as(description) {
+            true => Ok(imported),
+            false => Err(other_key(volume, "the KMIP server")),
+        }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { lists: true, imports: true, destroys: true, describes: true }
     }
 
     /// # Errors
@@ -250,7 +271,13 @@ impl KeyManager for KmipKeyManager {
                 let size = u32::try_from(attributes.bits).ok().and_then(|bits| KeySize::try_from(bits).ok());
                 let (Some(volume), Some(key_size)) = (volume, size) else { continue };
                 let destroyed = matches!(attributes.state, State::Revoked | State::Destroyed);
-                infos.push(KeyInfo { volume, key_size, version: 1, created_at: attributes.initial_date, destroyed });
+                infos.push(KeyInfo {
+                    volume,
+                    key_size,
+                    version: FIRST_VERSION,
+                    created_at: attributes.initial_date,
+                    destroyed,
+                });
             }
             infos.sort_by(|one, other| one.volume.as_str().cmp(other.volume.as_str()));
             Ok(Some(infos))

@@ -416,3 +416,40 @@ fn a_rotation_goes_on_step_by_step_to_its_end() {
     let daemon = FakeDaemon::answering(vec![under_way(1, Value::Null), refusal]);
     assert_eq!(daemon.run(&["key", "rotate-kek"]).unwrap_err(), "one key cannot be unwrapped: destroy it");
 }
+
+#[test]
+fn keys_are_moved_step_by_step_and_what_was_not_done_is_the_exit_code() {
+    let came = |remaining: u64, stored: u64, refused: Value, after: Value| {
+        json!({ "done": { "key-migration": {
+            "resumed": false, "remaining": remaining, "stored": stored, "present": 0, "removed": 0, "skipped": [],
+            "refused": refused, "after": after
+        } } })
+    };
+    let volume = json!({ "volume": "two" });
+    let line = ["key", "migrate", "--from", "embedded", "--to", "kmip"];
+    for (refused, code) in [(json!([]), 0), (json!(["volume one has another"]), 1)] {
+        let daemon = FakeDaemon::answering(vec![
+            came(3, 0, json!([]), json!("start")),
+            came(1, 2, refused, volume.clone()),
+            came(0, 1, json!([]), Value::Null),
+        ]);
+        let outcome = daemon.run(&line).unwrap();
+        assert!(outcome.text.starts_with("3 keys copied from embedded to kmip"), "{}", outcome.text);
+        assert_eq!(outcome.code, code);
+        let step = |after: Value| {
+            let route = json!({ "from": "embedded", "to": "kmip" });
+            json!({ "migrate-keys": { "route": route, "aim": "copy", "after": after } })
+        };
+        assert_eq!(daemon.request(), json!([step(Value::Null), step(json!("start")), step(volume.clone())]));
+    }
+    // Nothing is destroyed by a slip of the finger.
+    let daemon = FakeDaemon::answering(vec![]);
+    let wrong = [&line[..], &["--destroy-old", "--confirm", "kmip"]].concat();
+    assert_eq!(
+        daemon.run(&wrong).unwrap_err(),
+        "nothing was destroyed: type embedded when asked, or add --confirm embedded"
+    );
+    let daemon = FakeDaemon::answering(vec![came(0, 0, json!([]), Value::Null)]);
+    let right = [&line[..], &["--destroy-old", "--confirm", "embedded"]].concat();
+    assert_eq!(daemon.run(&right).unwrap().text, "0 keys destroyed in embedded; kmip has each of them.\n");
+}

@@ -45,6 +45,10 @@ pub enum Kind {
     PolicyReloaded,
     /// Another key-encryption key wraps new keys, and the others are being rewrapped.
     KekRotationStarted,
+    /// A volume's key is in another key manager as well, which was given it or had it.
+    KeyMoved,
+    /// The key that a volume has in another key manager was destroyed in the one where it was before.
+    OldKeyDestroyed,
     /// All keys are rewrapped, and the old key-encryption key is dropped.
     KekRotated,
 }

@@ -5,6 +5,7 @@ use clap::{Args, Parser, Subcommand};
 
 use super::time;
 use crate::audit::Kind;
+use crate::keys::ManagerKind;
 use crate::volume::VolumeId;
 
 /// Encryption of virtual machines' volumes on the hypervisor.
@@ -172,6 +173,30 @@ pub enum KeyCommand {
     /// volcrypt.kek, the new one has to be there as the credential volcrypt.kek.new. Backups of the database that were
     /// made before need the old one: keep a copy of it as long as they are kept.
     RotateKek,
+    /// Copy the keys from one key manager to another, or go on with that where it was broken off
+    ///
+    /// Guests notice nothing, and volumes open with the keys of the key manager in use as before. Each key is read back
+    /// and compared. A key that is there already is never replaced. The old keys stay until, in a second step,
+    /// --destroy-old is asked for. The order: have a section for the new key manager in the configuration and run
+    /// 'systemctl reload volcryptd'; run this; set type in [key_manager]; run 'systemctl restart volcryptd'; run this
+    /// again, for what was enrolled meanwhile; and once all hosts are changed, run it with --destroy-old.
+    Migrate {
+        /// The key manager where the keys are: embedded, kmip or barbican
+        #[arg(long, value_name = "KEY MANAGER")]
+        from: ManagerKind,
+        /// The key manager where they are to be: embedded, kmip or barbican
+        #[arg(long, value_name = "KEY MANAGER")]
+        to: ManagerKind,
+        /// Leave the old keys where they are, which is done anyway
+        #[arg(long, conflicts_with = "destroy_old")]
+        keep: bool,
+        /// Destroy those old keys that were copied before, after each was compared once more
+        #[arg(long)]
+        destroy_old: bool,
+        /// The old key manager once more, instead of the question
+        #[arg(long, value_name = "KEY MANAGER", requires = "destroy_old")]
+        confirm: Option<ManagerKind>,
+    },
     /// Copy the database, while it is in use, to a new file that only root can read
     ///
     /// The copy holds what is known of volumes, their wrapped keys and the audit log as they are at one moment. The

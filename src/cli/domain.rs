@@ -237,16 +237,17 @@ mod tests {
                         };
                         Reply::Xml(crate::domain::rewrite(&xml, &of_sda).unwrap().xml)
                     }
-                    _ => Reply::Status(Status {
+                    _ => Reply::Status(Box::new(Status {
                         version: "x".into(),
                         configuration_error: None,
                         key_store_error: None,
+                        keys_left_behind: None,
                         mappings: vec![],
                         guests: vec![],
                         intercept,
                         guard: GuardStatus::default(),
                         key_cache: None,
-                    }),
+                    })),
                 };
                 writeln!(stream, "{}", serde_json::to_string(&Response::Done(reply)).unwrap()).unwrap();
             }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::table::printable;
 use crate::guest::is_no_device;
+use crate::keys::ManagerKind;
 use crate::policy::ConfigError;
 use crate::protocol::CallError;
 use crate::refusal::Refusal;
@@ -50,6 +51,8 @@ pub enum CommandError {
     Refused(Refusal),
     /// The operator did not confirm what cannot be undone.
     NotConfirmed(VolumeId),
+    /// The operator did not confirm that old keys are destroyed.
+    KeysNotConfirmed(ManagerKind),
     /// A domain's definition could not be read or changed; the sentence says why.
     Domain(String),
     /// Standard input could not be read.
@@ -82,6 +85,9 @@ impl fmt::Display for CommandError {
             CommandError::Input(source) => write!(f, "standard input cannot be read ({source})"),
             CommandError::NotConfirmed(id) => {
                 write!(f, "nothing was destroyed: type the volume's id when asked, or add --confirm {id}")
+            }
+            CommandError::KeysNotConfirmed(kind) => {
+                write!(f, "nothing was destroyed: type {kind} when asked, or add --confirm {kind}")
             }
             CommandError::Domain(sentence) => f.write_str(&printable(sentence)),
             CommandError::Place { path, source } => {

@@ -1,7 +1,6 @@
 //! `volcrypt key rotate-kek`.
 
-use std::io::{self, IsTerminal, Write};
-
+use super::progress::Progress;
 use super::{CommandError, Daemon};
 use crate::keys::{KekHome, KekRotation, RotationStep};
 use crate::protocol::{Reply, Request};
@@ -46,37 +45,4 @@ fn summary(new: &str, home: KekHome, keys: u64) -> String {
         "The key-encryption key {new} wraps all {keys} keys. {old}\n\
          Back up the new one now, and the database with it: neither is of use without the other.\n"
     )
-}
-
-/// Where the operator sees how far it is: standard error, and a line that changes only if that is a terminal.
-struct Progress {
-    terminal: bool,
-    shown: bool,
-}
-
-impl Progress {
-    fn new() -> Self {
-        Progress { terminal: io::stderr().is_terminal(), shown: false }
-    }
-
-    // Whether anybody reads it makes no difference to what is done.
-    fn say(&self, line: &str) {
-        let _ = writeln!(io::stderr(), "{line}");
-    }
-
-    fn show(&mut self, done: u64, total: u64) {
-        if self.terminal {
-            let _ = write!(io::stderr(), "\r{done} of {total} ");
-            self.shown = true;
-        }
-    }
-}
-
-/// What follows, a refusal perhaps, begins on a line of its own.
-impl Drop for Progress {
-    fn drop(&mut self) {
-        if self.shown {
-            let _ = writeln!(io::stderr());
-        }
-    }
 }

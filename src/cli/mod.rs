@@ -15,6 +15,7 @@ use clap::Parser;
 use serde::Serialize;
 
 use crate::domain::Facts;
+use crate::keys::Route;
 use crate::policy::Config;
 use crate::protocol::{CONTROL_SOCKET, ControlClient, Reply, Request};
 use crate::store::AuditQuery;
@@ -30,7 +31,9 @@ mod grant;
 pub mod identify;
 mod kek;
 mod key;
+mod migrate;
 mod policy;
+mod progress;
 mod rewrite;
 mod status;
 mod table;
@@ -118,6 +121,9 @@ pub fn run(arguments: &Arguments, socket: &Path, libvirt: Libvirt) -> Result<Out
         Command::Volume(command) => on_volume(daemon, command)?,
         Command::Key(KeyCommand::List(format)) => key::list(daemon, *format)?,
         Command::Key(KeyCommand::RotateKek) => kek::rotate(daemon)?,
+        Command::Key(KeyCommand::Migrate { from, to, destroy_old, confirm, .. }) => {
+            return migrate::migrate(daemon, Route { from: *from, to: *to }, *destroy_old, *confirm);
+        }
         Command::Key(KeyCommand::Backup { to }) => backup::back_up(&arguments.config, to)?,
         Command::Key(KeyCommand::Restore { backup }) => backup::restore(&arguments.config, backup)?,
         Command::Grant(GrantCommand::Add { volume, domain, duration }) => {

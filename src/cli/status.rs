@@ -11,7 +11,7 @@ pub(super) fn show(daemon: &Daemon<'_>, format: Format) -> Result<String, Comman
 
 pub(super) fn ask(daemon: &Daemon<'_>) -> Result<Status, CommandError> {
     match daemon.call(&Request::Status)? {
-        Reply::Status(status) => Ok(status),
+        Reply::Status(status) => Ok(*status),
         _ => Err(CommandError::UnexpectedReply),
     }
 }
@@ -19,8 +19,10 @@ pub(super) fn ask(daemon: &Daemon<'_>) -> Result<Status, CommandError> {
 /// Warnings first, then the mappings, then the number of guests, the guard, and the key cache.
 fn describe(status: &Status) -> String {
     let warning = |text: &Option<String>| text.as_ref().map(|text| format!("warning: {}\n", printable(text)));
-    let mut text: String =
-        [&status.configuration_error, &status.key_store_error].into_iter().filter_map(warning).collect();
+    let mut text: String = [&status.configuration_error, &status.key_store_error, &status.keys_left_behind]
+        .into_iter()
+        .filter_map(warning)
+        .collect();
     let GuardStatus { cgroup, devices, fault, all_because, .. } = &status.guard;
     if let Some(fault) = fault {
         text.push_str(&format!("warning: the guard is off: {}\n", printable(fault)));
@@ -104,6 +106,7 @@ mod tests {
             version: "0.1.0".into(),
             configuration_error: None,
             key_store_error: None,
+            keys_left_behind: None,
             mappings: vec![],
             guests: vec![],
             intercept: Intercept::Open,
@@ -183,6 +186,7 @@ mod tests {
         let status = Status {
             configuration_error: Some("volcrypt.toml:3: no".into()),
             key_store_error: Some("locked".into()),
+            keys_left_behind: Some("the keys of 2".into()),
             mappings: vec![mapping(&["web1", "web2"], Some(0)), mapping(&[], None)],
             guests: vec![GuestStatus { pid: 7, domain: None }, GuestStatus { pid: 8, domain: Some("web1".into()) }],
             guard: GuardStatus { on: false, fault: Some("no such cgroup".into()), ..idle().guard },
@@ -192,6 +196,7 @@ mod tests {
             describe(&status),
             "warning: volcrypt.toml:3: no\n\
              warning: locked\n\
+             warning: the keys of 2\n\
              warning: the guard is off: no such cgroup\n\
              VOLUME  MAPPING    BACKING   FORMAT  CIPHER           DOMAINS    SINCE\n\
              vol-1   /dev/dm-0  /dev/sda  plain   aes-xts-plain64  web1,web2  1970-01-01T00:00:00Z\n\

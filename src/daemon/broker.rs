@@ -8,6 +8,7 @@ mod enrolment;
 mod holding;
 mod lifecycle;
 mod mapped;
+mod migration;
 mod policy;
 mod readiness;
 
@@ -54,6 +55,7 @@ pub struct Broker {
     encryptor: Box<dyn VolumeEncryptor>,
     vault: Mutex<Option<Arc<Vault>>>,
     enrolling: VolumeLocks,
+    migrating: Mutex<()>,
     refusals: RefusalLimit,
     uses: Arc<UseLimit>,
     merging: Arc<AtomicBool>,
@@ -91,11 +93,24 @@ impl Broker {
         encryptor: Box<dyn VolumeEncryptor>,
     ) -> Self {
         let policy = Policy::new(config);
-        let (vault, enrolling) = (Mutex::default(), VolumeLocks::default());
+        let (vault, enrolling, migrating) = (Mutex::default(), VolumeLocks::default(), Mutex::default());
         let (refusals, uses, merging) = (RefusalLimit::default(), Arc::default(), Arc::default());
         let holds = Arc::new(Holds::new(HELD_FOR));
         let in_use = InUse::default();
-        Broker { policy, devices, domains, encryptor, vault, enrolling, refusals, uses, merging, holds, in_use }
+        Broker {
+            policy,
+            devices,
+            domains,
+            encryptor,
+            vault,
+            enrolling,
+            migrating,
+            refusals,
+            uses,
+            merging,
+            holds,
+            in_use,
+        }
     }
 
     /// The maker of mappings.
@@ -371,35 +386,38 @@ impl Broker {
 
 impl Vault {
     fn open(config: &KeyManagerConfig, cache: &KeyCacheConfig) -> Result<Self, Refusal> {
-        let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(std::path::PathBuf::from);
-        match config {
-            KeyManagerConfig::Embedded { directory } => {
-                let store = open_store(directory)?;
-                let keys = EmbeddedKeyManager::open(Arc::clone(&store), credentials.as_deref(), directory)?;
-                Ok(Vault { store, keys: Box::new(keys) })
-            }
-            KeyManagerConfig::Kmip { directory, kmip } => {
-                let store = Arc::new(Store::open(directory)?);
-                let cache = open_cache(&store, credentials.as_deref(), config, cache);
-                let keys = CachedKeyManager::new(Box::new(KmipKeyManager::new(kmip.clone())), cache);
-                Ok(Vault { store, keys: Box::new(keys) })
-            }
-            KeyManagerConfig::Barbican { directory, barbican } => {
-                let store = Arc::new(Store::open(directory)?);
-                let cache = open_cache(&store, credentials.as_deref(), config, cache);
-                let barbican = BarbicanKeyManager::new(barbican.as_ref().clone());
-                Ok(Vault { store, keys: Box::new(CachedKeyManager::new(Box::new(barbican), cache)) })
-            }
-            KeyManagerConfig::KeyFile { file } => {
-                tracing::warn!(
-                    "every volume is encrypted with the one key in {}: this protects nothing",
-                    file.display()
-                );
-                let store = open_store(config.directory())?;
-                Ok(Vault { store, keys: Box::new(KeyFileManager::open(file, OneKeyForEveryVolume)?) })
-            }
+        let is_server = config.server().is_some();
+        let store = match is_server {
+            true => Arc::new(Store::open(config.directory())?),
+            false => open_store(config.directory())?,
+        };
+        if let KeyManagerConfig::KeyFile { file } = config {
+            tracing::warn!("every volume is encrypted with the one key in {}: this protects nothing", file.display());
         }
+        let keys = Vault::keys(config, &store)?;
+        if !is_server {
+            return Ok(Vault { store, keys });
+        }
+        let cache = open_cache(&store, credentials().as_deref(), config, cache);
+        Ok(Vault { store, keys: Box::new(CachedKeyManager::new(keys, cache)) })
     }
+
+    /// The key manager that `config` names, beside `store`.
+    fn keys(config: &KeyManagerConfig, store: &Arc<Store>) -> Result<Box<dyn KeyManager>, Refusal> {
+        Ok(match config {
+            KeyManagerConfig::Embedded { directory } => {
+                Box::new(EmbeddedKeyManager::open(Arc::clone(store), credentials().as_deref(), directory)?)
+            }
+            KeyManagerConfig::Kmip { kmip, .. } => Box::new(KmipKeyManager::new(kmip.clone())),
+            KeyManagerConfig::Barbican { barbican, .. } => Box::new(BarbicanKeyManager::new(barbican.as_ref().clone())),
+            KeyManagerConfig::KeyFile { file } => Box::new(KeyFileManager::open(file, OneKeyForEveryVolume)?),
+        })
+    }
+}
+
+/// Where systemd puts what it was given as credentials.
+fn credentials() -> Option<std::path::PathBuf> {
+    std::env::var_os("CREDENTIALS_DIRECTORY").map(std::path::PathBuf::from)
 }
 
 fn enrolled_device(identity: &Identity) -> EnrolledDevice {

@@ -126,7 +126,7 @@ impl Control {
                 sweep(&self.broker)?;
                 Ok(Reply::Nothing)
             }
-            Request::Status => Ok(Reply::Status(status::status(&self.broker, &self.guests, (self.guard)())?)),
+            Request::Status => Ok(Reply::Status(Box::new(status::status(&self.broker, &self.guests, (self.guard)())?))),
             Request::Volumes => Ok(Reply::Volumes(self.volumes(self.broker.vault()?.store.volumes()?)?)),
             Request::Volume { id } => self.volume(self.broker.volume(&id)?),
             Request::Keys => {
@@ -137,6 +137,7 @@ impl Control {
                 let step = self.broker.vault().and_then(|vault| vault.keys.rotate_kek(&step));
                 Ok(Reply::KekRotation(self.recorded(step)?))
             }
+            Request::MigrateKeys(step) => Ok(Reply::KeyMigration(self.recorded(self.broker.migrate_keys(&step))?)),
             Request::Enrol { device, owner } => {
                 let enrolled = at(&device).and_then(|device| self.broker.enrol(device, owner.as_deref()));
                 self.volume(self.recorded(enrolled)?)

@@ -31,6 +31,7 @@ pub fn status(broker: &Broker, guests: &Guests, guard: GuardStatus) -> Result<St
         version: env!("CARGO_PKG_VERSION").to_owned(),
         configuration_error: broker.configuration_error(),
         key_store_error: broker.vault().err().map(|error| error.to_string()),
+        keys_left_behind: broker.keys_left_behind(),
         mappings,
         guests: registered,
         intercept: broker.config().map(|config| config.hook.intercept).unwrap_or_default(),

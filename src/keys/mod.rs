@@ -20,6 +20,7 @@ mod kek_places;
 mod key;
 mod key_file;
 pub mod kmip;
+mod migration;
 mod rotation;
 mod secret_file;
 pub mod tls;
@@ -29,6 +30,7 @@ pub use embedded::EmbeddedKeyManager;
 pub use kek::KeyEncryptionKey;
 pub use key::{CheckValue, Key};
 pub use key_file::{KeyFileManager, OneKeyForEveryVolume};
+pub use migration::{Aim, KeyMigration, MigrationProgress, MigrationStep, Place, Route};
 pub use rotation::{KekHome, KekRotation, RotationStep};
 
 /// The version of the first key that a volume has.

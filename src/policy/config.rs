@@ -13,7 +13,7 @@ use super::error::{ConfigError, Fault};
 use super::file::{AuditTable, DaemonTable, File, HookTable, PolicyTable, ProfileTable, RuleTable};
 use super::guard::GuardConfig;
 use super::index::Index;
-use super::key_manager::{KeyCacheConfig, KeyManagerConfig};
+use super::key_manager::{KeyCacheConfig, KeyManagerConfig, KeyServers};
 use super::profile::{NAME_RULE, Profile, is_name};
 use super::rule::{Fit, Rule};
 use super::targets::PlaintextTargets;
@@ -39,6 +39,8 @@ pub struct Config {
     pub key_manager: KeyManagerConfig,
     /// How long they may be used without it.
     pub key_cache: KeyCacheConfig,
+    /// The servers where keys can live, whether or not they do.
+    pub key_servers: KeyServers,
     /// What the daemon is told.
     pub daemon: DaemonConfig,
     /// What the hook is told.
@@ -231,9 +233,11 @@ impl Config {
     fn from_file(file: File) -> Result<Self, Fault> {
         let profiles = profiles(file.profiles)?;
         let rules = rules(file.rules, &profiles)?;
+        let key_servers = KeyServers::new(file.kmip, file.barbican)?;
         Ok(Config {
-            key_manager: KeyManagerConfig::new(file.key_manager, file.kmip, file.barbican)?,
+            key_manager: KeyManagerConfig::new(file.key_manager, &key_servers)?,
             key_cache: KeyCacheConfig::new(file.key_cache)?,
+            key_servers,
             daemon: daemon(file.daemon)?,
             hook: hook(file.hook)?,
             policy: policy(file.policy)?,

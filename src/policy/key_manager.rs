@@ -6,6 +6,7 @@ use toml::Spanned;
 use super::config::seconds;
 use super::error::Fault;
 use super::file::{BarbicanTable, KeyCacheTable, KeyManagerTable, KmipTable};
+use crate::keys::ManagerKind;
 use crate::keys::barbican::{BarbicanConfig, Credential, check_url};
 use crate::keys::kmip::{KeyOrigin, KmipConfig, split_address};
 
@@ -103,14 +104,17 @@ impl KeyManagerConfig {
         }
     }
 
-    pub(super) fn new(
-        table: KeyManagerTable,
-        kmip: Option<Spanned<KmipTable>>,
-        barbican: Option<Spanned<BarbicanTable>>,
-    ) -> Result<Self, Fault> {
-        // What is wrong with them is wrong also while they are not used.
-        let kmip = kmip.map(new_kmip).transpose()?;
-        let barbican = barbican.map(new_barbican).transpose()?;
+    /// Its name in the configuration.
+    pub fn kind(&self) -> ManagerKind {
+        match self {
+            KeyManagerConfig::Embedded { .. } => ManagerKind::Embedded,
+            KeyManagerConfig::Kmip { .. } => ManagerKind::Kmip,
+            KeyManagerConfig::Barbican { .. } => ManagerKind::Barbican,
+            KeyManagerConfig::KeyFile { .. } => ManagerKind::KeyFile,
+        }
+    }
+
+    pub(super) fn new(table: KeyManagerTable, servers: &KeyServers) -> Result<Self, Fault> {
         let refuse = |span, sentence: &str| Err(Fault::new(span, sentence));
         match table.kind.as_ref().map(|kind| kind.get_ref().as_str()) {
             kind @ (None | Some("embedded" | "kmip" | "barbican")) => {
@@ -125,14 +129,12 @@ impl KeyManagerConfig {
                 }
                 let directory = table.directory.map_or(Ok(PathBuf::from(DEFAULT_DIRECTORY)), absolute)?;
                 let span = table.kind.as_ref().map_or(0..0, Spanned::span);
-                match (kind, kmip, barbican) {
+                match (kind, servers.kmip.clone(), servers.barbican.clone()) {
                     (Some("kmip"), Some(kmip), _) => Ok(KeyManagerConfig::Kmip { directory, kmip }),
                     (Some("kmip"), None, _) => {
                         refuse(span, "the type \"kmip\" needs a section [kmip] that names its servers; add one")
                     }
-                    (Some("barbican"), _, Some(barbican)) => {
-                        Ok(KeyManagerConfig::Barbican { directory, barbican: Box::new(barbican) })
-                    }
+                    (Some("barbican"), _, Some(barbican)) => Ok(KeyManagerConfig::Barbican { directory, barbican }),
                     (Some("barbican"), _, None) => {
                         refuse(span, "the type \"barbican\" needs a section [barbican] that names Keystone; add one")
                     }
@@ -164,6 +166,41 @@ impl KeyManagerConfig {
                     format!("key manager type {other:?} is not known; use \"embedded\", \"kmip\" or \"barbican\"");
                 Err(Fault::new(table.kind.map_or(0..0, |kind| kind.span()), sentence))
             }
+        }
+    }
+}
+
+/// The key servers that have a section, whether or not they are used: keys can be moved from and to them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct KeyServers {
+    /// The section `[kmip]`.
+    kmip: Option<KmipConfig>,
+    /// The section `[barbican]`.
+    barbican: Option<Box<BarbicanConfig>>,
+}
+
+impl KeyServers {
+    pub(super) fn new(
+        kmip: Option<Spanned<KmipTable>>,
+        barbican: Option<Spanned<BarbicanTable>>,
+    ) -> Result<Self, Fault> {
+        // What is wrong with them is wrong also while they are not used.
+        let kmip = kmip.map(new_kmip).transpose()?;
+        let barbican = barbican.map(new_barbican).transpose()?;
+        Ok(KeyServers { kmip, barbican: barbican.map(Box::new) })
+    }
+
+    /// The key manager `kind` beside the database that `used` has; nothing if the file does not say how to reach it.
+    pub fn named(&self, kind: ManagerKind, used: &KeyManagerConfig) -> Option<KeyManagerConfig> {
+        let directory = used.directory().to_owned();
+        match kind {
+            kind if kind == used.kind() => Some(used.clone()),
+            ManagerKind::Embedded => Some(KeyManagerConfig::Embedded { directory }),
+            ManagerKind::Kmip => self.kmip.clone().map(|kmip| KeyManagerConfig::Kmip { directory, kmip }),
+            ManagerKind::Barbican => {
+                self.barbican.clone().map(|barbican| KeyManagerConfig::Barbican { directory, barbican })
+            }
+            ManagerKind::KeyFile => None,
         }
     }
 }

@@ -25,7 +25,7 @@ pub use config::{
 pub use decision::{Decision, Protection};
 pub use error::ConfigError;
 pub use guard::{DEFAULT_PARTITION, GuardConfig};
-pub use key_manager::{DEFAULT_DIRECTORY, KeyCacheConfig, KeyManagerConfig};
+pub use key_manager::{DEFAULT_DIRECTORY, KeyCacheConfig, KeyManagerConfig, KeyServers};
 pub(crate) use profile::is_supported;
 pub use profile::{KeySize, Profile, Provider, UnsupportedKeySize};
 pub use rule::{Action, Protect, Rule};

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::Identification;
 use super::registration::receive_with_descriptors;
 use crate::audit::Link;
-use crate::keys::{KekRotation, KeyInfo, RotationStep};
+use crate::keys::{KekRotation, KeyInfo, MigrationProgress, MigrationStep, RotationStep};
 use crate::policy::Intercept;
 use crate::store::{AuditPage, AuditQuery, Grant, Verified, VolumeRecord};
 use crate::volume::VolumeId;
@@ -48,6 +48,8 @@ pub enum Request {
     Keys,
     /// A step in the replacement of the key-encryption key.
     RotateKek(RotationStep),
+    /// A step in moving keys from one key manager to another.
+    MigrateKeys(MigrationStep),
     /// Make the blank volume on a device ready for its first use.
     Enrol {
         /// A path of the device.
@@ -171,7 +173,7 @@ pub enum Reply {
     /// Nothing to report.
     Nothing,
     /// The answer to [`Request::Status`].
-    Status(Status),
+    Status(Box<Status>),
     /// The answer to [`Request::Volumes`], and to every request about one volume: its record as it is
     /// then.
     Volumes(Vec<VolumeStatus>),
@@ -181,6 +183,8 @@ pub enum Reply {
     Keys(Vec<KeyInfo>),
     /// The answer to [`Request::RotateKek`].
     KekRotation(KekRotation),
+    /// The answer to [`Request::MigrateKeys`].
+    KeyMigration(MigrationProgress),
     /// The answer to [`Request::Audit`].
     Audit(AuditPage),
     /// The answer to [`Request::VerifyAudit`].
@@ -208,6 +212,9 @@ pub struct Status {
     pub configuration_error: Option<String>,
     /// Why the key store could not be used, if so.
     pub key_store_error: Option<String>,
+    /// Which keys are in the database only, while another key manager is used, if there are any.
+    #[serde(default)]
+    pub keys_left_behind: Option<String>,
     /// Every mapping of volcrypt's in the kernel.
     pub mappings: Vec<MappingStatus>,
     /// Every QEMU whose opens the daemon answers.

@@ -142,16 +142,17 @@ fn a_detached_disks_mapping_is_said_to_be_gone_or_whose_it_is() {
             held_for: vec![],
             since: None,
         };
-        Reply::Status(Status {
+        Reply::Status(Box::new(Status {
             version: "x".into(),
             configuration_error: None,
             key_store_error: None,
+            keys_left_behind: None,
             mappings: domains.into_iter().map(mapping).collect(),
             guests: vec![],
             intercept: crate::policy::Intercept::Xml,
             guard: GuardStatus::default(),
             key_cache: None,
-        })
+        }))
     };
     for (answers, expected) in [
         (vec![device(None)], "Detached from domain web.\n"),

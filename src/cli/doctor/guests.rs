@@ -164,6 +164,7 @@ mod tests {
             version: "x".into(),
             configuration_error: None,
             key_store_error: None,
+            keys_left_behind: None,
             mappings: vec![],
             guests: pids.iter().map(|&pid| GuestStatus { pid, domain: None }).collect(),
             intercept: Intercept::Open,

@@ -162,7 +162,11 @@ fn daemon_errors(status: &Status) -> impl Iterator<Item = Finding> {
             "journalctl -u volcryptd shows more; then run 'systemctl restart volcryptd'",
         )
     });
-    configuration.into_iter().chain(store)
+    let left = status.keys_left_behind.as_ref().map(|sentence| {
+        let (what, remedy) = sentence.split_once(": ").unwrap_or((sentence, "see 'volcrypt key migrate --help'"));
+        Finding::fail("keys", what, remedy)
+    });
+    configuration.into_iter().chain(store).chain(left)
 }
 
 /// Without it a guest that runs without the wrapper can open a protected volume in clear.
@@ -227,6 +231,7 @@ mod tests {
             version: version.into(),
             configuration_error: None,
             key_store_error: None,
+            keys_left_behind: None,
             mappings: vec![],
             guests: vec![],
             intercept: Intercept::Open,
@@ -295,9 +300,13 @@ mod tests {
     #[test]
     fn what_the_daemon_complains_of_fails() {
         assert_eq!(daemon_errors(&status("x")).count(), 0);
-        let complaining =
-            Status { configuration_error: Some("a".into()), key_store_error: Some("b".into()), ..status("x") };
+        let complaining = Status {
+            configuration_error: Some("a".into()),
+            key_store_error: Some("b".into()),
+            keys_left_behind: Some("c: d".into()),
+            ..status("x")
+        };
         assert!(daemon_errors(&complaining).all(|finding| finding.verdict == Verdict::Fail));
-        assert_eq!(daemon_errors(&complaining).count(), 2);
+        assert_eq!(daemon_errors(&complaining).count(), 3);
     }
 }

@@ -5,7 +5,7 @@ use super::super::control::Control;
 use super::super::guests::Guests;
 use super::super::identify::identify;
 use super::*;
-use crate::keys::{KekHome, KekRotation, RotationStep};
+use crate::keys::{Aim, KekHome, KekRotation, ManagerKind, MigrationStep, Place, RotationStep, Route};
 use crate::policy::Outcome;
 use crate::protocol::{GuardStatus, Identification, Reply, Request, Response};
 
@@ -142,4 +142,54 @@ fn a_key_manager_without_a_key_encryption_key_has_none_to_replace() {
     let broker = world.broker(false).with_keys(Box::new(keys));
     let (sentence, _) = ask(broker, &Request::RotateKek(RotationStep::Begin)).unwrap_err();
     assert!(sentence.contains("has no key-encryption key to replace"), "{sentence}");
+}
+
+#[test]
+fn keys_are_moved_only_where_the_configuration_says_how_and_old_ones_go_only_after_the_switch() {
+    let world = World::new();
+    let step = |from, to, aim| Request::MigrateKeys(MigrationStep { route: Route { from, to }, aim, after: None });
+    let refused = |more: &str, request| ask(world.broker_saying(false, more), &request).unwrap_err().0;
+    let (embedded, kmip, barbican) = (ManagerKind::Embedded, ManagerKind::Kmip, ManagerKind::Barbican);
+    assert_eq!(
+        refused("", step(embedded, kmip, Aim::Copy)),
+        "the configuration does not say how kmip is reached: add a section [kmip], and run 'systemctl reload volcryptd'"
+    );
+    assert_eq!(
+        refused("", step(kmip, barbican, Aim::Copy)),
+        "the keys that are in use are those of embedded, so none are moved from kmip to barbican: name embedded with \
+         --from or --to"
+    );
+    assert_eq!(
+        refused("", step(embedded, ManagerKind::KeyFile, Aim::Copy)),
+        "keys are not moved to or from a key-file, which holds one key for all volumes: name another key manager"
+    );
+    let section = "[kmip]\nservers = [\"127.0.0.1:1\"]\nca = \"/x\"\ncertificate = \"/x\"\nkey = \"/x\"\n";
+    assert_eq!(
+        refused(section, step(embedded, kmip, Aim::DestroyOld)),
+        "the keys in embedded are the ones in use, so none is destroyed: copy them (without --destroy-old), set type = \
+         \"kmip\" in the section [key_manager] on every host that uses them, run 'systemctl restart volcryptd' there, and \
+         repeat once the volumes open"
+    );
+    let broker = world.broker_saying(true, section);
+    let device = world.add_volume("one", 3);
+    broker.enrol(device, None).unwrap();
+    assert_eq!(broker.keys_left_behind(), None, "they are in use");
+    let Reply::KeyMigration(begun) = ask(broker, &step(embedded, kmip, Aim::Copy)).unwrap() else { panic!() };
+    assert_eq!((begun.remaining, begun.after.as_ref()), (1, Some(&Place::Start)));
+    // Nobody listens there.
+    let go_on = Request::MigrateKeys(MigrationStep {
+        route: Route { from: embedded, to: kmip },
+        aim: Aim::Copy,
+        after: Some(Place::Start),
+    });
+    let sentence = refused(section, go_on);
+    assert!(sentence.ends_with("; what was done is noted: run the same command again to go on"), "{sentence}");
+    // Whoever switches all the same is told.
+    let state = world.folder.path().join("state");
+    let switched = world.broker_with(&format!("[key_manager]\ntype = \"kmip\"\ndirectory = {state:?}\n{section}"));
+    assert_eq!(
+        switched.keys_left_behind().unwrap(),
+        "the keys of 1 enrolled volumes were not copied from the database to kmip, which is in use, and they may not open: \
+         run 'volcrypt key migrate --from embedded --to kmip'"
+    );
 }

@@ -1,0 +1,447 @@
+//! How keys are moved from one key manager to another.
+//!
+//! At every moment each key is in one of the two, and the volumes open as the configuration says:
+//!
+//! 1. Which keys are to be copied is noted in the database. Nothing else happens.
+//! 2. Each is handed to the new key manager with what other hosts have to know of the volume, read back, compared, and
+//!    noted as copied. Broken off before that note, the next run finds the same key there, which is fine.
+//! 3. The operator names the new key manager in the configuration, and restarts the daemon.
+//! 4. Only then, and only when asked to, each old key that was noted as copied is compared once more with the new
+//!    one, recorded and destroyed. Broken off before that is noted, the next run finds it gone.
+//!
+//! A volume that is retired or destroyed is passed over: its key stays where it is.
+
+use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+use super::{Description, Imported, Key, KeyManager, ManagerKind};
+use crate::audit::{Asker, Event, Kind};
+use crate::encryptor::VolumeLocks;
+use crate::refusal::{Reason, Refusal};
+use crate::store::{MoveState, Planned, Store, VolumeRecord, VolumeState};
+use crate::volume::VolumeId;
+
+/// How many keys are worked on at once: a key manager that several hosts ask waits for seconds before it takes one.
+const AT_ONCE: usize = 16;
+/// Enough for what talks to a key manager, as for the threads of the control socket.
+const STACK: usize = 512 << 10;
+/// For how long one step goes on with the next keys.
+const STEP: Duration = Duration::from_secs(1);
+
+/// From which key manager to which one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Route {
+    /// Where the keys are.
+    pub from: ManagerKind,
+    /// Where they are to be.
+    pub to: ManagerKind,
+}
+
+/// What is to be done with the keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Aim {
+    /// To have them in both.
+    Copy,
+    /// To destroy the old ones of those that are in both.
+    DestroyOld,
+}
+
+/// A step of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MigrationStep {
+    /// From where to where.
+    pub route: Route,
+    /// What for.
+    pub aim: Aim,
+    /// Where to go on; to begin, or to take up what was broken off, if nothing is said.
+    pub after: Option<Place>,
+}
+
+/// How far a run has come.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Place {
+    /// It is planned.
+    Start,
+    /// This is the last volume that was looked at.
+    Volume(VolumeId),
+}
+
+/// What came of a step.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MigrationProgress {
+    /// Whether an earlier run left something to do; said of the first step.
+    pub resumed: bool,
+    /// How many keys are left.
+    pub remaining: u64,
+    /// How many were handed to the new key manager now.
+    pub stored: u64,
+    /// How many it had already.
+    pub present: u64,
+    /// How many old ones are gone.
+    pub removed: u64,
+    /// Of which volumes the keys stay as they are on purpose, and why.
+    pub skipped: Vec<String>,
+    /// For which volumes it could not be done, and why.
+    pub refused: Vec<String>,
+    /// Where to go on; nothing when all were looked at.
+    pub after: Option<Place>,
+}
+
+/// Moves keys between two key managers.
+pub struct KeyMigration<'a> {
+    store: &'a Store,
+    locks: &'a VolumeLocks,
+    route: Route,
+    source: &'a dyn KeyManager,
+    target: &'a dyn KeyManager,
+    step: Duration,
+}
+
+/// What became of one key.
+enum Done {
+    Imported(Imported),
+    Removed,
+    Skipped(String),
+}
+
+impl<'a> KeyMigration<'a> {
+    /// Moves keys from `source` to `target`, as `route` calls them, for the volumes of `store`. On one volume nobody else
+    /// works meanwhile, as `locks` have it.
+    ///
+    /// # Errors
+    /// [`Reason::Configuration`] when one of the two cannot do that.
+    pub fn new(
+        store: &'a Store,
+        locks: &'a VolumeLocks,
+        route: Route,
+        (source, target): (&'a dyn KeyManager, &'a dyn KeyManager),
+    ) -> Result<Self, Refusal> {
+        let cannot = |kind: ManagerKind, what: &str| {
+            Refusal::new(
+                Reason::Configuration,
+                format!("no keys are moved from {} to {}, because {kind} {what}", route.from, route.to),
+            )
+        };
+        if route.from == route.to {
+            return Err(cannot(route.to, "is both: name another key manager with --to"));
+        }
+        let (from, to) = (source.capabilities(), target.capabilities());
+        if !(from.lists && from.destroys) {
+            return Err(cannot(route.from, "has one key for all volumes, and none that could be moved"));
+        }
+        if !to.imports {
+            return Err(cannot(route.to, "has one key for all volumes, and takes no other"));
+        }
+        Ok(KeyMigration { store, locks, route, source, target, step: STEP })
+    }
+
+    /// The same, where a step ends after the first keys.
+    #[cfg(test)]
+    pub(super) fn in_small_steps(self) -> Self {
+        KeyMigration { step: Duration::ZERO, ..self }
+    }
+
+    /// Takes a step, of a few seconds at most where the key managers answer.
+    ///
+    /// # Errors
+    /// When no other key could be moved either: a key manager does not answer, or the database cannot be written. What
+    /// was done is noted, and the step can be repeated.
+    pub fn take(&self, aim: Aim, after: Option<&Place>) -> Result<MigrationProgress, Refusal> {
+        match (after, aim) {
+            (None, Aim::Copy) => self.plan_copies(),
+            (None, Aim::DestroyOld) => self.plan_removals(),
+            (Some(Place::Start), aim) => self.go_on(aim, None),
+            (Some(Place::Volume(volume)), aim) => self.go_on(aim, Some(volume.clone())),
+        }
+    }
+
+    fn plan_copies(&self) -> Result<MigrationProgress, Refusal> {
+        let states = self.states()?;
+        let mut progress = MigrationProgress { after: Some(Place::Start), ..MigrationProgress::default() };
+        let mut volumes = Vec::new();
+        let mut listed = HashSet::new();
+        for volume in self.listed()? {
+            match states.get(&volume).and_then(|state| self.passed_over(&volume, *state)) {
+                Some(word) => progress.skipped.push(word),
+                None => volumes.push(volume.clone()),
+            }
+            listed.insert(volume);
+        }
+        // A volume that is used here must not lose its key with the old key manager only because that does not list it.
+        let used =
+            states.into_iter().filter(|(volume, state)| *state == VolumeState::Enrolled && !listed.contains(volume));
+        volumes.extend(used.map(|(volume, _)| volume));
+        let Planned { resumed, remaining } = self.store.plan_copies(self.route, &volumes)?;
+        Ok(MigrationProgress { resumed, remaining, ..progress })
+    }
+
+    fn plan_removals(&self) -> Result<MigrationProgress, Refusal> {
+        let states = self.states()?;
+        let (Planned { resumed, remaining }, others) = self.store.plan_removals(self.route, self.listed()?)?;
+        let mut progress =
+            MigrationProgress { resumed, remaining, after: Some(Place::Start), ..MigrationProgress::default() };
+        let Route { from, to } = self.route;
+        for volume in others {
+            match states.get(&volume).and_then(|state| self.passed_over(&volume, *state)) {
+                Some(word) => progress.skipped.push(word),
+                None => progress.refused.push(format!(
+                    "the key of volume {volume} in {from} was not copied to {to} by this host and stays: run 'volcrypt key \
+                     migrate --from {from} --to {to}' first"
+                )),
+            }
+        }
+        Ok(progress)
+    }
+
+    /// The volumes of which the source has usable keys, each once.
+    fn listed(&self) -> Result<Vec<VolumeId>, Refusal> {
+        let infos = self.source.list()?;
+        let mut volumes: Vec<VolumeId> =
+            infos.into_iter().filter(|info| !info.destroyed).map(|info| info.volume).collect();
+        volumes.sort();
+        volumes.dedup();
+        Ok(volumes)
+    }
+
+    fn states(&self) -> Result<HashMap<VolumeId, VolumeState>, Refusal> {
+        Ok(self.store.volumes()?.into_iter().map(|record| (record.id, record.state)).collect())
+    }
+
+    /// Why the key of a volume in such a state stays where it is.
+    fn passed_over(&self, volume: &VolumeId, state: VolumeState) -> Option<String> {
+        let from = self.route.from;
+        match state {
+            VolumeState::Enrolled => None,
+            VolumeState::Retired => Some(format!(
+                "volume {volume} is retired, and its key stays in {from} only: enrol it again and repeat if it is still \
+                 needed, or run 'volcrypt volume destroy {volume}'"
+            )),
+            VolumeState::Destroyed => Some(format!("volume {volume} was destroyed, and {from} has a key of it still")),
+        }
+    }
+
+    fn go_on(&self, aim: Aim, mut after: Option<VolumeId>) -> Result<MigrationProgress, Refusal> {
+        let began = Instant::now();
+        let state = match aim {
+            Aim::Copy => MoveState::Planned,
+            Aim::DestroyOld => MoveState::Leaving,
+        };
+        let mut progress = MigrationProgress::default();
+        loop {
+            let volumes = self.store.moves(self.route, state, after.as_ref(), AT_ONCE)?;
+            let Some(last) = volumes.last().cloned() else {
+                progress.after = None;
+                break;
+            };
+            self.together(aim, &volumes, &mut progress)?;
+            progress.after = Some(Place::Volume(last.clone()));
+            after = Some(last);
+            if began.elapsed() >= self.step {
+                break;
+            }
+        }
+        progress.remaining = self.store.count_moves(self.route, state)?;
+        Ok(progress)
+    }
+
+    /// Works on some keys at once.
+    fn together(&self, aim: Aim, volumes: &[VolumeId], progress: &mut MigrationProgress) -> Result<(), Refusal> {
+        let asker = Asker::current();
+        let work = |volume: &VolumeId| {
+            asker.clone().ask(|| {
+                self.locks.with(volume, || match aim {
+                    Aim::Copy => self.copy(volume),
+                    Aim::DestroyOld => self.remove(volume),
+                })
+            })
+        };
+        let work = &work;
+        let outcomes: Vec<Result<Done, Refusal>> = std::thread::scope(|scope| {
+            let threads: Vec<_> = volumes
+                .iter()
+                .map(|volume| {
+                    let thread = std::thread::Builder::new().name("migrate".to_owned()).stack_size(STACK);
+                    // Without a thread of its own it takes its turn here.
+                    thread.spawn_scoped(scope, move || work(volume)).map_err(|_| work(volume))
+                })
+                .collect();
+            let panicked =
+                || Err(Refusal::new(Reason::KeyManager, "a key was given up, as the journal says: try again"));
+            threads
+                .into_iter()
+                .map(|thread| match thread {
+                    Ok(thread) => thread.join().unwrap_or_else(|_| panicked()),
+                    Err(done) => done,
+                })
+                .collect()
+        });
+        let mut stopped = None;
+        for (volume, outcome) in volumes.iter().zip(outcomes) {
+            match outcome {
+                Ok(Done::Imported(Imported::Stored)) => progress.stored += 1,
+                Ok(Done::Imported(Imported::Present)) => progress.present += 1,
+                Ok(Done::Removed) => progress.removed += 1,
+                Ok(Done::Skipped(word)) => {
+                    self.store.drop_move(volume)?;
+                    progress.skipped.push(word);
+                }
+                Err(refusal) if is_about_all(refusal.reason()) => stopped = Some(refusal),
+                Err(refusal) => progress.refused.push(refusal.to_string()),
+            }
+        }
+        match stopped {
+            None => Ok(()),
+            Some(refusal) => Err(Refusal::new(
+                refusal.reason(),
+                format!("{refusal}; what was done is noted: run the same command again to go on"),
+            )),
+        }
+    }
+
+    /// Has the key of `volume` in both key managers.
+    fn copy(&self, volume: &VolumeId) -> Result<Done, Refusal> {
+        let record = self.store.volume(volume)?;
+        if let Some(word) = record.as_ref().and_then(|record| self.passed_over(volume, record.state)) {
+            return Ok(Done::Skipped(word));
+        }
+        let Route { from, to } = self.route;
+        let (key, description) = match (self.found(volume)?, &record) {
+            (None, Some(record)) => return self.is_there_alone(record),
+            (None, None) => return Ok(Done::Skipped(format!("{from} has no key of volume {volume} any more"))),
+            (Some((key, _)), Some(record)) => (key, Description::of(record)),
+            (Some((key, Some(description))), None) => (key, description),
+            (Some((_, None)), None) => {
+                return Ok(Done::Skipped(format!(
+                    "the key of volume {volume} stays in {from}: the volume was never enrolled with it"
+                )));
+            }
+        };
+        if let Some(record) = &record {
+            self.check_enrolled_with(record, from, &key)?;
+        }
+        let imported = match self.target.import(volume, &key, &description) {
+            Err(refusal) if refusal.reason() == Reason::WrongKey => return Err(self.differing(volume, &key, &refusal)),
+            imported => imported?,
+        };
+        // As every open will read it.
+        if !self.target.get(volume)?.same_as(&key) {
+            return Err(self.differing(volume, &key, &format!("{to} handed out another one than it was given")));
+        }
+        let detail = match imported {
+            Imported::Stored => format!("copied from {from} to {to}, read back and compared"),
+            Imported::Present => format!("in {from} and in {to}, compared"),
+        };
+        self.store.note_move(
+            self.route,
+            volume,
+            MoveState::Copied,
+            Some(Event::new(Kind::KeyMoved, volume, detail)),
+        )?;
+        Ok(Done::Imported(imported))
+    }
+
+    /// The key of `volume` in the source and what that knows of the volume.
+    fn found(&self, volume: &VolumeId) -> Result<Option<(Key, Option<Description>)>, Refusal> {
+        if self.source.capabilities().describes {
+            return Ok(self.source.described(volume)?.map(|(key, description)| (key, Some(description))));
+        }
+        match self.source.get(volume) {
+            Ok(key) => Ok(Some((key, None))),
+            Err(refusal) if refusal.reason() == Reason::NoKey && !self.lists(volume)? => Ok(None),
+            Err(refusal) => Err(refusal),
+        }
+    }
+
+    /// Whether the source knows of a key of `volume`, which may be one that it cannot hand out.
+    fn lists(&self, volume: &VolumeId) -> Result<bool, Refusal> {
+        Ok(self.source.list()?.iter().any(|info| info.volume == *volume))
+    }
+
+    /// A volume that was enrolled with the target, or whose old key was destroyed.
+    fn is_there_alone(&self, record: &VolumeRecord) -> Result<Done, Refusal> {
+        let key = self.target.get(&record.id)?;
+        self.check_enrolled_with(record, self.route.to, &key)?;
+        self.store.note_move(self.route, &record.id, MoveState::Moved, None)?;
+        Ok(Done::Imported(Imported::Present))
+    }
+
+    fn check_enrolled_with(&self, record: &VolumeRecord, place: ManagerKind, key: &Key) -> Result<(), Refusal> {
+        let (volume, expected, found) = (&record.id, record.check_value, key.check_value(&record.id));
+        match found == expected {
+            true => Ok(()),
+            false => Err(Refusal::new(
+                Reason::WrongKey,
+                format!(
+                    "the key of volume {volume} in {place} (check value {found}) is not the one that the volume was enrolled \
+                     with ({expected}), and was left as it is: have the right one restored there, and repeat"
+                ),
+            )),
+        }
+    }
+
+    /// The refusal of a volume of which both have a key and not the same one.
+    fn differing(&self, volume: &VolumeId, key: &Key, why: &dyn std::fmt::Display) -> Refusal {
+        let Route { from, to } = self.route;
+        let other = match self.target.get(volume) {
+            Ok(other) => format!("check value {}", other.check_value(volume)),
+            Err(refusal) => refusal.to_string(),
+        };
+        Refusal::new(
+            Reason::WrongKey,
+            format!(
+                "volume {volume} has a key in {from} (check value {}) and another in {to} ({other}), and both were left as they \
+                 are ({why})",
+                key.check_value(volume)
+            ),
+        )
+    }
+
+    /// Destroys the key of `volume` in the source, if the target has the same.
+    fn remove(&self, volume: &VolumeId) -> Result<Done, Refusal> {
+        let record = self.store.volume(volume)?;
+        if let Some(word) = record.as_ref().and_then(|record| self.passed_over(volume, record.state)) {
+            return Ok(Done::Skipped(word));
+        }
+        let Route { from, to } = self.route;
+        let new = self.target.get(volume).map_err(|refusal| match refusal.reason() {
+            Reason::NoKey | Reason::KeyDestroyed => Refusal::new(
+                refusal.reason(),
+                format!(
+                    "{to} has no key of volume {volume} any more, so that in {from} was not destroyed: run 'volcrypt key migrate \
+                     --from {from} --to {to}' again ({refusal})"
+                ),
+            ),
+            _ => refusal,
+        })?;
+        if let Some(record) = &record {
+            self.check_enrolled_with(record, to, &new)?;
+        }
+        match self.source.get(volume) {
+            Ok(old) if !old.same_as(&new) => return Err(self.differing(volume, &old, &"nothing was destroyed")),
+            Ok(_) => {
+                let detail = format!("in {from}; {to} has the same");
+                self.store.append_audit(Event::new(Kind::OldKeyDestroyed, volume, detail))?;
+            }
+            // An earlier run has destroyed it and come no further, or not wiped all of it. One that only cannot be read is
+            // nothing to compare with.
+            Err(refusal) if refusal.reason() == Reason::NoKey && !self.lists(volume)? => {}
+            Err(refusal) if refusal.reason() == Reason::KeyDestroyed => {}
+            Err(refusal) => return Err(refusal),
+        }
+        self.source.forget(volume)?;
+        self.store.note_move(self.route, volume, MoveState::Moved, None)?;
+        Ok(Done::Removed)
+    }
+}
+
+/// Whether what went wrong with one key would go wrong with every other.
+fn is_about_all(reason: Reason) -> bool {
+    matches!(reason, Reason::TimedOut | Reason::StoreUnavailable | Reason::Configuration)
+}
+
+#[cfg(test)]
+mod tests;

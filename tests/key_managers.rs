@@ -10,6 +10,7 @@ mod key_managers {
     mod conformance;
     mod faults;
     mod kmip_create;
+    mod many;
     mod migration;
     pub mod proxy;
     pub mod pykmip;

@@ -141,12 +141,20 @@ fn run(options: &Options) -> io::Result<()> {
     })?;
     let (announce, announced) = mpsc::sync_channel(MOST_ANNOUNCED);
     let fetching = Arc::clone(&broker);
-    start("fetch-ahead", move || announced.into_iter().for_each(|device| fetching.fetch_ahead(device)))?;
+    start("fetch-ahead", move || {
+        // Kept keys whose time is over, or that are not to be kept any more, are wiped whether or not a guest starts.
+        if fetching.asks_a_server()
+            && let Err(refusal) = fetching.vault()
+        {
+            tracing::error!("the key store cannot be opened: {refusal}");
+        }
+        announced.into_iter().for_each(|device| fetching.fetch_ahead(device));
+    })?;
     let (watched, asking) = (Arc::clone(&guard), Arc::clone(&broker));
     start("guard", move || {
         // What comes when there are too many already has its key fetched when it is opened.
         guard::watch(&watched, &|device| {
-            if asking.config().is_ok_and(|config| config.key_manager.server().is_some()) {
+            if asking.asks_a_server() {
                 let _ = announce.try_send(device);
             }
         })

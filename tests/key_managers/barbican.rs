@@ -82,6 +82,11 @@ impl Barbican {
         self.barbican
     }
 
+    /// Barbican's database.
+    pub fn database(&self) -> PathBuf {
+        self.folder.path().join("barbican.db")
+    }
+
     /// Asks Barbican as somebody who has the token of the request `like`; returns the whole answer.
     pub fn ask_like(&self, like: &Request, method: &str, target: &str, body: &str) -> String {
         let is_token = |line: &&str| line.to_lowercase().starts_with("x-auth-token");

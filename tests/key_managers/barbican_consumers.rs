@@ -170,6 +170,12 @@ fn a_key_that_another_host_uses_is_not_destroyed(servers: &Barbican) {
     assert_eq!(kept.consumers(), ["volcrypt", "volcrypt"], "nothing was changed");
     // What that command does. What this host itself has registered is not in the way.
     assert!(kept.ask("DELETE", "/consumers", other).starts_with("HTTP/1.1 200"));
+    // Whoever may register one chooses its words, which nobody is to run.
+    let words = "{\"service\": \"volcrypt\", \"resource_type\": \"x';reboot;'\", \"resource_id\": \"0123\"}";
+    assert!(kept.ask("POST", "/consumers", words).starts_with("HTTP/1.1 200"));
+    let (_, sentence) = refused(manager.destroy(&kept.volume));
+    assert!(!sentence.contains("reboot") && sentence.contains("look at the consumers of"), "{sentence}");
+    assert!(kept.ask("DELETE", "/consumers", words).starts_with("HTTP/1.1 200"));
     manager.destroy(&kept.volume).unwrap();
     assert!(!kept.is_there());
     manager.note_uses(&nothing()).unwrap();

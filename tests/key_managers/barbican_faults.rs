@@ -421,6 +421,7 @@ fn a_real_barbican() {
     let servers = Barbican::start();
     a_key_whose_making_breaks_off_is_made_once(&servers);
     a_host_that_looks_before_another_ones_key_is_there_has_the_same_in_the_end(&servers);
+    a_server_that_is_too_slow_to_choose_by_is_told_of_in_time(&servers);
     a_key_is_for_whom_its_owner_allows(&servers);
     who_is_not_let_in_is_told(&servers);
 }
@@ -485,6 +486,21 @@ fn a_host_that_looks_before_another_ones_key_is_there_has_the_same_in_the_end(se
         let deleted = servers.front().asked().iter().filter(|request| request.method == "DELETE").count();
         assert_eq!(deleted, 1, "the other key is not left");
     }
+}
+
+fn a_server_that_is_too_slow_to_choose_by_is_told_of_in_time(servers: &Barbican) {
+    let (id, barbican) = (volume("late"), servers.barbican());
+    servers.spoil(move |request| {
+        request.target.contains("/v1/secrets?").then(|| {
+            std::thread::sleep(Duration::from_millis(1600));
+            forward(barbican, request)
+        })
+    });
+    let (reason, sentence) = refused(servers.manager("host1").create(&id, &wanted()));
+    assert_eq!(reason, Reason::TimedOut);
+    assert!(sentence.contains("longer than 1500 ms"), "{sentence}");
+    servers.spoil(|_| None);
+    servers.manager("host1").create(&id, &wanted()).unwrap();
 }
 
 /// With what `openstack acl` does to a key.

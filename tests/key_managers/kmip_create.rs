@@ -100,6 +100,27 @@ fn a_host_that_ends_while_a_key_is_being_made_leaves_none_that_could_be_used() {
 }
 
 #[test]
+fn a_host_whose_unfinished_key_was_cleared_away_takes_the_other_ones() {
+    let server = PyKmip::start();
+    for (number, operation) in [GET, MODIFY_ATTRIBUTE].into_iter().enumerate() {
+        let proxy = Proxy::start(server.authority(), "server", server.address());
+        proxy.spoil(operation, Fault::LateOnce(Duration::from_secs(15)));
+        let id = volume(&format!("cleared-{number}"));
+        let (slow, quick) = std::thread::scope(|scope| {
+            let slow = scope.spawn(|| create(&host(&server, &proxy, Duration::from_secs(60)), &id).unwrap());
+            while server.objects() == number {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            let quick = create(&direct(&server), &id).unwrap();
+            assert_eq!(server.objects(), number + 1, "not cleared");
+            (slow.join().unwrap(), quick)
+        });
+        assert!(slow.same_as(&quick));
+        assert_eq!(server.objects(), number + 1);
+    }
+}
+
+#[test]
 fn what_a_server_refuses_to_finish_is_undone() {
     let server = PyKmip::start();
     let proxy = Proxy::start(server.authority(), "server", server.address());

@@ -25,6 +25,8 @@ pub enum Fault {
     Slow(Duration),
     /// The request is handed on only after this pause.
     Late(Duration),
+    /// The same, for one request.
+    LateOnce(Duration),
     /// It never comes.
     Hang,
     /// These bytes come instead.
@@ -143,7 +145,7 @@ fn relay(
             longest.fetch_max(answer.len(), Ordering::Relaxed);
         }
         match fault {
-            Fault::None | Fault::Late(_) => client.write_all(&answer)?,
+            Fault::None | Fault::Late(_) | Fault::LateOnce(_) => client.write_all(&answer)?,
             Fault::Cut(length) => {
                 client.write_all(&answer[..length.min(answer.len())])?;
                 return client.flush();
@@ -174,6 +176,11 @@ fn next(fault: &mut Fault) -> Fault {
         Fault::CutAfter(left) if *left > 0 => {
             *left -= 1;
             Fault::None
+        }
+        Fault::LateOnce(pause) => {
+            let late = Fault::Late(*pause);
+            *fault = Fault::None;
+            late
         }
         fault => fault.clone(),
     }

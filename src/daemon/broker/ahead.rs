@@ -17,6 +17,11 @@ impl Broker {
         }
     }
 
+    /// Whether keys come from a key server.
+    pub fn asks_a_server(&self) -> bool {
+        self.config().is_ok_and(|config| config.key_manager.server().is_some())
+    }
+
     fn volume_to_come(&self, device: DeviceNumber) -> Option<VolumeId> {
         let identity = self.devices.identify(device).ok()?;
         if !self.config().ok()?.is_guarded(&identity) {

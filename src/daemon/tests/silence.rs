@@ -206,6 +206,18 @@ fn a_volume_opens_from_the_cache_while_the_server_is_gone_and_the_log_says_so() 
 }
 
 #[test]
+fn another_lifetime_takes_a_restart() {
+    let broker = World::new().broker(false);
+    let reload = |days: u32| {
+        let directory = broker.config().unwrap().key_manager.directory().to_owned();
+        let text = format!("[key_manager]\ndirectory = {directory:?}\n[key_cache]\nlifetime_days = {days}\n");
+        broker.reload(Config::parse(&text, "volcrypt.toml")).err()
+    };
+    assert_eq!(reload(0), None);
+    assert!(reload(7).unwrap().contains("[key_cache] has changed, which takes 'systemctl restart volcryptd'"));
+}
+
+#[test]
 fn a_volume_that_is_retired_or_that_nobody_could_destroy_leaves_the_cache() {
     for retire in [true, false] {
         let world = World::new();

@@ -9,11 +9,10 @@ use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::answer::NoAnswer;
+use super::BarbicanKeyManager;
 use super::client::Asking;
 use super::messages::{Consumer, Secret};
 use super::refusals::About;
-use super::{BarbicanKeyManager, PREFIX};
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
@@ -127,11 +126,12 @@ impl BarbicanKeyManager {
         if self.registered.book().is_complete {
             return Ok(());
         }
-        let mut asking = self.client.begin();
-        self.each_secret(&mut asking, |_, volume, secret| {
-            let id = secret.id().map_err(|no_answer| self.refusal(About::Volume(&volume), no_answer))?;
-            for consumer in secret.consumers.iter().filter(|consumer| host.is(consumer)) {
-                self.registered.add(&volume, id, consumer.clone());
+        self.each_page(|secrets| {
+            for (volume, secret) in secrets {
+                let id = secret.id().map_err(|no_answer| self.refusal(About::Volume(&volume), no_answer))?;
+                for consumer in secret.consumers.iter().filter(|consumer| host.is(consumer)) {
+                    self.registered.add(&volume, id, consumer.clone());
+                }
             }
             Ok(())
         })?;
@@ -195,53 +195,42 @@ impl BarbicanKeyManager {
     }
 
     fn in_use_elsewhere(&self, volume: &VolumeId, id: &str, first: &Consumer, others: &[&Consumer]) -> Refusal {
-        let named = |consumer: &&Consumer| match consumer.service == SERVICE {
-            true => format!("host {}", consumer.resource_type),
-            false => format!("{} {} of {}", consumer.resource_type, consumer.resource_id, consumer.service),
+        let named = |consumer: &&Consumer| match consumer {
+            consumer if !is_plain(consumer) => "somebody who is called what cannot be shown".to_owned(),
+            Consumer { service, resource_type, .. } if service == SERVICE => format!("host {resource_type}"),
+            Consumer { service, resource_type, resource_id } => format!("{resource_type} {resource_id} of {service}"),
         };
         let mut names: Vec<String> = others.iter().take(MOST_NAMED).map(named).collect();
         if others.len() > MOST_NAMED {
             names.push(format!("{} more", others.len() - MOST_NAMED));
         }
         let (_, barbican) = self.client.who_and_where();
+        let secret = format!("{barbican}/secrets/{id}");
+        let Consumer { service, resource_type, resource_id } = first;
+        let remedy = match is_plain(first) {
+            true => format!(
+                "run 'openstack secret consumer delete --service-type-name {service} --resource-type {resource_type} \
+                 --resource-id {resource_id} {secret}'"
+            ),
+            false => format!("have its owner look at the consumers of {secret}"),
+        };
         Refusal::new(
             Reason::NotAllowed,
             format!(
                 "the key of volume {volume} is in use by {} and was not destroyed: detach the volume there first, or, if that \
-                 user is gone for good, run 'openstack secret consumer delete --service-type-name {} --resource-type {} \
-                 --resource-id {} {barbican}/secrets/{id}'",
-                names.join(", "),
-                first.service,
-                first.resource_type,
-                first.resource_id,
+                 user is gone for good, {remedy}",
+                names.join(", ")
             ),
         )
     }
+}
 
-    /// Has `look` see every secret that is named as a volume's key, with the volume. Each page has the deadline for
-    /// itself.
-    pub(super) fn each_secret(
-        &self,
-        asking: &mut Asking<'_>,
-        mut look: impl FnMut(&mut Asking<'_>, VolumeId, Secret) -> Result<(), Refusal>,
-    ) -> Result<(), Refusal> {
-        let mut offset = 0;
-        loop {
-            asking.renew();
-            let nobody = |no_answer: NoAnswer| self.refusal(About::NoVolume, no_answer);
-            let (secrets, total) = asking.secrets(&format!("{PREFIX}%"), offset).map_err(nobody)?;
-            let count = secrets.len();
-            offset += count;
-            for secret in secrets {
-                // Whoever else gives a secret such a name, it is none of ours.
-                let volume = secret.name.as_ref().and_then(|name| name.strip_prefix(PREFIX)?.parse().ok());
-                if let Some(volume) = volume {
-                    look(asking, volume, secret)?;
-                }
-            }
-            if count == 0 || offset >= total {
-                return Ok(());
-            }
-        }
-    }
+/// Whether what a consumer says of itself can stand in a command that somebody may run: anybody in the project may
+/// register one.
+fn is_plain(consumer: &Consumer) -> bool {
+    [&consumer.service, &consumer.resource_type, &consumer.resource_id].into_iter().all(|text| {
+        let is_usual = |byte: u8| byte.is_ascii_alphanumeric() || b"._:".contains(&byte);
+        // What begins with '-' would be an option.
+        text.bytes().next().is_some_and(is_usual) && text.bytes().all(|byte| is_usual(byte) || byte == b'-')
+    })
 }

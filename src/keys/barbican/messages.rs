@@ -86,7 +86,8 @@ pub struct NewSecret<'a> {
 }
 
 /// Who uses a secret.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Consumer {
     /// The program.
     pub service: String,

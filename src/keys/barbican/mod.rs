@@ -12,25 +12,24 @@ mod consumers;
 mod credential;
 mod http;
 mod keystone;
+mod listing;
 mod messages;
 mod refusals;
 mod settle;
 mod wiped;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Serialize;
 use zeroize::Zeroizing;
 
-use self::answer::NoAnswer;
 use self::client::{Asking, Client};
 use self::consumers::Registered;
 use self::refusals::About;
 use self::settle::{Found, label};
-use super::{Capabilities, CheckValue, Description, FIRST_VERSION, Imported, Key, KeyInfo, KeyManager, other_key};
-use crate::policy::KeySize;
+use super::{Capabilities, CheckValue, Description, Imported, Key, KeyInfo, KeyManager, other_key};
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
@@ -233,26 +232,7 @@ impl KeyManager for BarbicanKeyManager {
     }
 
     fn list(&self) -> Result<Vec<KeyInfo>, Refusal> {
-        let mut infos: BTreeMap<VolumeId, KeyInfo> = BTreeMap::new();
-        self.each_secret(&mut self.client.begin(), |asking, volume, secret| {
-            let size = secret.bit_length.and_then(|bits| KeySize::try_from(bits).ok());
-            let created = keystone::seconds(&secret.created).and_then(|seconds| i64::try_from(seconds).ok());
-            let (Some(key_size), Some(created_at)) = (size, created) else { return Ok(()) };
-            let nobody = |no_answer| self.refusal(About::NoVolume, no_answer);
-            asking.renew();
-            let metadata = match asking.metadata(secret.id().map_err(nobody)?) {
-                Ok(metadata) => metadata,
-                Err(NoAnswer::Refused(answered)) if matches!(answered.status, 403 | 404) => return Ok(()),
-                Err(no_answer) => return Err(nobody(no_answer)),
-            };
-            if settle::is_chosen(&metadata) {
-                let info =
-                    KeyInfo { volume: volume.clone(), key_size, version: FIRST_VERSION, created_at, destroyed: false };
-                infos.entry(volume).or_insert(info);
-            }
-            Ok(())
-        })?;
-        Ok(infos.into_values().collect())
+        self.all_chosen()
     }
 
     /// # Errors

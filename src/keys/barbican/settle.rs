@@ -29,6 +29,8 @@ use crate::volume::VolumeId;
 const PATIENCE: Duration = Duration::from_millis(2500);
 /// How long what a choice is made by may take to be read.
 const PROMPTLY: Duration = Duration::from_millis(1500);
+/// How many looks may take too long for a choice.
+const SLOW_LOOKS: usize = 2;
 /// The most keys of one name that are looked at. More than a few were not made by volcrypt.
 const MOST: usize = 16;
 /// How much one metadatum holds, in bytes; Barbican's column has 255 characters.
@@ -109,6 +111,7 @@ impl BarbicanKeyManager {
     /// The key of `volume` that counts, which can be used from here on; nothing if there is none.
     pub(super) fn settle(&self, asking: &mut Asking<'_>, volume: &VolumeId) -> Result<Option<Found>, Refusal> {
         let mut found = self.find(asking, volume)?;
+        let mut slow = 0;
         loop {
             if found.is_empty() {
                 return Ok(None);
@@ -119,9 +122,14 @@ impl BarbicanKeyManager {
             asking.pause(PATIENCE);
             let looked = Instant::now();
             found = self.find(asking, volume)?;
-            if let (Some(oldest), None) = (found.first(), found.iter().find(|found| found.is_chosen))
-                && looked.elapsed() < PROMPTLY
-            {
+            if let (Some(oldest), None) = (found.first(), found.iter().find(|found| found.is_chosen)) {
+                if looked.elapsed() >= PROMPTLY {
+                    if slow == SLOW_LOOKS {
+                        return Err(too_slow(volume));
+                    }
+                    slow += 1;
+                    continue;
+                }
                 match asking.add_metadatum(&oldest.id, CHOSEN, "yes") {
                     Ok(()) => {
                         found = self.find(asking, volume)?;
@@ -140,6 +148,18 @@ impl BarbicanKeyManager {
             }
         }
     }
+}
+
+/// A choice that was made by an old look could be another one than another host's.
+fn too_slow(volume: &VolumeId) -> Refusal {
+    Refusal::new(
+        Reason::TimedOut,
+        format!(
+            "Barbican takes longer than {} ms to say which keys of volume {volume} there are, so none of them was chosen: have \
+             its administrator see why it is slow to find secrets by name",
+            PROMPTLY.as_millis()
+        ),
+    )
 }
 
 /// Takes a secret for a key of `volume` only if it says so itself. Nothing if it does not say anything yet.

@@ -56,12 +56,12 @@ impl KmipKeyManager {
             (false, _, _) => None,
             (true, Some(key), _) => Some(key),
             (true, None, KeyOrigin::Host) => {
-                made = Key::random(wanted.key_size)?;
-                Some(&made)
+                made = Some(Key::random(wanted.key_size)?);
+                made.as_ref()
             }
             (true, None, KeyOrigin::Server) => {
                 made = have_made(first, volume, wanted).map_err(|fault| named(first, fault))?;
-                Some(&made)
+                made.as_ref()
             }
         };
         if let Some(key) = own
@@ -108,8 +108,9 @@ fn hand_over(talk: &Talk<'_>, volume: &VolumeId, wanted: &Description, key: &Key
     }
 }
 
-/// Has the server make a key and hand it out, and offers it.
-fn have_made(talk: &Talk<'_>, volume: &VolumeId, wanted: &Description) -> Result<Key, Fault> {
+/// Has the server make a key and hand it out, and offers it; nothing if another host has offered one meanwhile, which
+/// may have cleared this one away.
+fn have_made(talk: &Talk<'_>, volume: &VolumeId, wanted: &Description) -> Result<Option<Key>, Fault> {
     let label = Label { name: &unfinished_name(volume), volume: volume.as_str(), description: UNFINISHED };
     let made = talk.ask(&Request::create(&label, wanted.key_size))?.identifiers()?;
     let [identifier] = made.as_slice() else {
@@ -117,14 +118,14 @@ fn have_made(talk: &Talk<'_>, volume: &VolumeId, wanted: &Description) -> Result
     };
     let key = match taken(talk, volume, identifier, wanted) {
         Ok(key) => key,
-        Err(fault) => return undo(talk, identifier, fault),
+        Err(fault) => return undo(talk, volume, identifier, fault),
     };
     let text = describe(volume, wanted, &key)?;
     let described = talk.ask(&Request::describe_anew(identifier, &text));
     match described.and_then(|_| talk.ask(&Request::rename(identifier, &name_of(volume)))) {
-        Ok(_) => Ok(key),
-        Err(trouble @ Trouble::Refused(_)) => undo(talk, identifier, trouble.into()),
-        Err(trouble) => unless_offered(talk, volume, trouble).map(|()| key),
+        Ok(_) => Ok(Some(key)),
+        Err(trouble @ Trouble::Refused(_)) => undo(talk, volume, identifier, trouble.into()),
+        Err(trouble) => unless_offered(talk, volume, trouble).map(|()| Some(key)),
     }
 }
 
@@ -147,12 +148,16 @@ fn taken(talk: &Talk<'_>, volume: &VolumeId, identifier: &str, wanted: &Descript
     })?)
 }
 
-/// Ends a key that was not offered, if the server can still be asked for that.
-fn undo(talk: &Talk<'_>, identifier: &str, fault: Fault) -> Result<Key, Fault> {
+/// Ends a key that was not offered, if the server can still be asked for that. That it was not is a fault only if no
+/// other one was.
+fn undo(talk: &Talk<'_>, volume: &VolumeId, identifier: &str, fault: Fault) -> Result<Option<Key>, Fault> {
     if unless_gone(talk, &Request::destroy(identifier)).is_err() {
         tracing::warn!("the unfinished key {identifier} stays on the KMIP server {}", talk.name());
     }
-    Err(fault)
+    match find(talk, volume) {
+        Ok(found) if !found.is_empty() => Ok(None),
+        _ => Err(fault),
+    }
 }
 
 /// It may have been offered though no answer came; and a server that lets no name be used twice has taken another

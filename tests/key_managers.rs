@@ -4,9 +4,11 @@
 mod key_managers {
     pub mod authority;
     pub mod barbican;
+    mod barbican_cluster;
     mod barbican_consumers;
     mod barbican_faults;
     mod cache;
+    pub mod cluster;
     mod conformance;
     mod faults;
     mod kmip_create;

@@ -29,7 +29,7 @@ use self::client::{Asking, Client};
 use self::consumers::Registered;
 use self::refusals::About;
 use self::settle::{Found, label};
-use super::{Capabilities, CheckValue, Description, Imported, Key, KeyInfo, KeyManager, other_key};
+use super::{Capabilities, Description, Imported, Key, KeyInfo, KeyManager, other_key};
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
@@ -126,7 +126,7 @@ impl BarbicanKeyManager {
         asking.put_metadata(&id, &label(volume, &text)).map_err(refusal)?;
         let found = self.settle(&mut asking, volume)?.ok_or_else(|| self.no_key(volume))?;
         let (kept, description) = self.hand_out(&asking, volume, &found)?;
-        let is_own = found.check_value == check_value;
+        let is_own = found.id == id;
         if is_own && !(kept.same_as(key) && alike(&description, wanted)) {
             let sentence = format!(
                 "the new key of volume {volume} is not what Barbican gave back, and was not used: have its administrator look \
@@ -135,22 +135,20 @@ impl BarbicanKeyManager {
             return Err(Refusal::new(Reason::KeyManager, sentence));
         }
         // Another host was quicker. That one stays does no harm.
-        if let Err(refusal) = self.give_up(&asking, volume, check_value) {
+        if !is_own && let Err(refusal) = self.give_up(&asking, volume, &id) {
             tracing::warn!("a new key of volume {volume} that nobody uses stays in Barbican: {refusal}");
         }
         Ok((kept, description))
     }
 
-    /// Deletes what was made here, has this check value, and was never chosen.
-    fn give_up(&self, asking: &Asking<'_>, volume: &VolumeId, check_value: CheckValue) -> Result<(), Refusal> {
-        for found in self.find(asking, volume)? {
-            if !found.is_chosen && found.check_value == check_value {
-                asking
-                    .delete(&found.id)
-                    .map_err(|no_answer| self.refusal(About::Secret(volume, &found.id), no_answer))?;
-            }
+    /// Deletes the secret `id`, which was made here while another one was chosen. One that was chosen as well stays until
+    /// somebody has decided, and one that anybody is registered as a consumer of, because Barbican refuses.
+    fn give_up(&self, asking: &Asking<'_>, volume: &VolumeId, id: &str) -> Result<(), Refusal> {
+        let refusal = |no_answer| self.refusal(About::Secret(volume, id), no_answer);
+        match settle::is_chosen(&asking.metadata(id).map_err(refusal)?) {
+            true => Ok(()),
+            false => asking.delete(id).map_err(refusal),
         }
-        Ok(())
     }
 }
 

@@ -84,7 +84,7 @@ impl KmipKeyManager {
             return Err(Refusal::new(Reason::KeyManager, sentence));
         }
         // Another host was quicker, or the server has done twice what it was asked twice. That one stays does no harm.
-        let given_up = own.map_or(Ok(()), |key| give_up(first, volume, key.check_value(volume)));
+        let given_up = own.map_or(Ok(()), |key| give_up(first, volume, key.check_value(volume), &found.identifier));
         let cleared = match self.client.config().key_origin {
             KeyOrigin::Host => Ok(()),
             KeyOrigin::Server => clear_unfinished(first, volume),
@@ -174,14 +174,18 @@ fn describe(volume: &VolumeId, wanted: &Description, key: &Key) -> Result<String
     text.map_err(|error| Refusal::new(Reason::KeyManager, error.to_string()))
 }
 
-/// Destroys what was made here, has this check value, and was never chosen.
-fn give_up(talk: &Talk<'_>, volume: &VolumeId, check_value: CheckValue) -> Result<(), Fault> {
-    let is_left = |found: &Found| found.attributes.state == State::PreActive && found.check_value == check_value;
+/// Destroys what was made here, has this check value, and was never chosen, while `chosen` was.
+fn give_up(talk: &Talk<'_>, volume: &VolumeId, check_value: CheckValue, chosen: &str) -> Result<(), Fault> {
     let found = find(talk, volume)?;
     found
         .iter()
-        .filter(|found| is_left(found))
+        .filter(|found| is_left(found, check_value, chosen))
         .try_for_each(|found| unless_gone(talk, &Request::destroy(&found.identifier)))
+}
+
+/// Whether `found` was made for nothing. The server's word is not enough: what it says may be older than the choice.
+fn is_left(found: &Found, check_value: CheckValue, chosen: &str) -> bool {
+    found.attributes.state == State::PreActive && found.check_value == check_value && found.identifier != chosen
 }
 
 /// The name of a key that the server has made and that was not described yet.

@@ -1,11 +1,12 @@
 //! What becomes of keys in a Barbican whose nodes see things at different times, and of secrets that are none.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use volcrypt::keys::{Description, KeyManager};
 use volcrypt::policy::Profile;
-
+use volcrypt::refusal::{Reason, Refusal};
 use volcrypt::store::EnrolledDevice;
 use volcrypt::volume::VolumeId;
 
@@ -20,6 +21,11 @@ fn volume(name: &str) -> VolumeId {
 fn wanted() -> Description {
     let device = EnrolledDevice { wwid: Some("naa.6".to_owned()), ..EnrolledDevice::default() };
     Description::new(device, 4096, ("default", &Profile::default()), Some("p1"), 7)
+}
+
+fn refused<T>(outcome: Result<T, Refusal>) -> (Reason, String) {
+    let refusal = outcome.err().expect("must be refused");
+    (refusal.reason(), refusal.to_string())
 }
 
 /// After the key was handed out, whoever is asked does not see yet that it was chosen.
@@ -39,4 +45,78 @@ fn a_key_that_was_handed_out_is_not_deleted() {
     assert_eq!(cluster.secrets(0).len(), 1, "the key was deleted");
     cluster.direct(|_, _| Turn::AsItIs);
     assert!(cluster.host(0).get(&one).unwrap().same_as(&key));
+}
+
+/// Two hosts, each with a node of its own. The first one's key is older, but is offered only `late` after; the second
+/// one's choice takes effect `slow` after it was made. What each has in the end.
+fn race(lag: u64, late: u64, slow: u64) -> [Result<Vec<u8>, String>; 2] {
+    let milliseconds = Duration::from_millis;
+    let cluster = Cluster::start(milliseconds(lag), milliseconds(lag));
+    let (is_late, is_slow) = (AtomicBool::new(true), AtomicBool::new(true));
+    cluster.direct(move |request, node| {
+        match (request.method.as_str(), node) {
+            ("PUT", 0) if is_late.swap(false, Ordering::Relaxed) => std::thread::sleep(milliseconds(late)),
+            ("POST", 1) if request.target.ends_with("/metadata") && is_slow.swap(false, Ordering::Relaxed) => {
+                std::thread::sleep(milliseconds(slow));
+            }
+            _ => {}
+        }
+        Turn::AsItIs
+    });
+    let make = |node: usize| {
+        let made = cluster.host(node).create(&volume("one"), &wanted());
+        made.map(|(key, _)| key.bytes().to_vec()).map_err(|refusal| refusal.to_string())
+    };
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| make(0));
+        std::thread::sleep(milliseconds(200));
+        let second = make(1);
+        [first.join().unwrap(), second]
+    })
+}
+
+#[test]
+fn two_hosts_never_use_two_keys_of_one_volume() {
+    // What may come about: lag, lateness of the first key, slowness of the second one's choice, all in milliseconds; and
+    // whether the README promises that both get the key. Where it does not, one key at most is used.
+    let cases = [
+        (900, 2500, 700, true),
+        (900, 2500, 1500, false),
+        (0, 3000, 900, true),
+        (0, 3000, 3300, false),
+        // Neither sees in time what the other one does.
+        (2500, 1500, 0, false),
+    ];
+    std::thread::scope(|scope| {
+        let threads = cases.map(|case @ (lag, late, slow, _)| (case, scope.spawn(move || race(lag, late, slow))));
+        for (case, thread) in threads {
+            match thread.join().unwrap() {
+                [Ok(first), Ok(second)] => assert!(first == second, "{case:?}: two keys"),
+                outcome => assert!(!case.3, "{case:?}: {:?}", outcome.map(Result::err)),
+            }
+        }
+    });
+}
+
+/// Hosts that only read do not know either whether another key is chosen at this moment.
+#[test]
+fn a_choice_that_is_new_is_looked_at_again() {
+    let cluster = Cluster::start(Duration::ZERO, Duration::ZERO);
+    let one = volume("one");
+    cluster.host(0).create(&one, &wanted()).unwrap();
+    let key = cluster.secrets(0).into_values().next().unwrap();
+    let chosen_only = |metadata: &mut BTreeMap<String, String>| {
+        metadata.remove("volcrypt-settled");
+    };
+    cluster.host(0).destroy(&one).unwrap();
+    cluster.copy(&key, &[7; 64], chosen_only);
+    let outcome = std::thread::scope(|scope| {
+        let reading = scope.spawn(|| cluster.host(0).described(&one));
+        std::thread::sleep(Duration::from_millis(700));
+        cluster.copy(&key, &[8; 64], chosen_only);
+        reading.join().unwrap()
+    });
+    let (reason, sentence) = refused(outcome);
+    assert_eq!(reason, Reason::KeyManager);
+    assert!(sentence.contains("several keys"), "{sentence}");
 }

@@ -108,6 +108,15 @@ impl Cluster {
     pub fn secrets(&self, node: usize) -> BTreeMap<String, Secret> {
         self.nodes.view(node)
     }
+
+    /// Keeps another secret with the name, the age and, but for what `change` does, the metadata of `like`; its id.
+    pub fn copy(&self, like: &Secret, key: &[u8], change: impl FnOnce(&mut BTreeMap<String, String>)) -> String {
+        let mut secret = Secret { key: key.to_owned(), ..like.clone() };
+        change(&mut secret.metadata);
+        let id = self.nodes.new_id();
+        self.nodes.write(0, Write::Store(id.clone(), secret));
+        id
+    }
 }
 
 impl Nodes {

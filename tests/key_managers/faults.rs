@@ -153,9 +153,12 @@ fn a_key_whose_making_breaks_off_is_made_once() {
 fn race(slow_by: Duration, with_third: bool) {
     let server = PyKmip::start();
     let direct = server.manager();
-    for number in 0..8 {
-        create(&direct, &volume(&format!("filler-{number}"))).unwrap();
-    }
+    std::thread::scope(|scope| {
+        for number in 0..8 {
+            let direct = &direct;
+            scope.spawn(move || create(direct, &volume(&format!("filler-{number}"))).unwrap());
+        }
+    });
     let behind = |operation, pause| {
         let proxy = Proxy::start(server.authority(), "server", server.address());
         proxy.spoil(operation, Fault::Late(pause));

@@ -86,6 +86,11 @@ impl Asking<'_> {
         self.deadline += pause;
     }
 
+    /// The same, with `most` for what is left to ask.
+    pub fn within(&self, most: Duration) -> Self {
+        Asking { client: self.client, deadline: self.deadline.min(Instant::now() + most) }
+    }
+
     /// Gives the next question the whole deadline again.
     pub fn renew(&mut self) {
         self.deadline = Instant::now() + self.client.config.deadline;

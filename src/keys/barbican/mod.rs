@@ -82,7 +82,7 @@ impl BarbicanKeyManager {
     /// The key of `volume` that counts, and what is known of the volume.
     fn fetch(&self, volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {
         let mut asking = self.client.begin();
-        let Some(found) = self.settle(&mut asking, volume)? else { return Ok(None) };
+        let Some(found) = self.settle(&mut asking, volume, false)? else { return Ok(None) };
         self.hand_out(&asking, volume, &found).map(Some)
     }
 
@@ -124,7 +124,7 @@ impl BarbicanKeyManager {
         let text = wanted.to_text(check_value).map_err(|error| Refusal::new(Reason::KeyManager, error.to_string()))?;
         let id = asking.store(&name_of(volume), key).map_err(refusal)?;
         asking.put_metadata(&id, &label(volume, &text)).map_err(refusal)?;
-        let found = self.settle(&mut asking, volume)?.ok_or_else(|| self.no_key(volume))?;
+        let found = self.settle(&mut asking, volume, true)?.ok_or_else(|| self.no_key(volume))?;
         let (kept, description) = self.hand_out(&asking, volume, &found)?;
         let is_own = found.id == id;
         if is_own && !(kept.same_as(key) && alike(&description, wanted)) {

@@ -9,9 +9,14 @@
 //! the one whose id comes first). A key that is offered after that look is one whose maker waits in its turn, and then
 //! finds the other one chosen. To choose a key again changes nothing.
 //!
-//! That needs a Barbican on which what one client has done is seen by the next one, within the time that is waited for.
-//! Where that fails in spite of all, two keys are chosen; then neither is used until somebody has decided. A key whose
-//! making broke off before it was offered counts for nothing.
+//! A choice that may be new is looked at again before the key is used, after as long a wait, by whoever finds it: of two
+//! choices the later one's host sees both then, and uses neither. So two keys of a volume are used only if what was
+//! written is not seen for longer than [`PATIENCE`]. One that was looked at again is settled, and noted as such, so that
+//! nobody waits any more.
+//!
+//! That two are chosen does not come about at all where [`PATIENCE`] is at least [`PROMPTLY`] and twice the time after
+//! which the other nodes of a cluster see what was written. Where it does in spite of all, neither is used until
+//! somebody has decided. A key whose making broke off before it was offered counts for nothing.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -25,10 +30,10 @@ use crate::keys::{CheckValue, Description};
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
-/// How long to wait before a key is chosen: Barbican may run on several machines, whose clocks may differ a little.
-const PATIENCE: Duration = Duration::from_millis(2500);
-/// How long what a choice is made by may take to be read.
-const PROMPTLY: Duration = Duration::from_millis(1500);
+/// How long to wait before a key is chosen, and before one that was chosen is used.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// How long a choice may take: the look that it is made by, and until Barbican has it.
+const PROMPTLY: Duration = Duration::from_secs(1);
 /// How many looks may take too long for a choice.
 const SLOW_LOOKS: usize = 2;
 /// The most keys of one name that are looked at. More than a few were not made by volcrypt.
@@ -40,6 +45,7 @@ const VOLUME: &str = "volcrypt-volume";
 /// The number of a piece follows.
 const DESCRIPTION: &str = "volcrypt-description-";
 const CHOSEN: &str = "volcrypt-chosen";
+const SETTLED: &str = "volcrypt-settled";
 
 /// A key in Barbican that was made for a volume.
 pub(super) struct Found {
@@ -52,6 +58,8 @@ pub(super) struct Found {
     pub(super) check_value: CheckValue,
     /// Whether it counts.
     pub(super) is_chosen: bool,
+    /// Whether no other one was chosen at the same time.
+    is_settled: bool,
 }
 
 /// What is kept beside a key that is offered.
@@ -108,44 +116,69 @@ impl BarbicanKeyManager {
         }
     }
 
-    /// The key of `volume` that counts, which can be used from here on; nothing if there is none.
-    pub(super) fn settle(&self, asking: &mut Asking<'_>, volume: &VolumeId) -> Result<Option<Found>, Refusal> {
-        let mut found = self.find(asking, volume)?;
-        let mut slow = 0;
+    /// The key of `volume` that counts, which can be used from here on; nothing if there is none. If one `is_offered` by
+    /// this host just now, that is waited for.
+    pub(super) fn settle(
+        &self,
+        asking: &mut Asking<'_>,
+        volume: &VolumeId,
+        is_offered: bool,
+    ) -> Result<Option<Found>, Refusal> {
+        let mut found = if is_offered { Vec::new() } else { self.find(asking, volume)? };
+        let (mut before, mut may_wait, mut is_unanswered, mut slow) = (None, is_offered, false, 0);
         loop {
-            if found.is_empty() {
+            if found.is_empty() && !may_wait {
                 return Ok(None);
             }
-            if let Some(chosen) = chosen(volume, &mut found)? {
-                return Ok(Some(chosen));
+            may_wait = false;
+            let chosen = chosen(volume, &mut found)?;
+            match (&chosen, &before) {
+                (Some(Found { is_settled: true, .. }), _) => return Ok(chosen),
+                (Some(found), Some(before)) if found.id == *before => {
+                    self.note_settled(asking, volume, &found.id);
+                    return Ok(chosen);
+                }
+                (None, Some(_)) => {
+                    let sentence = format!(
+                        "Barbican has forgotten which key of volume {volume} was chosen: have its administrator look into its \
+                         log"
+                    );
+                    return Err(Refusal::new(Reason::KeyManager, sentence));
+                }
+                _ => {}
             }
+            before = chosen.map(|found| found.id);
             asking.pause(PATIENCE);
             let looked = Instant::now();
             found = self.find(asking, volume)?;
-            if let (Some(oldest), None) = (found.first(), found.iter().find(|found| found.is_chosen)) {
-                if looked.elapsed() >= PROMPTLY {
-                    if slow == SLOW_LOOKS {
-                        return Err(too_slow(volume));
-                    }
-                    slow += 1;
-                    continue;
-                }
-                match asking.add_metadatum(&oldest.id, CHOSEN, "yes") {
-                    Ok(()) => {
-                        found = self.find(asking, volume)?;
-                        if !found.is_empty() && !found.iter().any(|found| found.is_chosen) {
-                            let sentence = format!(
-                                "Barbican has forgotten which key of volume {volume} was chosen: have its administrator look \
-                                 into its log"
-                            );
-                            return Err(Refusal::new(Reason::KeyManager, sentence));
-                        }
-                    }
-                    // Another host has chosen another one, and its maker has deleted this one.
-                    Err(NoAnswer::Refused(answered)) if answered.status == 404 => {}
-                    Err(no_answer) => return Err(self.refusal(About::Secret(volume, &oldest.id), no_answer)),
-                }
+            let left = PROMPTLY.saturating_sub(looked.elapsed());
+            if found.is_empty() || before.is_some() || found.iter().any(|found| found.is_chosen) {
+                continue;
             }
+            if left.is_zero() {
+                if slow == SLOW_LOOKS {
+                    return Err(too_slow(volume));
+                }
+                slow += 1;
+                continue;
+            }
+            let oldest = &mut found[0];
+            match asking.within(left).add_metadatum(&oldest.id, CHOSEN, "yes") {
+                Ok(()) => oldest.is_chosen = true,
+                // Another host has chosen another one, and its maker has deleted this one.
+                Err(NoAnswer::Refused(answered)) if answered.status == 404 => {}
+                // It may come about all the same. That is seen after the next wait.
+                Err(NoAnswer::Unreachable(_)) if !is_unanswered => is_unanswered = true,
+                Err(no_answer) => return Err(self.refusal(About::Secret(volume, &oldest.id), no_answer)),
+            }
+        }
+    }
+
+    /// Has other hosts know that they need not wait. If they do not get to know it, they wait.
+    fn note_settled(&self, asking: &Asking<'_>, volume: &VolumeId, id: &str) {
+        if let Err(no_answer) = asking.within(PROMPTLY).add_metadatum(id, SETTLED, "yes") {
+            let refusal = self.refusal(About::Secret(volume, id), no_answer);
+            tracing::warn!("other hosts wait for some seconds before they first use volume {volume}: {refusal}");
         }
     }
 }
@@ -185,7 +218,8 @@ fn read(
     }
     let (description, check_value) = Description::parse(&text)
         .map_err(|error| foreign(format!("says of the volume what makes no sense ({error})")))?;
-    Ok(Some(Found { id, created, description, check_value, is_chosen: is_chosen(metadata) }))
+    let (is_chosen, is_settled) = (is_chosen(metadata), metadata.contains_key(SETTLED));
+    Ok(Some(Found { id, created, description, check_value, is_chosen, is_settled }))
 }
 
 /// The one key that was chosen, if any was.
@@ -194,7 +228,7 @@ fn chosen(volume: &VolumeId, found: &mut Vec<Found>) -> Result<Option<Found>, Re
     if ids.len() > 1 {
         let sentence = format!(
             "Barbican has several keys of volume {volume} that were chosen (secrets {}): have their owner delete all but the \
-             one whose check value 'volcrypt volume show {volume}' shows on the hosts that use it",
+             one whose check value 'volcrypt volume show {volume}' shows on the hosts that use it, or any one if none does",
             ids.join(", ")
         );
         return Err(Refusal::new(Reason::KeyManager, sentence));

@@ -112,6 +112,12 @@ impl Talk<'_> {
         self.until.set(Instant::now() + self.client.config.deadline);
     }
 
+    /// The same, with `most` for what is left to ask.
+    pub fn within(&self, most: Duration) -> Self {
+        let until = self.until.get().min(Instant::now() + most);
+        Talk { client: self.client, server: self.server, until: Cell::new(until) }
+    }
+
     /// Has the server answer `request`. It may get it twice: every request can be repeated.
     ///
     /// # Errors

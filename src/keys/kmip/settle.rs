@@ -4,10 +4,11 @@
 //! each. To activate a key is to choose it: a key that was ever activated counts, and nobody uses another. Before one is
 //! activated, whoever is about to waits, looks again, and takes the oldest (of two that are equally old, the one whose
 //! identifier comes first). A key that comes later than that look is made by a host that waits in its turn, and then
-//! finds the other one active.
+//! finds the other one active. Whoever has activated a key waits as long again and looks once more before it is used: if
+//! another one was activated meanwhile, the later one's host sees both.
 //!
-//! That needs a server on which what one client has done is seen by the next one, within the time that is waited for.
-//! Where that fails in spite of all, two keys are active; then neither is used until an administrator has decided.
+//! That needs a server on which what one client has done is seen by the next one at once, or by all hosts within the time
+//! that is waited for. Where two keys are active in spite of all, neither is used until an administrator has decided.
 
 use std::time::{Duration, Instant};
 
@@ -21,7 +22,7 @@ use crate::volume::VolumeId;
 
 /// How long to wait before a key is chosen: servers tell ages in whole seconds, and their clocks may differ a little.
 const PATIENCE: Duration = Duration::from_millis(2500);
-/// How long a choice may take after the look that it is made by.
+/// How long a choice may take: the look that it is made by, and until the server has it.
 const PROMPTLY: Duration = Duration::from_secs(1);
 /// How many looks may take too long for a choice.
 const SLOW_LOOKS: usize = 2;
@@ -94,16 +95,13 @@ pub(super) fn settle(talks: &[&Talk<'_>], volume: &VolumeId) -> Result<Option<Fo
     if found.is_empty() {
         return Ok(None);
     }
-    let (mut patient, mut slow) = (false, 0);
+    let (mut is_unanswered, mut slow) = (false, 0);
+    let wait = || talks.iter().for_each(|talk| talk.wait(PATIENCE / talks.len() as u32));
     loop {
         if let Some(chosen) = chosen(volume, &mut found)? {
             return Ok(Some(chosen));
         }
-        if patient {
-            // It was activated just now, and is not any more.
-            return Err(undecided(volume, "none of them can be used".to_owned()).into());
-        }
-        talks.iter().for_each(|talk| talk.wait(PATIENCE / talks.len() as u32));
+        wait();
         let looked = Instant::now();
         found = find_all(talks, volume)?;
         if let Some(chosen) = chosen(volume, &mut found)? {
@@ -111,15 +109,29 @@ pub(super) fn settle(talks: &[&Talk<'_>], volume: &VolumeId) -> Result<Option<Fo
         }
         let age = |found: &&Found| (found.attributes.initial_date, found.identifier.clone());
         let Some(oldest) = found.iter().min_by_key(age) else { return Ok(None) };
-        match looked.elapsed() < PROMPTLY {
-            true => {
-                activate(talks[0], &oldest.identifier)?;
-                patient = true;
+        let left = PROMPTLY.saturating_sub(looked.elapsed());
+        if left.is_zero() {
+            if slow == SLOW_LOOKS {
+                return Err(too_slow(volume).into());
             }
-            false if slow == SLOW_LOOKS => return Err(too_slow(volume).into()),
-            false => slow += 1,
+            slow += 1;
+            continue;
         }
-        found = find_all(talks, volume)?;
+        match activate(talks[0], &oldest.identifier, left) {
+            Ok(()) => {
+                wait();
+                found = find_all(talks, volume)?;
+                // It was activated just now.
+                let chosen = chosen(volume, &mut found)?;
+                return match chosen {
+                    Some(chosen) => Ok(Some(chosen)),
+                    None => Err(undecided(volume, "none of them can be used".to_owned()).into()),
+                };
+            }
+            // It may come about all the same. That is seen after the next wait.
+            Err(Trouble::Io(_)) if !is_unanswered => is_unanswered = true,
+            Err(trouble) => return Err(trouble.into()),
+        }
     }
 }
 
@@ -193,14 +205,14 @@ fn find_all(talks: &[&Talk<'_>], volume: &VolumeId) -> Result<Vec<Found>, Fault>
     Ok(all)
 }
 
-/// Lets a key be used. Another host may be quicker.
-fn activate(talk: &Talk<'_>, identifier: &str) -> Result<(), Fault> {
-    let refused = match talk.ask(&Request::activate(identifier)) {
+/// Lets a key be used, `within` a time. Another host may be quicker.
+fn activate(talk: &Talk<'_>, identifier: &str, within: Duration) -> Result<(), Trouble> {
+    let refused = match talk.within(within).ask(&Request::activate(identifier)) {
         Ok(_) => return Ok(()),
         Err(trouble) => trouble,
     };
     match talk.ask(&Request::get_attributes(identifier)).map(|answer| answer.attributes(identifier)) {
         Ok(Ok(Attributes { state: State::Active, .. })) => Ok(()),
-        _ => Err(refused.into()),
+        _ => Err(refused),
     }
 }

@@ -1,3 +1,4 @@
+use aws_lc_rs::constant_time;
 use serde::{Deserialize, Serialize};
 
 use super::{CheckValue, FIRST_VERSION, Key};
@@ -37,9 +38,9 @@ fn is_first(version: &u32) -> bool {
 }
 
 /// The version of what is kept. What it says decides what stands on a volume, so no older volcrypt may guess.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
-/// A description as it is kept beside a key.
+/// A description as it is kept beside a key, without the seal.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Kept {
@@ -147,20 +148,38 @@ impl Description {
         }
     }
 
-    /// As it is kept beside the key with `check_value`: one line of JSON.
+    /// As it is kept beside the `key` of `volume`: one line of JSON, a space, and in hexadecimal digits the seal, by which
+    /// all of the line is known to be what was written for this key and this volume.
     ///
     /// # Errors
     /// Never, in practice: it holds texts and numbers only.
-    pub fn to_text(&self, check_value: CheckValue) -> Result<String, serde_json::Error> {
-        serde_json::to_string(&Kept { version: VERSION, check_value, volume: self.clone() })
+    pub fn to_text(&self, volume: &VolumeId, key: &Key) -> Result<String, serde_json::Error> {
+        let kept = Kept { version: VERSION, check_value: key.check_value(volume), volume: self.clone() };
+        let text = serde_json::to_string(&kept)?;
+        let seal = hexadecimal(&key.seal(volume, &text));
+        Ok(format!("{text} {seal}"))
     }
+}
 
-    /// What [`Description::to_text`] wrote, which came back from elsewhere, and the check value of the key that it was
-    /// written for.
+/// A description that came back from elsewhere. Only the key that it was written for shows that nobody has changed it.
+pub struct SealedDescription {
+    text: String,
+    seal: String,
+    /// The check value of the key that it was written for, by its own word.
+    pub check_value: CheckValue,
+    description: Description,
+}
+
+impl SealedDescription {
+    /// What [`Description::to_text`] wrote.
     ///
     /// # Errors
     /// In words, when it is not that, names no device, or asks for a cipher or a sector size that no profile could.
-    pub fn parse(text: &str) -> Result<(Self, CheckValue), String> {
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let (text, seal) = text
+            .rsplit_once(' ')
+            .filter(|(_, seal)| seal.len() == 64 && seal.bytes().all(|byte| byte.is_ascii_hexdigit()))
+            .ok_or("it does not end with a seal")?;
         let Kept { version, check_value, volume } = serde_json::from_str(text).map_err(|error| error.to_string())?;
         if version != VERSION {
             return Err(format!("it was written by another volcrypt, version {version} instead of {VERSION}"));
@@ -177,9 +196,35 @@ impl Description {
         }
         match *device == EnrolledDevice::default() {
             true => Err("it does not say which device the volume is on".to_owned()),
-            false => Ok((volume, check_value)),
+            false => {
+                let (text, seal) = (text.to_owned(), seal.to_owned());
+                Ok(SealedDescription { text, seal, check_value, description: volume })
+            }
         }
     }
+
+    /// The description, if `key` is the one of `volume` that it was written for.
+    ///
+    /// # Errors
+    /// In words that go on from the key's name, when it is another key or something in the description was changed.
+    pub fn open(&self, volume: &VolumeId, key: &Key) -> Result<Description, String> {
+        let (bits, made_with) = (key.bits(), self.description.key_size.bits());
+        if bits != made_with as usize {
+            return Err(format!("has {bits} bits and not the {made_with} that it was made with"));
+        }
+        if key.check_value(volume) != self.check_value {
+            return Err("is another one than was made for it".to_owned());
+        }
+        let seal = hexadecimal(&key.seal(volume, &self.text));
+        match constant_time::verify_slices_are_equal(seal.as_bytes(), self.seal.as_bytes()) {
+            Ok(()) => Ok(self.description.clone()),
+            Err(_) => Err("is the right one, but what is said of the volume beside it was changed".to_owned()),
+        }
+    }
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]
@@ -192,31 +237,61 @@ mod tests {
         Description::new(device, 4096, ("default", &Profile::default()), Some("p1"), 7)
     }
 
-    fn check_value() -> CheckValue {
-        "0123456789abcdef".repeat(2).try_into().unwrap()
+    fn key() -> Key {
+        Key::filled(64, |room| {
+            room.fill(3);
+            Ok(())
+        })
+        .unwrap()
     }
 
     #[test]
     fn a_description_comes_back_as_it_was() {
-        let text = description().to_text(check_value()).unwrap();
-        assert_eq!(Description::parse(&text).unwrap(), (description(), check_value()));
+        let volume = "one".parse().unwrap();
+        let text = description().to_text(&volume, &key()).unwrap();
+        let sealed = SealedDescription::parse(&text).unwrap();
+        assert_eq!(sealed.check_value, key().check_value(&volume));
+        assert_eq!(sealed.open(&volume, &key()).unwrap(), description());
+        assert!(sealed.open(&"other".parse().unwrap(), &key()).is_err());
+        assert!(sealed.open(&volume, &Key::random(description().key_size).unwrap()).is_err());
+    }
+
+    #[test]
+    fn what_was_changed_is_not_what_was_written_with_the_key() {
+        let volume = "one".parse().unwrap();
+        let text = description().to_text(&volume, &key()).unwrap();
+        for (from, to) in [
+            ("\"sector_size\":512", "\"sector_size\":4096"),
+            ("\"p1\"", "\"p2\""),
+            ("\"p1\"", "null"),
+            ("\"lun\":1", "\"lun\":2"),
+            ("\"size_bytes\":4096", "\"size_bytes\":512"),
+            ("\"enrolled_at\":7", "\"enrolled_at\":8"),
+            ("{", "{ "),
+        ] {
+            let changed = text.replacen(from, to, 1);
+            assert_ne!(changed, text);
+            let sealed = SealedDescription::parse(&changed).unwrap();
+            let said = sealed.open(&volume, &key()).unwrap_err();
+            assert!(said.contains("was changed"), "{changed}: {said}");
+        }
     }
 
     #[test]
     fn the_first_key_needs_no_number() {
-        let text = description().to_text(check_value()).unwrap();
-        assert!(!text.contains("key_version"), "older ones refuse what they do not know: {text}");
+        let volume = "one".parse().unwrap();
+        assert!(!description().to_text(&volume, &key()).unwrap().contains("key_version"));
         assert_eq!(description().key_version(), 1);
-        let second = text.replacen("\"size_bytes\"", "\"key_version\":4294967295,\"size_bytes\"", 1);
-        let (read, _) = Description::parse(&second).unwrap();
-        assert_eq!(read.key_version(), u32::MAX);
+        let second = Description { key_version: u32::MAX, ..description() };
+        let text = second.to_text(&volume, &key()).unwrap();
+        let read = SealedDescription::parse(&text).unwrap().open(&volume, &key()).unwrap();
+        assert_eq!(read, second);
         assert!(!read.reads_as(&description()), "another key");
-        assert_eq!(Description::parse(&read.to_text(check_value()).unwrap()).unwrap().0, read);
     }
 
     #[test]
     fn what_cannot_be_meant_is_refused() {
-        let text = description().to_text(check_value()).unwrap();
+        let text = description().to_text(&"one".parse().unwrap(), &key()).unwrap();
         for (from, to) in [
             ("aes-xts-plain64", "cipher_null"),
             ("aes-xts-plain64", "aes-xts-plain64 0 8:0 0"),
@@ -225,8 +300,8 @@ mod tests {
             ("\"sector_size\":512", "\"sector_size\":513"),
             ("\"provider\":\"plain\"", "\"provider\":\"none\""),
             ("{", "["),
-            ("\"version\":1", "\"version\":2"),
-            ("\"version\":1", "\"version\":1,\"iv_offset\":8"),
+            ("\"version\":2", "\"version\":1"),
+            ("\"version\":2", "\"version\":2,\"iv_offset\":8"),
             ("\"size_bytes\"", "\"iv_offset\":8,\"size_bytes\""),
             ("\"size_bytes\"", "\"key_version\":0,\"size_bytes\""),
             ("\"size_bytes\"", "\"key_version\":-1,\"size_bytes\""),
@@ -235,10 +310,12 @@ mod tests {
             ("\"size_bytes\"", "\"key_version\":null,\"size_bytes\""),
             ("\"iscsi_target\":\"iqn\",\"lun\":1", "\"iscsi_target\":null,\"lun\":null"),
             (",\"owner\":\"p1\"", ""),
+            ("} ", "}"),
+            ("} ", "} 0"),
         ] {
             let changed = text.replacen(from, to, 1);
             assert_ne!(changed, text);
-            assert!(Description::parse(&changed).is_err(), "{changed}");
+            assert!(SealedDescription::parse(&changed).is_err(), "{changed}");
         }
     }
 }

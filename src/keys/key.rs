@@ -88,6 +88,18 @@ impl Key {
         self.check_value_for(b"volcrypt key check v1\0", volume.as_str())
     }
 
+    /// What binds a text about `volume` to this key: HMAC-SHA-256 over the text, under HMAC-SHA-256 under the key over
+    /// `volcrypt description key v1` NUL and the volume's id.
+    pub(super) fn seal(&self, volume: &VolumeId, text: &str) -> [u8; 32] {
+        let mut context = hmac::Context::with_key(&hmac::Key::new(hmac::HMAC_SHA256, self.bytes()));
+        context.update(b"volcrypt description key v1\0");
+        context.update(volume.as_str().as_bytes());
+        let derived = hmac::Key::new(hmac::HMAC_SHA256, context.sign().as_ref());
+        let mut seal = [0; 32];
+        seal.copy_from_slice(hmac::sign(&derived, text.as_bytes()).as_ref());
+        seal
+    }
+
     /// The first 16 bytes of HMAC-SHA-256 under the key over `label` and `name`.
     pub(super) fn check_value_for(&self, label: &[u8], name: &str) -> CheckValue {
         let mut context = hmac::Context::with_key(&hmac::Key::new(hmac::HMAC_SHA256, self.bytes()));

@@ -25,7 +25,7 @@ mod rotation;
 mod secret_file;
 pub mod tls;
 
-pub use description::Description;
+pub use description::{Description, SealedDescription};
 pub use embedded::EmbeddedKeyManager;
 pub use kek::KeyEncryptionKey;
 pub use key::{CheckValue, Key};

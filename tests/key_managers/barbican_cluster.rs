@@ -11,6 +11,7 @@ use volcrypt::store::EnrolledDevice;
 use volcrypt::volume::VolumeId;
 
 use super::cluster::{Cluster, Turn};
+use super::scripted::Reply;
 
 const NEVER: Duration = Duration::from_secs(3600);
 
@@ -119,4 +120,28 @@ fn a_choice_that_is_new_is_looked_at_again() {
     let (reason, sentence) = refused(outcome);
     assert_eq!(reason, Reason::KeyManager);
     assert!(sentence.contains("several keys"), "{sentence}");
+}
+
+#[test]
+fn what_is_said_of_a_volume_is_what_was_said_with_its_key() {
+    let cluster = Cluster::start(Duration::ZERO, Duration::ZERO);
+    let one = volume("one");
+    cluster.host(0).create(&one, &wanted()).unwrap();
+    let (_, right) = cluster.host(0).described(&one).unwrap().unwrap();
+    assert!(right == wanted());
+    let metadata = cluster.secrets(0).into_values().next().unwrap().metadata;
+    for (from, to) in [("\"sector_size\":512", "\"sector_size\":4096"), ("\"owner\":\"p1\"", "\"owner\":\"p2\"")] {
+        let changed: BTreeMap<String, String> =
+            metadata.iter().map(|(name, piece)| (name.clone(), piece.replace(from, to))).collect();
+        assert_ne!(changed, metadata, "{from} is in one piece");
+        let body = serde_json::json!({"metadata": changed}).to_string();
+        cluster.direct(move |request, _| match request.method == "GET" && request.target.ends_with("/metadata") {
+            true => Turn::Instead(Reply::json(200, "", &body)),
+            false => Turn::AsItIs,
+        });
+        let (reason, sentence) = refused(cluster.host(1).described(&one));
+        assert_eq!(reason, Reason::WrongKey, "{sentence}");
+        assert!(sentence.contains("was changed"), "{sentence}");
+        assert_eq!(refused(cluster.host(1).get(&one)).0, Reason::WrongKey);
+    }
 }

@@ -42,7 +42,7 @@ fn metadata_of(key: &[u8]) -> String {
         room.copy_from_slice(key);
         Ok(())
     });
-    let text = wanted().to_text(key.unwrap().check_value(&volume("one"))).unwrap();
+    let text = wanted().to_text(&volume("one"), &key.unwrap()).unwrap();
     let pieces = text.as_bytes().chunks(200).enumerate();
     let pieces = pieces.map(|(number, piece)| {
         let piece = serde_json::to_string(std::str::from_utf8(piece).unwrap()).unwrap();

@@ -88,24 +88,17 @@ impl BarbicanKeyManager {
 
     /// Has a key handed out that was found, if it is the one that its description was written for.
     fn hand_out(&self, asking: &Asking<'_>, volume: &VolumeId, found: &Found) -> Result<(Key, Description), Refusal> {
-        let Found { id, description, check_value, .. } = found;
+        let id = &found.id;
         let key = asking.payload(id).map_err(|no_answer| self.refusal(About::Secret(volume, id), no_answer))?;
-        let wrong = |what: String| {
+        let description = found.sealed.open(volume, &key).map_err(|what| {
             let sentence = format!(
                 "Barbican's key of volume {volume} (secret {id}) {what}: have its owner restore the key that was made for the \
-                 volume"
+                 volume, and its metadata"
             );
             Refusal::new(Reason::WrongKey, sentence)
-        };
-        let (bits, made_with) = (key.bits(), description.key_size.bits());
-        if bits != made_with as usize {
-            return Err(wrong(format!("has {bits} bits and not the {made_with} that it was made with")));
-        }
-        if key.check_value(volume) != *check_value {
-            return Err(wrong("is another one than was made for it".to_owned()));
-        }
+        })?;
         self.registered.is_now(volume, id);
-        Ok((key, description.clone()))
+        Ok((key, description))
     }
 
     /// Hands `key` to Barbican and chooses it, if it is the one that counts in the end. Returns the one that does.
@@ -120,8 +113,7 @@ impl BarbicanKeyManager {
     ) -> Result<(Key, Description), Refusal> {
         let mut asking = self.client.begin();
         let refusal = |no_answer| self.refusal(About::NewKey(volume), no_answer);
-        let check_value = key.check_value(volume);
-        let text = wanted.to_text(check_value).map_err(|error| Refusal::new(Reason::KeyManager, error.to_string()))?;
+        let text = wanted.to_text(volume, key).map_err(|error| Refusal::new(Reason::KeyManager, error.to_string()))?;
         let id = asking.store(&name_of(volume), key).map_err(refusal)?;
         asking.put_metadata(&id, &label(volume, &text)).map_err(refusal)?;
         let found = self.settle(&mut asking, volume, true)?.ok_or_else(|| self.no_key(volume))?;

@@ -26,7 +26,7 @@ use super::client::Asking;
 use super::messages::Secret;
 use super::refusals::About;
 use super::{BarbicanKeyManager, name_of};
-use crate::keys::{CheckValue, Description};
+use crate::keys::SealedDescription;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
@@ -53,9 +53,7 @@ pub(super) struct Found {
     pub(super) id: String,
     created: String,
     /// What is known of the volume.
-    pub(super) description: Description,
-    /// The check value of the key that was made for it.
-    pub(super) check_value: CheckValue,
+    pub(super) sealed: SealedDescription,
     /// Whether it counts.
     pub(super) is_chosen: bool,
     /// Whether no other one was chosen at the same time.
@@ -216,10 +214,10 @@ fn read(
         Some(own) if own == volume.as_str() => {}
         _ => return Err(foreign("was not made for that volume".to_owned())),
     }
-    let (description, check_value) = Description::parse(&text)
+    let sealed = SealedDescription::parse(&text)
         .map_err(|error| foreign(format!("says of the volume what makes no sense ({error})")))?;
     let (is_chosen, is_settled) = (is_chosen(metadata), metadata.contains_key(SETTLED));
-    Ok(Some(Found { id, created, description, check_value, is_chosen, is_settled }))
+    Ok(Some(Found { id, created, sealed, is_chosen, is_settled }))
 }
 
 /// The one key that was chosen, if any was.

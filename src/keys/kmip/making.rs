@@ -72,7 +72,7 @@ impl KmipKeyManager {
         let settled = settle(&talks, volume).map_err(|fault| named(first, fault))?;
         let found = settled.ok_or_else(|| no_key(volume))?;
         let (kept, description) = hand_out(first, volume, &found).map_err(|fault| named(first, fault))?;
-        let is_own = |key: &Key| key.check_value(volume) == found.check_value;
+        let is_own = |key: &Key| key.check_value(volume) == found.sealed.check_value;
         if let Some(key) = own.filter(|key| is_own(key))
             && !(kept.same_as(key) && alike(&description, wanted))
         {
@@ -170,7 +170,7 @@ fn unless_offered(talk: &Talk<'_>, volume: &VolumeId, trouble: Trouble) -> Resul
 }
 
 fn describe(volume: &VolumeId, wanted: &Description, key: &Key) -> Result<String, Refusal> {
-    let text = wanted.to_text(key.check_value(volume));
+    let text = wanted.to_text(volume, key);
     text.map_err(|error| Refusal::new(Reason::KeyManager, error.to_string()))
 }
 
@@ -185,7 +185,7 @@ fn give_up(talk: &Talk<'_>, volume: &VolumeId, check_value: CheckValue, chosen: 
 
 /// Whether `found` was made for nothing. The server's word is not enough: what it says may be older than the choice.
 fn is_left(found: &Found, check_value: CheckValue, chosen: &str) -> bool {
-    found.attributes.state == State::PreActive && found.check_value == check_value && found.identifier != chosen
+    found.attributes.state == State::PreActive && found.sealed.check_value == check_value && found.identifier != chosen
 }
 
 /// The name of a key that the server has made and that was not described yet.

@@ -288,28 +288,21 @@ impl KeyManager for KmipKeyManager {
 
 /// Has a key handed out that was found, if it is the one that its description was written for.
 fn hand_out(talk: &Talk<'_>, volume: &VolumeId, found: &Found) -> Result<(Key, Description), Fault> {
-    let Found { identifier, description, check_value, .. } = found;
+    let identifier = &found.identifier;
     let answer = talk.ask(&Request::get(identifier))?;
     let bytes = answer.key(identifier)?;
-    let wrong = |what: String| {
-        let sentence = format!(
-            "the KMIP server's key of volume {volume} (object {identifier}) {what}: have its administrator restore the key \
-             that was made for the volume"
-        );
-        Refusal::new(Reason::WrongKey, sentence)
-    };
-    if bytes.len() != description.key_size.bytes() {
-        let (is, was) = (bytes.len() * 8, description.key_size.bits());
-        return Err(wrong(format!("has {is} bits and not the {was} that it was made with")).into());
-    }
     let key = Key::filled(bytes.len(), |room| {
         room.copy_from_slice(bytes);
         Ok(())
     })?;
-    match key.check_value(volume) == *check_value {
-        true => Ok((key, description.clone())),
-        false => Err(wrong("is another one than was made for it".to_owned()).into()),
-    }
+    let description = found.sealed.open(volume, &key).map_err(|what| {
+        let sentence = format!(
+            "the KMIP server's key of volume {volume} (object {identifier}) {what}: have its administrator restore the key \
+             that was made for the volume, and its application specific information"
+        );
+        Refusal::new(Reason::WrongKey, sentence)
+    })?;
+    Ok((key, description))
 }
 
 fn unless_gone(talk: &Talk<'_>, request: &Request) -> Result<(), Fault> {

@@ -16,7 +16,7 @@ use super::client::Talk;
 use super::connection::Trouble;
 use super::message::{Attributes, Failure, Request, State};
 use super::{Fault, name_of};
-use crate::keys::{CheckValue, Description};
+use crate::keys::SealedDescription;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
@@ -36,9 +36,7 @@ pub(super) struct Found {
     /// What the server knows of it.
     pub(super) attributes: Attributes,
     /// What is known of the volume.
-    pub(super) description: Description,
-    /// The check value of the key that was made for it.
-    pub(super) check_value: CheckValue,
+    pub(super) sealed: SealedDescription,
 }
 
 /// The keys of `volume` that the server has or remembers.
@@ -83,9 +81,9 @@ fn read(volume: &VolumeId, name: &str, identifier: String, attributes: Attribute
     let Some(text) = &attributes.description else {
         return Err(foreign("does not say what is on the volume".to_owned()));
     };
-    let (description, check_value) = Description::parse(text)
+    let sealed = SealedDescription::parse(text)
         .map_err(|error| foreign(format!("what it says of the volume makes no sense ({error})")))?;
-    Ok(Found { identifier, attributes, description, check_value })
+    Ok(Found { identifier, attributes, sealed })
 }
 
 /// The key of `volume` that counts, which can be used from here on; nothing if there is none. All of `talks` are asked,

@@ -145,3 +145,14 @@ fn what_is_said_of_a_volume_is_what_was_said_with_its_key() {
         assert_eq!(refused(cluster.host(1).get(&one)).0, Reason::WrongKey);
     }
 }
+
+#[test]
+fn a_server_that_wants_to_be_left_alone_for_ever_is() {
+    let cluster = Cluster::start(Duration::ZERO, Duration::ZERO);
+    for seconds in [u64::MAX, u64::MAX / 2, 11] {
+        let headers = format!("retry-after: {seconds}\r\n");
+        cluster.direct(move |_, _| Turn::Instead(Reply::json(503, &headers, "{}")));
+        let (reason, sentence) = refused(cluster.host(0).get(&volume("one")));
+        assert_eq!(reason, Reason::TimedOut, "{sentence}");
+    }
+}

@@ -70,7 +70,7 @@ impl Http {
                 return Err(NoAnswer::Refused(refused));
             }
             let pause = pause.unwrap_or(PAUSE).max(SHORTEST_PAUSE);
-            if Instant::now() + pause >= deadline {
+            if pause >= deadline.saturating_duration_since(Instant::now()) {
                 let sentence = format!("{host}: it has too much to do ({refused})");
                 return Err(NoAnswer::Unreachable(sentence));
             }

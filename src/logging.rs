@@ -26,3 +26,12 @@ pub fn start(program: &str) {
         None => registry.with(tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false)).init(),
     }
 }
+
+/// Has the journal know what is put into the audit log by a command, and nothing else; without a journal nobody does.
+pub fn announce_only(program: &str) {
+    let Ok(journal) = tracing_journald::layer() else { return };
+    let journal = journal.with_field_prefix(Some(FIELD_PREFIX.to_owned()));
+    let registry = tracing_subscriber::registry().with(EnvFilter::new(ALWAYS));
+    // Where messages go somewhere already, these go there as well.
+    let _ = registry.with(journal.with_syslog_identifier(program.to_owned())).try_init();
+}

@@ -12,9 +12,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use assert_cmd::cargo::CommandCargoExt;
 use rusqlite::Connection;
 use tempfile::TempDir;
+use volcrypt::audit::{Entry, Kind, Link, Role};
 use volcrypt::keys::{EmbeddedKeyManager, Key, KeyEncryptionKey, KeyManager, RotationStep};
 use volcrypt::policy::Provider;
-use volcrypt::store::{EnrolledDevice, Store, VolumeRecord, VolumeState};
+use volcrypt::store::{AuditQuery, EnrolledDevice, Store, VolumeRecord, VolumeState};
 use volcrypt::volume::VolumeId;
 
 /// A host's database, key-encryption key and configuration.
@@ -436,4 +437,24 @@ fn an_older_volcrypts_backup_is_brought_to_this_version() {
     let version: i64 =
         Connection::open(newest).unwrap().query_row("PRAGMA user_version", [], |row| row.get(0)).unwrap();
     assert!(version > 3);
+}
+
+#[test]
+fn a_backup_and_a_restore_are_in_the_audit_log() {
+    let host = Host::new();
+    host.enrol(&["one"]);
+    let backup = host.back_up("backup.db");
+    host.restore(&backup);
+    let (store, _) = host.open();
+    let entries = store.audit(&AuditQuery::default()).unwrap().entries;
+    let Some(Entry::Record { record, .. }) = entries.first() else { panic!("{entries:?}") };
+    let said = format!("from {}, with 1 volumes; 1 keys were opened", backup.display());
+    assert_eq!((record.event.kind, record.event.detail.as_str()), (Kind::DatabaseRestored, said.as_str()));
+    assert_eq!((record.event.asker.by, record.event.asker.uid), (Role::Operator, Some(0)));
+    assert!(store.verify_audit(Link::default()).unwrap().broken.is_none());
+    // The one that was copied is recorded where it was copied from.
+    let kept = Connection::open(&host.kept()[0]).unwrap();
+    let newest: String =
+        kept.query_row("SELECT record FROM audit ORDER BY seq DESC LIMIT 1", [], |row| row.get(0)).unwrap();
+    assert!(newest.contains("database-backed-up") && newest.contains("backup.db, with 1 volumes"), "{newest}");
 }

@@ -45,6 +45,10 @@ pub enum Kind {
     PolicyReloaded,
     /// Another key-encryption key wraps new keys, and the others are being rewrapped.
     KekRotationStarted,
+    /// The database was copied to a file.
+    DatabaseBackedUp,
+    /// A copy took the database's place.
+    DatabaseRestored,
     /// A volume's key is in another key manager as well, which was given it or had it.
     KeyMoved,
     /// The key that a volume has in another key manager was destroyed in the one where it was before.

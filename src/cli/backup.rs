@@ -5,11 +5,13 @@ use std::path::{Path, PathBuf};
 
 use super::CommandError;
 use super::time::utc;
+use crate::audit::{Asker, Event, Kind};
 use crate::keys::EmbeddedKeyManager;
+use crate::logging;
 use crate::policy::{Config, KeyManagerConfig};
 use crate::protocol::{CONTROL_SOCKET, WRAPPER_SOCKET};
 use crate::refusal::{Reason, Refusal};
-use crate::store::{self, Contents, Staged, seconds_now};
+use crate::store::{self, Contents, Staged, Store, seconds_now};
 
 /// What listens on which socket: unix(7), `/proc/net/unix`.
 const SOCKETS: &str = "/proc/net/unix";
@@ -23,6 +25,9 @@ pub(super) fn back_up(config: &Path, to: &Path) -> Result<String, CommandError> 
     };
     let contents = store::back_up(config.directory(), &to).map_err(CommandError::Refused)?;
     let Contents { volumes, keys, records, keks } = &contents;
+    let detail = format!("to {}, with {volumes} volumes and {keys} wrapped keys", to.display());
+    let recorded = operator()
+        .ask(|| Store::open(config.directory())?.append_audit(Event::of_the_host(Kind::DatabaseBackedUp, detail)));
     let mut text =
         format!("{} holds {volumes} volumes, {keys} wrapped keys and {records} audit records.\n", to.display());
     match (&config, keks.as_slice()) {
@@ -41,6 +46,10 @@ pub(super) fn back_up(config: &Path, to: &Path) -> Result<String, CommandError> 
             text.push_str(&format!("The key is not in it: it is in {}.\n", file.display()));
         }
         (KeyManagerConfig::Embedded { .. }, []) => {}
+    }
+    if let Err(refusal) = recorded {
+        // On a file system that is read-only a backup may be the last thing that can be done.
+        text.push_str(&format!("WARNING: this backup is not in the audit log: {refusal}\n"));
     }
     Ok(text)
 }
@@ -62,8 +71,15 @@ pub(super) fn restore(config: &Path, backup: &Path) -> Result<String, CommandErr
         _ => 0,
     };
     check_stopped()?;
-    let kept = staged.put_in_place(&stamp()).map_err(refused)?;
     let volumes = contents.map_or(0, |contents| contents.volumes);
+    // It is in the copy before that takes its place, so that none does without a record.
+    let detail = format!("from {}, with {volumes} volumes; {opened} keys were opened", backup.display());
+    let event = operator().ask(|| Event::of_the_host(Kind::DatabaseRestored, detail));
+    let link = staged.store().map(|store| store.append_silently(event.clone())).transpose().map_err(refused)?;
+    let kept = staged.put_in_place(&stamp()).map_err(refused)?;
+    if let Some(link) = link {
+        event.announce(link);
+    }
     let mut text =
         format!("The database is that of {}: {volumes} volumes; {opened} keys were opened.\n", backup.display());
     if let Some(kept) = kept {
@@ -78,6 +94,12 @@ pub(super) fn restore(config: &Path, backup: &Path) -> Result<String, CommandErr
 
 fn key_manager(config: &Path) -> Result<KeyManagerConfig, CommandError> {
     Ok(Config::load(config).map_err(CommandError::Configuration)?.key_manager)
+}
+
+/// Who runs this command, which writes to the audit log itself: the daemon need not run.
+fn operator() -> Asker {
+    logging::announce_only("volcrypt");
+    Asker::operator(std::process::id(), rustix::process::getuid().as_raw())
 }
 
 /// Now, as part of a file's name.

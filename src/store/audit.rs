@@ -60,15 +60,21 @@ impl Store {
     /// # Errors
     /// [`crate::refusal::Reason::StoreUnavailable`] when the database cannot be written.
     pub fn append_audit(&self, event: Event) -> Result<Link, Refusal> {
-        let end = {
-            let mut connection = self.connection();
-            self.check_in_place()?;
-            let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate);
-            self.commit_with(transaction.map_err(|error| self.fault(&error))?, event.clone())?
-        };
+        let end = self.append_silently(event.clone())?;
         // Not while others wait for the connection: the journal may take its time.
         event.announce(end);
         Ok(end)
+    }
+
+    /// The same without telling the journal: of a database that is not in its place yet.
+    ///
+    /// # Errors
+    /// As [`Store::append_audit`].
+    pub fn append_silently(&self, event: Event) -> Result<Link, Refusal> {
+        let mut connection = self.connection();
+        self.check_in_place()?;
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate);
+        self.commit_with(transaction.map_err(|error| self.fault(&error))?, event)
     }
 
     /// Merges the records that were appended into the file, so that it alone is the whole log.

@@ -218,7 +218,7 @@ fn a_reader_that_left_gets_no_panic() {
 #[test]
 fn the_status_is_what_the_daemon_says() {
     let status = json!({
-        "version": "9.9.9", "configuration_error": null, "key_store_error": null, "mappings": [],
+        "version": "9.9.9", "configuration_error": null, "key_store_error": null, "keys_left_behind": null, "mappings": [],
         "guests": [{ "pid": 42, "domain": "web1" }], "intercept": "xml",
         "guard": { "on": true, "cgroup": "machine.slice", "devices": 2, "fault": null, "all_because": null }
     });

@@ -1,14 +1,10 @@
 use super::table::Table;
 use super::time::utc;
 use super::{CommandError, Daemon, Format, json};
-use crate::keys::KeyInfo;
-use crate::protocol::{Reply, Request};
+use crate::protocol::{KeyStatus, Reply, Request};
 
 pub(super) fn list(daemon: &Daemon<'_>, format: Format) -> Result<String, CommandError> {
-    let keys = match daemon.call(&Request::Keys)? {
-        Reply::Keys(keys) => keys,
-        _ => return Err(CommandError::UnexpectedReply),
-    };
+    let keys = all(daemon)?;
     match format.json {
         true => json(&keys),
         false if keys.is_empty() => Ok("There is no key.\n".to_owned()),
@@ -16,15 +12,42 @@ pub(super) fn list(daemon: &Daemon<'_>, format: Format) -> Result<String, Comman
     }
 }
 
-fn table(keys: &[KeyInfo]) -> String {
-    let mut table = Table::new(["VOLUME", "BITS", "VERSION", "CREATED", "STATE"]);
+/// What is known of every key, asked for some at a time.
+pub(super) fn all(daemon: &Daemon<'_>) -> Result<Vec<KeyStatus>, CommandError> {
+    let mut keys = Vec::new();
+    let mut after = None;
+    loop {
+        let Reply::Keys(page) = daemon.call(&Request::Keys { after })? else {
+            return Err(CommandError::UnexpectedReply);
+        };
+        keys.extend(page.keys);
+        match page.after {
+            Some(last) => after = Some(last),
+            None => return Ok(keys),
+        }
+    }
+}
+
+fn table(keys: &[KeyStatus]) -> String {
+    let heading = ["VOLUME", "BITS", "VERSION", "MANAGER", "CREATED", "DAYS", "LAST USE", "HOSTS", "STATE"];
+    let mut table = Table::new(heading);
     for key in keys {
+        let info = &key.info;
         table.push([
-            key.volume.to_string(),
-            key.key_size.bits().to_string(),
-            key.version.to_string(),
-            utc(key.created_at),
-            if key.destroyed { "destroyed" } else { "usable" }.to_owned(),
+            info.volume.to_string(),
+            info.key_size.bits().to_string(),
+            info.version.to_string(),
+            key.manager.to_string(),
+            utc(info.created_at),
+            key.age_days.to_string(),
+            key.last_use.map(utc).unwrap_or_default(),
+            info.hosts.join(","),
+            match (info.destroyed, key.old) {
+                (true, _) => "destroyed",
+                (false, true) => "usable, OLD",
+                (false, false) => "usable",
+            }
+            .to_owned(),
         ]);
     }
     table.render()
@@ -33,21 +56,30 @@ fn table(keys: &[KeyInfo]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::keys::{KeyInfo, ManagerKind};
 
     #[test]
-    fn a_destroyed_key_is_told_from_a_usable_one() {
-        let key = |destroyed| KeyInfo {
-            volume: "vol-1".parse().unwrap(),
-            key_size: 512.try_into().unwrap(),
-            version: 1,
-            created_at: 86_400,
-            destroyed,
+    fn a_key_is_told_by_its_age_its_use_and_its_state() {
+        let key = |destroyed, old, last_use| KeyStatus {
+            info: KeyInfo {
+                volume: "vol-1".parse().unwrap(),
+                key_size: 512.try_into().unwrap(),
+                version: 1,
+                created_at: 86_400,
+                destroyed,
+                hosts: if old { vec!["host1".to_owned(), "host2".to_owned()] } else { vec![] },
+            },
+            manager: ManagerKind::Barbican,
+            last_use,
+            age_days: 400,
+            old,
         };
         assert_eq!(
-            table(&[key(false), key(true)]),
-            "VOLUME  BITS  VERSION  CREATED               STATE\n\
-             vol-1   512   1        1970-01-02T00:00:00Z  usable\n\
-             vol-1   512   1        1970-01-02T00:00:00Z  destroyed\n"
+            table(&[key(false, false, None), key(false, true, Some(172_800)), key(true, false, None)]),
+            "VOLUME  BITS  VERSION  MANAGER   CREATED               DAYS  LAST USE              HOSTS        STATE\n\
+             vol-1   512   1        barbican  1970-01-02T00:00:00Z  400   -                     -            usable\n\
+             vol-1   512   1        barbican  1970-01-02T00:00:00Z  400   1970-01-03T00:00:00Z  host1,host2  usable, OLD\n\
+             vol-1   512   1        barbican  1970-01-02T00:00:00Z  400   -                     -            destroyed\n"
         );
     }
 }

@@ -15,6 +15,7 @@ use super::broker::{Broker, no_such_device};
 use super::guests::Guests;
 use super::holds::{CallerHold, HELD_FOR, Until};
 use super::identify::identify;
+use super::keys::Listing;
 use super::pool::{Pool, while_waiting};
 use super::{incoming, prepare, rewrite, status};
 use crate::audit::{Asker, Kind};
@@ -34,6 +35,7 @@ pub struct Control {
     broker: Arc<Broker>,
     guests: Arc<Guests>,
     guard: GuardReport,
+    keys: Listing,
 }
 
 /// Asks for the guard's state.
@@ -42,7 +44,7 @@ pub type GuardReport = Box<dyn Fn() -> GuardStatus + Send + Sync>;
 impl Control {
     /// A server of the control socket.
     pub fn new(broker: Arc<Broker>, guests: Arc<Guests>, guard: GuardReport) -> Arc<Self> {
-        Arc::new(Control { broker, guests, guard })
+        Arc::new(Control { broker, guests, guard, keys: Listing::default() })
     }
 
     /// Serves `socket` for ever.
@@ -129,10 +131,7 @@ impl Control {
             Request::Status => Ok(Reply::Status(Box::new(status::status(&self.broker, &self.guests, (self.guard)())?))),
             Request::Volumes => Ok(Reply::Volumes(self.volumes(self.broker.vault()?.store.volumes()?)?)),
             Request::Volume { id } => self.volume(self.broker.volume(&id)?),
-            Request::Keys => {
-                let vault = self.broker.vault()?;
-                Ok(Reply::Keys(while_waiting(|| vault.keys.list())?))
-            }
+            Request::Keys { after } => Ok(Reply::Keys(while_waiting(|| self.keys.page(&self.broker, after.as_ref()))?)),
             Request::RotateKek(step) => {
                 let step = self.broker.vault().and_then(|vault| vault.keys.rotate_kek(&step));
                 Ok(Reply::KekRotation(self.recorded(step)?))

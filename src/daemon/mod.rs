@@ -14,6 +14,7 @@ mod identify;
 mod in_use;
 mod incoming;
 mod inspection;
+mod keys;
 mod limit;
 mod pool;
 mod prepare;

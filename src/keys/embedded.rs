@@ -192,6 +192,7 @@ impl EmbeddedKeyManager {
             version: FIRST_VERSION,
             created_at: seconds_now(),
             destroyed: false,
+            hosts: Vec::new(),
         };
         let inserted = self.insert(&info, &key)?;
         let record = self.store.wrapped_key_from_disk(volume)?.ok_or_else(|| no_key(volume))?;
@@ -245,6 +246,7 @@ impl KeyManager for EmbeddedKeyManager {
             version: description.key_version(),
             created_at: description.enrolled_at(),
             destroyed: false,
+            hosts: Vec::new(),
         };
         let inserted = self.insert(&info, key)?;
         let record = self.store.wrapped_key_from_disk(volume)?.ok_or_else(|| no_key(volume))?;

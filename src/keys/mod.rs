@@ -216,6 +216,9 @@ pub struct KeyInfo {
     pub created_at: i64,
     /// Whether it was destroyed.
     pub destroyed: bool,
+    /// The hosts that the key manager knows to use it; none from one that knows of no hosts.
+    #[serde(default)]
+    pub hosts: Vec<String>,
 }
 
 impl fmt::Display for KeyInfo {

@@ -30,6 +30,8 @@ const DEFAULT_PROFILE: &str = "default";
 const DEFAULT_OPEN_DEADLINE: u64 = 20;
 /// In seconds.
 const DEFAULT_HOOK_DEADLINE: u64 = 30;
+/// The most that makes sense: a century.
+const MOST_DAYS: u32 = 36_500;
 const EXAMPLE: &str = "/usr/share/doc/volcrypt/examples/volcrypt.toml";
 
 /// The configuration. An empty file is a valid one; it protects nothing.
@@ -122,6 +124,8 @@ pub struct PolicyConfig {
     pub unmatched_iscsi: Unmatched,
     /// Whether a volume's key may be written to a file.
     pub export_keys: bool,
+    /// From how many days on a key counts as old; never if it is nothing.
+    pub key_age_days: Option<u32>,
     /// Where guests with a protected volume may write what nothing encrypts, beside what libvirt gave them.
     pub plaintext_targets: PlaintextTargets,
 }
@@ -302,7 +306,18 @@ fn policy(table: PolicyTable) -> Result<PolicyConfig, Fault> {
     let unmatched_iscsi =
         word("unmatched_iscsi", table.unmatched_iscsi, [("pass", Unmatched::Pass), ("deny", Unmatched::Deny)])?;
     let plaintext_targets = PlaintextTargets::new(table.plaintext_targets)?;
-    Ok(PolicyConfig { unmatched_iscsi, export_keys: table.export_keys, plaintext_targets })
+    let key_age_days = match table.key_age_days {
+        None => None,
+        Some(days) => match u32::try_from(*days.get_ref()).ok().filter(|days| *days <= MOST_DAYS) {
+            Some(days) => Some(days).filter(|&days| days > 0),
+            None => {
+                let sentence =
+                    format!("key_age_days = {days} is out of range; use 1 to {MOST_DAYS}, or 0 for no limit");
+                return Err(Fault::new(days.span(), sentence));
+            }
+        },
+    };
+    Ok(PolicyConfig { unmatched_iscsi, export_keys: table.export_keys, key_age_days, plaintext_targets })
 }
 
 fn audit(table: AuditTable) -> Result<AuditConfig, Fault> {

@@ -93,14 +93,20 @@ impl Config {
     }
 
     fn keys(&self) -> String {
-        let export = if self.policy.export_keys { " Root may write them to files (export_keys)." } else { "" };
+        let mut more = String::new();
+        if self.policy.export_keys {
+            more.push_str(" Root may write them to files (export_keys).");
+        }
+        if let Some(days) = self.policy.key_age_days {
+            more.push_str(&format!(" Those older than {days} days are warned of."));
+        }
         match &self.key_manager {
             KeyManagerConfig::Embedded { directory } => {
-                format!("Keys are kept in the database in {}.{export}", directory.display())
+                format!("Keys are kept in the database in {}.{more}", directory.display())
             }
             KeyManagerConfig::Kmip { directory, kmip } => format!(
                 "Keys are {} the KMIP servers {}, which have {} seconds to answer; what is known of volumes is in the \
-                 database in {}.{export}",
+                 database in {}.{more}",
                 if kmip.key_origin == KeyOrigin::Server { "made by and kept on" } else { "kept on" },
                 kmip.servers.join(", "),
                 kmip.deadline.as_secs(),
@@ -108,12 +114,12 @@ impl Config {
             ),
             KeyManagerConfig::Barbican { directory, barbican } => format!(
                 "Keys are kept in the Barbican that Keystone at {} names, both of which have {} seconds to answer; what is \
-                 known of volumes is in the database in {}.{export}",
+                 known of volumes is in the database in {}.{more}",
                 barbican.auth_url,
                 barbican.deadline.as_secs(),
                 directory.display()
             ),
-            KeyManagerConfig::KeyFile { file } => format!("Keys are read from the file {}.{export}", file.display()),
+            KeyManagerConfig::KeyFile { file } => format!("Keys are read from the file {}.{more}", file.display()),
         }
     }
 

@@ -88,6 +88,7 @@ pub(super) struct HookTable {
 pub(super) struct PolicyTable {
     pub(super) unmatched_iscsi: Option<Spanned<String>>,
     pub(super) export_keys: bool,
+    pub(super) key_age_days: Option<Spanned<i64>>,
     pub(super) plaintext_targets: Vec<Spanned<String>>,
 }
 

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::Identification;
 use super::registration::receive_with_descriptors;
 use crate::audit::Link;
-use crate::keys::{KekRotation, KeyInfo, MigrationProgress, MigrationStep, RotationStep};
+use crate::keys::{KekRotation, KeyInfo, ManagerKind, MigrationProgress, MigrationStep, RotationStep};
 use crate::policy::Intercept;
 use crate::store::{AuditPage, AuditQuery, Grant, Verified, VolumeRecord};
 use crate::volume::VolumeId;
@@ -44,8 +44,11 @@ pub enum Request {
         /// Its id.
         id: VolumeId,
     },
-    /// Every key, without the keys.
-    Keys,
+    /// What is known of keys, without the keys; some at a time.
+    Keys {
+        /// Those of volumes after this one; from the first on if nothing is said.
+        after: Option<VolumeId>,
+    },
     /// A step in the replacement of the key-encryption key.
     RotateKek(RotationStep),
     /// A step in moving keys from one key manager to another.
@@ -180,7 +183,7 @@ pub enum Reply {
     /// The answer to [`Request::Grants`].
     Grants(Vec<Grant>),
     /// The answer to [`Request::Keys`].
-    Keys(Vec<KeyInfo>),
+    Keys(KeyPage),
     /// The answer to [`Request::RotateKek`].
     KekRotation(KekRotation),
     /// The answer to [`Request::MigrateKeys`].
@@ -312,6 +315,31 @@ pub struct VolumeStatus {
     pub mapped: bool,
     /// The domains whose QEMU has that open, as in [`MappingStatus::domains`].
     pub domains: Vec<String>,
+}
+
+/// Some of the keys, by volume.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct KeyPage {
+    /// What is known of them.
+    pub keys: Vec<KeyStatus>,
+    /// After which volume to look on; nothing when there are no more.
+    pub after: Option<VolumeId>,
+}
+
+/// What is known of a key.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct KeyStatus {
+    /// What its key manager knows.
+    #[serde(flatten)]
+    pub info: KeyInfo,
+    /// The key manager.
+    pub manager: ManagerKind,
+    /// When this host used it last, in seconds since 1970-01-01 UTC.
+    pub last_use: Option<i64>,
+    /// How old it is, in days.
+    pub age_days: u32,
+    /// Whether that is more than the configuration wants.
+    pub old: bool,
 }
 
 /// A connection to the control socket.

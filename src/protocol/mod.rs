@@ -10,7 +10,7 @@ pub mod registration;
 
 pub use control::{
     CachedVolume, CallError, Connection, ControlClient, GuardStatus, GuestStatus, HookOperation, KeyCacheStatus,
-    MAX_MESSAGE, MappingStatus, Reply, Request, Response, Status, VolumeStatus, receive_request,
+    KeyPage, KeyStatus, MAX_MESSAGE, MappingStatus, Reply, Request, Response, Status, VolumeStatus, receive_request,
 };
 pub use identification::Identification;
 

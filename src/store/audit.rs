@@ -77,6 +77,17 @@ impl Store {
         self.commit_with(transaction.map_err(|error| self.fault(&error))?, event)
     }
 
+    /// When the key of `volume` was used last by this host, in seconds since 1970-01-01 UTC.
+    ///
+    /// # Errors
+    /// As [`Store::audit`].
+    pub fn last_use(&self, volume: &VolumeId) -> Result<Option<i64>, Refusal> {
+        self.connection()
+            .prepare_cached("SELECT used_at FROM key_uses WHERE volume_id = ?1")
+            .and_then(|mut statement| statement.query_row([volume.as_str()], |row| row.get(0)).optional())
+            .map_err(|error| self.fault(&error))
+    }
+
     /// Merges the records that were appended into the file, so that it alone is the whole log.
     pub fn merge_audit(&self) {
         self.merge_log(&self.connection());
@@ -92,6 +103,7 @@ impl Store {
     fn commit_with(&self, transaction: Transaction<'_>, event: Event) -> Result<Link, Refusal> {
         let fault = |error| self.fault(&error);
         let end = end(&transaction).map_err(fault)?;
+        let used = event.volume.clone().filter(|_| event.kind == Kind::KeyUsed);
         let end = end.ok_or_else(|| fault::corrupt(&self.path, "the newest audit record has no hash"))?;
         let (record, end) = end
             .append(event, seconds_now())
@@ -102,6 +114,12 @@ impl Store {
                 params![end.seq, record, end.hash.to_string()],
             )
             .map_err(fault)?;
+        if let Some(volume) = used {
+            transaction
+                .prepare_cached("INSERT OR REPLACE INTO key_uses (volume_id, used_at) VALUES (?1, ?2)")
+                .and_then(|mut statement| statement.execute(params![volume.as_str(), seconds_now()]))
+                .map_err(fault)?;
+        }
         transaction.commit().map_err(fault)?;
         Ok(end)
     }

@@ -54,6 +54,7 @@ impl Store {
             version: row.version,
             created_at: row.created_at,
             destroyed: row.destroyed,
+            hosts: Vec::new(),
         };
         let kek = row.kek.map(CheckValue::try_from).transpose().map_err(|detail| corrupt(&detail))?;
         Ok(WrappedKey { info, wrapped: row.wrapped, kek })
@@ -84,7 +85,14 @@ impl Store {
         rows.into_iter()
             .map(|(volume, version, bits, created_at, destroyed)| {
                 let volume = volume.parse().map_err(|error| fault::corrupt(&self.path, &format!("{error}")))?;
-                Ok(KeyInfo { volume, key_size: self.key_size(bits)?, version, created_at, destroyed })
+                Ok(KeyInfo {
+                    volume,
+                    key_size: self.key_size(bits)?,
+                    version,
+                    created_at,
+                    destroyed,
+                    hosts: Vec::new(),
+                })
             })
             .collect()
     }

@@ -6,9 +6,9 @@ use std::sync::mpsc;
 use std::thread;
 
 use self::host::Host;
-use super::status;
 use super::table::printable;
 use super::{CommandError, DEADLINE, Daemon, Outcome};
+use super::{key, status};
 use crate::policy::{Config, Intercept, KeyManagerConfig};
 use crate::protocol::{GuardStatus, KeyCacheStatus, Status};
 
@@ -16,6 +16,7 @@ mod apparmor;
 mod barbican;
 mod guests;
 mod host;
+mod keys;
 mod kmip;
 mod libvirt;
 mod service;
@@ -47,6 +48,13 @@ pub(super) fn examine(config: &Path, daemon: &Daemon<'_>, survey: Survey) -> Out
         _ => {}
     }
     let status = status.ok();
+    let most_days =
+        Config::load(config).ok().and_then(|config| config.policy.key_age_days).filter(|_| status.is_some());
+    if let Some(most) = most_days
+        && let Ok(all) = key::all(daemon)
+    {
+        findings.push(keys::age(&all, most));
+    }
     let intercept = status.as_ref().map(|status| status.intercept);
     let intercept =
         intercept.or_else(|| Config::load(config).ok().map(|config| config.hook.intercept)).unwrap_or_default();

@@ -5,6 +5,7 @@ use super::super::control::Control;
 use super::super::guests::Guests;
 use super::super::identify::identify;
 use super::*;
+use crate::audit::Kind;
 use crate::keys::{Aim, KekHome, KekRotation, ManagerKind, MigrationStep, Place, RotationStep, Route};
 use crate::policy::Outcome;
 use crate::protocol::{GuardStatus, Identification, Reply, Request, Response};
@@ -192,4 +193,64 @@ fn keys_are_moved_only_where_the_configuration_says_how_and_old_ones_go_only_aft
         "the keys of 1 enrolled volumes were not copied from the database to kmip, which is in use, and they may not open: \
          run 'volcrypt key migrate --from embedded --to kmip'"
     );
+}
+
+#[test]
+fn keys_are_listed_some_at_a_time_with_their_age_and_last_use() {
+    let world = World::new();
+    let device = world.add_volume("used", 3);
+    let broker = world.broker_saying(true, "[policy]\nkey_age_days = 30\n");
+    let record = broker.enrol(device, None).unwrap();
+    broker.record_use(Kind::KeyUsed, &record.id, "opened").unwrap();
+    let vault = broker.vault().unwrap();
+    // What was enrolled long ago, and a hundred thousand others that somebody else has.
+    let store = &vault.store;
+    let kek = store.keks().unwrap().current.unwrap();
+    let state = world.folder.path().join("state").join("volcrypt.db");
+    rusqlite::Connection::open(state)
+        .unwrap()
+        .execute_batch(&format!(
+            "WITH RECURSIVE numbers (number) AS (SELECT 0 UNION ALL SELECT number + 1 FROM numbers LIMIT 100000)
+             INSERT INTO keys (volume_id, version, key_size, wrapped, created_at, kek)
+             SELECT format('other-%06d', number), 1, 512, x'00', unixepoch() - 86400 * (number % 60), '{kek}' FROM numbers"
+        ))
+        .unwrap();
+    let control = Control::new(
+        Arc::new(broker),
+        Arc::new(Guests::new(Arc::new(World::new())).unwrap()),
+        Box::new(GuardStatus::default),
+    );
+    let mut keys = Vec::new();
+    let mut after = None;
+    let mut pages = 0;
+    loop {
+        let (mut client, server) = UnixStream::pair().unwrap();
+        client.write_all(&serde_json::to_vec(&Request::Keys { after: after.clone() }).unwrap()).unwrap();
+        client.write_all(b"\n").unwrap();
+        let reading = std::thread::spawn(move || {
+            let mut answer = String::new();
+            client.read_to_string(&mut answer).unwrap();
+            answer
+        });
+        control.converse(&server).expect("run the tests as root");
+        drop(server);
+        let answer = reading.join().unwrap();
+        assert!(answer.len() < 2 << 20, "{}", answer.len());
+        let Response::Done(Reply::Keys(page)) = serde_json::from_str(&answer).unwrap() else { panic!("{answer}") };
+        keys.extend(page.keys);
+        pages += 1;
+        match page.after {
+            Some(last) => after = Some(last),
+            None => break,
+        }
+    }
+    assert_eq!((keys.len(), pages), (100_001, 51));
+    assert!(keys.is_sorted_by(|one, other| one.info.volume < other.info.volume), "each once");
+    assert_eq!(keys.iter().filter(|key| key.old).count(), 100_000 / 60 * 29 + (100_000 % 60 - 31));
+    let used = keys.iter().find(|key| key.info.volume.as_str() == "used").unwrap();
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
+    assert_eq!((used.info.hosts.as_slice(), used.manager), (&[host.trim().to_owned()][..], ManagerKind::Embedded));
+    assert!((0..60).contains(&(crate::store::seconds_now() - used.last_use.unwrap())));
+    let other = keys.iter().find(|key| key.info.volume.as_str() == "other-000059").unwrap();
+    assert_eq!((other.age_days, other.old, other.last_use, other.info.hosts.len()), (59, true, None, 0));
 }

@@ -16,7 +16,8 @@ use super::refusals::About;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
-const SERVICE: &str = "volcrypt";
+/// What this program calls itself where it says that it uses a key.
+pub(super) const SERVICE: &str = "volcrypt";
 /// How many users of a key are named.
 const MOST_NAMED: usize = 3;
 

@@ -5,6 +5,7 @@ use std::io;
 use std::thread;
 
 use super::answer::NoAnswer;
+use super::consumers::SERVICE;
 use super::messages::Secret;
 use super::refusals::About;
 use super::{BarbicanKeyManager, PREFIX, keystone, settle};
@@ -52,7 +53,10 @@ impl BarbicanKeyManager {
             let described = secrets.into_iter().filter_map(|(volume, secret)| {
                 let key_size = KeySize::try_from(secret.bit_length?).ok()?;
                 let created_at = keystone::seconds(&secret.created).and_then(|seconds| i64::try_from(seconds).ok())?;
-                Some((KeyInfo { volume, key_size, version: FIRST_VERSION, created_at, destroyed: false }, secret))
+                let users = secret.consumers.iter().filter(|user| user.service == SERVICE);
+                let hosts = users.map(|user| user.resource_type.clone()).collect();
+                let version = FIRST_VERSION;
+                Some((KeyInfo { volume, key_size, version, created_at, destroyed: false, hosts }, secret))
             });
             let described: Vec<_> = described.collect();
             let (listed, secrets): (Vec<KeyInfo>, Vec<Secret>) = described.into_iter().unzip();

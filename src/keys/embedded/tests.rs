@@ -307,6 +307,7 @@ fn a_key_that_reached_the_disk_wrong_is_not_handed_out() {
         version: FIRST_VERSION,
         created_at: seconds_now(),
         destroyed: false,
+        hosts: Vec::new(),
     };
     assert_eq!(manager.store.insert_key(&info, &wrapped, ring.current.0), Ok(Inserted::Stored));
     // The disk changes a bit behind everybody's back.

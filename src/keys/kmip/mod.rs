@@ -277,6 +277,7 @@ impl KeyManager for KmipKeyManager {
                     version: FIRST_VERSION,
                     created_at: attributes.initial_date,
                     destroyed,
+                    hosts: Vec::new(),
                 });
             }
             infos.sort_by(|one, other| one.volume.as_str().cmp(other.volume.as_str()));

@@ -226,6 +226,7 @@ impl KeyManager for Server {
             version: 1,
             created_at: 0,
             destroyed: false,
+            hosts: Vec::new(),
         };
         Ok(keys.iter().map(info).collect())
     }

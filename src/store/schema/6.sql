@@ -9,3 +9,18 @@ CREATE TABLE key_moves (
     since INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX key_moves_state ON key_moves (source, target, state, volume_id);
+
+-- When the key of a volume was used last. The audit log has each use; to look for the last one there would take long.
+CREATE TABLE key_uses (
+    volume_id TEXT NOT NULL PRIMARY KEY,
+    used_at INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+-- What is no record any more is not looked at.
+INSERT INTO key_uses (volume_id, used_at)
+    SELECT volume, max(time) FROM (
+        SELECT json_extract(record, '$.volume') AS volume, json_extract(record, '$.time') AS time
+        FROM audit
+        WHERE CASE WHEN json_valid(record) THEN json_extract(record, '$.kind') = 'key-used' END
+    )
+    WHERE typeof(volume) = 'text' AND typeof(time) = 'integer'
+    GROUP BY volume;

@@ -259,6 +259,7 @@ fn a_change_and_its_record_are_one() {
         version: 1,
         created_at: 5,
         destroyed: false,
+        hosts: Vec::new(),
     };
     let kek = store.tie_to_kek(record("one").check_value).unwrap();
     store.insert_key(&info, &[1, 2], kek).unwrap();

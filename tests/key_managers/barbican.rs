@@ -30,8 +30,9 @@ impl Barbican {
         let front = Scripted::start(move |request| forward(barbican, request));
         let front_port = front.port();
         let mut servers = Barbican { folder, keystone, front, barbican, processes: Vec::new() };
-        for (name, port, other) in [("keystone", keystone, front_port), ("barbican", barbican, keystone)] {
-            let process = run(servers.folder.path(), name, port, other);
+        let others = [format!("http://127.0.0.1:{front_port}"), keystone.to_string()];
+        for ((name, port), other) in [("keystone", keystone), ("barbican", barbican)].into_iter().zip(others) {
+            let process = run(servers.folder.path(), name, port, &other);
             servers.processes.push(process);
         }
         for (name, port) in [("keystone", keystone), ("barbican", barbican)] {
@@ -124,7 +125,7 @@ fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-fn run(folder: &Path, name: &str, port: u16, other: u16) -> Child {
+fn run(folder: &Path, name: &str, port: u16, other: &str) -> Child {
     let program = target().join("venv/bin/python");
     let script = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/key_managers/openstack.py");
     let output = fs::File::create(folder.join(format!("{name}.out"))).unwrap();
@@ -132,7 +133,7 @@ fn run(folder: &Path, name: &str, port: u16, other: u16) -> Child {
         .arg(script)
         .arg(name)
         .arg(folder)
-        .args([port.to_string(), other.to_string()])
+        .args([&port.to_string(), other])
         .stdout(Stdio::null())
         .stderr(output)
         .spawn()

@@ -1,7 +1,7 @@
 """Keystone and Barbican on loopback, for tests. All that they write is in one folder.
 
 openstack.py prepare FOLDER                           makes both databases, with users, a project and a catalogue
-openstack.py keystone FOLDER PORT BARBICAN'S_PORT     runs Keystone
+openstack.py keystone FOLDER PORT BARBICAN'S_URL      runs Keystone
 openstack.py barbican FOLDER PORT KEYSTONE'S_PORT     runs Barbican
 """
 
@@ -35,7 +35,7 @@ def prepare(folder):
     for command in (["db_sync"], ["fernet_setup", *who], bootstrap):
         subprocess.run([*program, *command], check=True)
     port = free_port()
-    server = subprocess.Popen([sys.executable, __file__, "keystone", folder, str(port), "1"])
+    server = subprocess.Popen([sys.executable, __file__, "keystone", folder, str(port), "http://127.0.0.1:1"])
     try:
         populate(f"http://127.0.0.1:{port}/v3")
     finally:
@@ -137,18 +137,18 @@ project_domain_name = Default
 """)
 
 
-def keystone(folder, port, barbican_port):
+def keystone(folder, port, barbican_url):
     keystone_settings(folder)
     # The catalogue says where the two really are.
     with sqlite3.connect(folder / "keystone.db") as database:
-        for service, url in zip(SERVICES, (f"http://127.0.0.1:{port}/v3", f"http://127.0.0.1:{barbican_port}")):
+        for service, url in zip(SERVICES, (f"http://127.0.0.1:{port}/v3", barbican_url)):
             of_service = "service_id = (SELECT id FROM service WHERE type = ?)"
             database.execute(f"UPDATE endpoint SET url = ? WHERE {of_service}", (url, service))
     os.environ["OS_KEYSTONE_CONFIG_FILES"] = str(folder / "keystone.conf")
     sys.argv = ["keystone"]
     from keystone.wsgi.api import application
 
-    serve(application, port)
+    serve(application, int(port))
 
 
 def barbican(folder, port, keystone_port):
@@ -158,7 +158,7 @@ def barbican(folder, port, keystone_port):
     from paste import deploy
 
     pipeline = pathlib.Path(sys.prefix) / "etc/barbican/barbican-api-paste.ini"
-    serve(deploy.loadapp(f"config:{pipeline}"), port)
+    serve(deploy.loadapp(f"config:{pipeline}"), int(port))
 
 
 def serve(application, port):
@@ -169,6 +169,6 @@ def serve(application, port):
 
 
 if __name__ == "__main__":
-    command, folder, *ports = sys.argv[1:]
+    command, folder, *others = sys.argv[1:]
     commands = {"prepare": prepare, "keystone": keystone, "barbican": barbican}
-    commands[command](pathlib.Path(folder).resolve(), *map(int, ports))
+    commands[command](pathlib.Path(folder).resolve(), *others)

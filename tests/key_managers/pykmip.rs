@@ -88,13 +88,8 @@ impl Drop for PyKmip {
 }
 
 fn run(authority: &Authority, port: u16) -> Child {
-    let folder = authority.folder().display();
-    let settings = format!(
-        "[server]\nhostname=127.0.0.1\nport={port}\ncertificate_path={folder}/server.pem\nkey_path={folder}/server.key\n\
-         ca_path={folder}/ca.pem\nauth_suite=TLS1.2\npolicy_path={folder}/policy\nenable_tls_client_auth=True\n\
-         tls_cipher_suites=TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384\nlogging_level=ERROR\n\
-         database_path={folder}/pykmip.db\n"
-    );
+    let folder = authority.folder().to_str().unwrap();
+    let settings = include_str!("pykmip.conf").replace("FOLDER", folder).replace("PORT", &port.to_string());
     fs::write(authority.path("server.conf"), settings).unwrap();
     fs::create_dir_all(authority.path("policy")).unwrap();
     let program = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/pykmip/bin/pykmip-server");

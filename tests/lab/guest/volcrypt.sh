@@ -64,3 +64,11 @@ journal_since() {
 said_since() {
     journal_since "@$1" | grep -qF "$2"
 }
+
+stop_daemon() {
+    systemctl stop volcryptd.socket volcryptd-control.socket volcryptd
+}
+
+start_daemon() {
+    systemctl start volcryptd.socket volcryptd-control.socket volcryptd
+}

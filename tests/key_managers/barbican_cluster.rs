@@ -147,6 +147,33 @@ fn what_is_said_of_a_volume_is_what_was_said_with_its_key() {
 }
 
 #[test]
+fn keys_that_could_not_be_offered_are_in_nobodys_way() {
+    let cluster = Cluster::start(Duration::ZERO, Duration::ZERO);
+    let one = volume("one");
+    let break_off = |also_deletions: bool| {
+        cluster.direct(move |request, _| {
+            match request.method == "PUT" || (also_deletions && request.method == "DELETE") {
+                true => Turn::Instead(Reply::json(500, "", "{}")),
+                false => Turn::AsItIs,
+            }
+        });
+    };
+    break_off(false);
+    assert_eq!(refused(cluster.host(0).create(&one, &wanted())).0, Reason::KeyManager);
+    assert_eq!(cluster.secrets(0).len(), 0, "one is left");
+    break_off(true);
+    for _ in 0..20 {
+        assert_eq!(refused(cluster.host(0).create(&one, &wanted())).0, Reason::KeyManager);
+    }
+    assert_eq!(cluster.secrets(0).len(), 20);
+    cluster.direct(|_, _| Turn::AsItIs);
+    let (key, _) = cluster.host(0).create(&one, &wanted()).unwrap();
+    assert!(cluster.host(0).get(&one).unwrap().same_as(&key));
+    cluster.host(0).destroy(&one).unwrap();
+    assert_eq!(cluster.secrets(0).len(), 0);
+}
+
+#[test]
 fn a_server_that_wants_to_be_left_alone_for_ever_is() {
     let cluster = Cluster::start(Duration::ZERO, Duration::ZERO);
     for seconds in [u64::MAX, u64::MAX / 2, 11] {

@@ -20,11 +20,12 @@ mod wiped;
 
 use std::collections::HashSet;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use zeroize::Zeroizing;
 
+use self::answer::NoAnswer;
 use self::client::{Asking, Client};
 use self::consumers::Registered;
 use self::refusals::About;
@@ -115,7 +116,11 @@ impl BarbicanKeyManager {
         let refusal = |no_answer| self.refusal(About::NewKey(volume), no_answer);
         let text = wanted.to_text(volume, key).map_err(|error| Refusal::new(Reason::KeyManager, error.to_string()))?;
         let id = asking.store(&name_of(volume), key).map_err(refusal)?;
-        asking.put_metadata(&id, &label(volume, &text)).map_err(refusal)?;
+        let offered = Instant::now();
+        if let Err(no_answer) = asking.put_metadata(&id, &label(volume, &text)) {
+            self.take_back(&asking, &id, offered, &no_answer);
+            return Err(refusal(no_answer));
+        }
         let found = self.settle(&mut asking, volume, true)?.ok_or_else(|| self.no_key(volume))?;
         let (kept, description) = self.hand_out(&asking, volume, &found)?;
         let is_own = found.id == id;
@@ -131,6 +136,16 @@ impl BarbicanKeyManager {
             tracing::warn!("a new key of volume {volume} that nobody uses stays in Barbican: {refusal}");
         }
         Ok((kept, description))
+    }
+
+    /// Deletes the secret `id` that could not be offered since `offered`, so that it is in nobody's way, if Barbican has
+    /// refused at once. Otherwise somebody may have chosen it and waited for long enough by now.
+    fn take_back(&self, asking: &Asking<'_>, id: &str, offered: Instant, no_answer: &NoAnswer) {
+        let left = settle::PROMPTLY.saturating_sub(offered.elapsed());
+        let is_refused = matches!(no_answer, NoAnswer::Refused(answered) if !matches!(answered.status, 502 | 504));
+        if is_refused && !left.is_zero() && asking.within(left).delete(id).is_err() {
+            tracing::warn!("the secret {id}, which is nobody's key, stays in Barbican");
+        }
     }
 
     /// Deletes the secret `id`, which was made here while another one was chosen. One that was chosen as well stays until
@@ -195,7 +210,7 @@ impl KeyManager for BarbicanKeyManager {
     /// it, and those of [`get`](KeyManager::get).
     fn destroy(&self, volume: &VolumeId) -> Result<(), Refusal> {
         let mut asking = self.client.begin();
-        let mut found = self.find(&asking, volume)?;
+        let mut found = self.find_all(&asking, volume)?;
         // The one that counts goes last, so that none takes its place if this breaks off.
         found.sort_by_key(|found| found.is_chosen);
         let named = self.named(&asking, volume)?;

@@ -33,10 +33,10 @@ use crate::volume::VolumeId;
 /// How long to wait before a key is chosen, and before one that was chosen is used.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// How long a choice may take: the look that it is made by, and until Barbican has it.
-const PROMPTLY: Duration = Duration::from_secs(1);
+pub(super) const PROMPTLY: Duration = Duration::from_secs(1);
 /// How many looks may take too long for a choice.
 const SLOW_LOOKS: usize = 2;
-/// The most keys of one name that are looked at. More than a few were not made by volcrypt.
+/// The most keys of one volume that are offered or chosen. More than a few were not made by volcrypt.
 const MOST: usize = 16;
 /// How much one metadatum holds, in bytes; Barbican's column has 255 characters.
 const PIECE: usize = 240;
@@ -75,6 +75,20 @@ pub(super) fn is_chosen(metadata: &BTreeMap<String, String>) -> bool {
 impl BarbicanKeyManager {
     /// The keys of `volume` that are offered or chosen, oldest first.
     pub(super) fn find(&self, asking: &Asking<'_>, volume: &VolumeId) -> Result<Vec<Found>, Refusal> {
+        let all = self.find_all(asking, volume)?;
+        if all.len() > MOST {
+            let sentence = format!(
+                "Barbican has more than {MOST} keys of volume {volume}, and volcrypt makes one: have the owner of the secrets \
+                 called {:?} look at them",
+                name_of(volume)
+            );
+            return Err(Refusal::new(Reason::KeyManager, sentence));
+        }
+        Ok(all)
+    }
+
+    /// All of them, however many there are.
+    pub(super) fn find_all(&self, asking: &Asking<'_>, volume: &VolumeId) -> Result<Vec<Found>, Refusal> {
         let mut all = Vec::new();
         for secret in self.named(asking, volume)? {
             let id = secret.id().map_err(|no_answer| self.refusal(About::Volume(volume), no_answer))?.to_owned();
@@ -101,13 +115,6 @@ impl BarbicanKeyManager {
             offset += secrets.len();
             let end = secrets.is_empty() || offset >= total;
             named.extend(secrets.into_iter().filter(|secret| secret.name.as_ref() == Some(&name)));
-            if named.len() > MOST {
-                let sentence = format!(
-                    "Barbican has more than {MOST} secrets called {name:?}, and volcrypt makes one: have their owner look at \
-                     them"
-                );
-                return Err(Refusal::new(Reason::KeyManager, sentence));
-            }
             if end {
                 return Ok(named);
             }

@@ -44,6 +44,12 @@ pub trait KeyManager: Send + Sync {
     /// The key of `volume`.
     fn get(&self, volume: &VolumeId) -> Result<Key, Refusal>;
 
+    /// The key of `volume` that has `check_value`, by which this host has used it before: whatever else is said to be the
+    /// volume's key does not count. It may be another one all the same where there is none with it.
+    fn get_enrolled(&self, volume: &VolumeId, _check_value: CheckValue) -> Result<Key, Refusal> {
+        self.get(volume)
+    }
+
     /// Makes and stores a random key for `volume`, reads it back and compares it, and keeps beside it what other hosts
     /// have to know of the volume. A key that is there already is handed out as it is, never replaced, if it has the
     /// right size; another host may have been quicker, so what is known of the volume comes with it.
@@ -83,9 +89,9 @@ pub trait KeyManager: Send + Sync {
     /// What is known of every key; the keys themselves stay where they are.
     fn list(&self) -> Result<Vec<KeyInfo>, Refusal>;
 
-    /// Has the key of `volume` fetched while nobody waits, because it will probably be asked for within a minute. Returns
+    /// Has the key of `volume` that has `check_value` fetched while nobody waits, because it will probably be asked for within a minute. Returns
     /// at once, and whatever comes of it is nobody's refusal. A key manager that is quick has nothing to do.
-    fn fetch_ahead(&self, _volume: &VolumeId) {}
+    fn fetch_ahead(&self, _volume: &VolumeId, _check_value: CheckValue) {}
 
     /// Wipes what is on this host of the key of `volume`, if it is a copy.
     fn wipe_copy(&self, _volume: &VolumeId) {}

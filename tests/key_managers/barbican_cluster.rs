@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use volcrypt::keys::{Description, KeyManager};
+use volcrypt::keys::{Description, Key, KeyManager};
 use volcrypt::policy::Profile;
 use volcrypt::refusal::{Reason, Refusal};
 use volcrypt::store::EnrolledDevice;
@@ -182,4 +182,33 @@ fn a_server_that_wants_to_be_left_alone_for_ever_is() {
         let (reason, sentence) = refused(cluster.host(0).get(&volume("one")));
         assert_eq!(reason, Reason::TimedOut, "{sentence}");
     }
+}
+
+#[test]
+fn a_host_that_has_used_a_key_has_it_whatever_else_has_its_name() {
+    let cluster = Cluster::start(Duration::ZERO, Duration::ZERO);
+    let one = volume("one");
+    let (key, _) = cluster.host(0).create(&one, &wanted()).unwrap();
+    let check_value = key.check_value(&one);
+    let right = cluster.secrets(0).into_iter().next().unwrap();
+    let as_it_is = |_: &mut BTreeMap<String, String>| {};
+    // One that says it is the key and is not, one that nobody understands, and one that this host may not see.
+    cluster.copy(&right.1, &[7; 64], as_it_is);
+    cluster.copy(&right.1, &[7; 64], |metadata| {
+        metadata.insert("volcrypt-description-00".to_owned(), "{".to_owned());
+    });
+    let private = format!("{}/metadata", cluster.copy(&right.1, &[7; 64], as_it_is));
+    cluster.direct(move |request, _| match request.target.ends_with(&private) {
+        true => Turn::Instead(Reply::json(403, "", "{}")),
+        false => Turn::AsItIs,
+    });
+    assert!(cluster.host(0).get(&one).is_err());
+    assert!(cluster.host(1).get_enrolled(&one, check_value).unwrap().same_as(&key));
+    // Another key is none, and no other key is chosen for it.
+    cluster.direct(|_, _| Turn::AsItIs);
+    let other = Key::random(512.try_into().unwrap()).unwrap().check_value(&one);
+    let two = volume("two");
+    cluster.host(0).create(&two, &wanted()).unwrap();
+    assert_eq!(refused(cluster.host(0).get_enrolled(&two, other)).0, Reason::WrongKey);
+    assert_eq!(refused(cluster.host(0).get_enrolled(&volume("three"), other)).0, Reason::NoKey);
 }

@@ -30,7 +30,7 @@ use self::client::{Asking, Client};
 use self::consumers::Registered;
 use self::refusals::About;
 use self::settle::{Found, label};
-use super::{Capabilities, Description, Imported, Key, KeyInfo, KeyManager, other_key};
+use super::{Capabilities, CheckValue, Description, Imported, Key, KeyInfo, KeyManager, other_key};
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
@@ -166,6 +166,53 @@ impl KeyManager for BarbicanKeyManager {
     /// does not answer, [`Reason::KeyManager`] when an answer makes no sense.
     fn get(&self, volume: &VolumeId) -> Result<Key, Refusal> {
         self.fetch(volume)?.map(|(key, _)| key).ok_or_else(|| self.no_key(volume))
+    }
+
+    /// Which key counts was settled when this host used it first.
+    ///
+    /// # Errors
+    /// As [`get`](KeyManager::get).
+    fn get_enrolled(&self, volume: &VolumeId, check_value: CheckValue) -> Result<Key, Refusal> {
+        let asking = self.client.begin();
+        let (mut first, mut others) = (None, 0);
+        for secret in self.named(&asking, volume)? {
+            let id = secret.id().map_err(|no_answer| self.refusal(About::Volume(volume), no_answer))?.to_owned();
+            let about = About::Secret(volume, &id);
+            let outcome = match asking.metadata(&id) {
+                Ok(metadata) => settle::read(volume, id.clone(), secret.created, &metadata),
+                Err(NoAnswer::Refused(answered)) if answered.status == 404 => continue,
+                Err(no_answer @ (NoAnswer::Refused(_) | NoAnswer::Malformed(_))) => Err(self.refusal(about, no_answer)),
+                Err(no_answer) => return Err(self.refusal(about, no_answer)),
+            };
+            let outcome = match outcome {
+                Ok(Some(found)) if found.sealed.check_value == check_value => {
+                    self.hand_out(&asking, volume, &found).map(|(key, _)| key)
+                }
+                Ok(found) => {
+                    others += usize::from(found.is_some());
+                    continue;
+                }
+                Err(refusal) => Err(refusal),
+            };
+            match outcome {
+                Ok(key) => return Ok(key),
+                Err(refusal) => {
+                    tracing::warn!("passed over a secret that is called the key of volume {volume}: {refusal}");
+                    first.get_or_insert(refusal);
+                }
+            }
+        }
+        Err(match first {
+            Some(refusal) => refusal,
+            None if others == 0 => self.no_key(volume),
+            None => Refusal::new(
+                Reason::WrongKey,
+                format!(
+                    "none of the keys that Barbican has of volume {volume} is the one that this host has used: have the owner \
+                     restore the secret whose key has the check value that 'volcrypt volume show {volume}' shows"
+                ),
+            ),
+        })
     }
 
     /// # Errors

@@ -201,7 +201,7 @@ fn too_slow(volume: &VolumeId) -> Refusal {
 }
 
 /// Takes a secret for a key of `volume` only if it says so itself. Nothing if it does not say anything yet.
-fn read(
+pub(super) fn read(
     volume: &VolumeId,
     id: String,
     created: String,

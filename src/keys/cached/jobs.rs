@@ -2,6 +2,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::keys::CheckValue;
 use crate::volume::VolumeId;
 
 /// How many volumes are asked for at once.
@@ -16,28 +17,36 @@ pub(super) struct Jobs {
     done: Condvar,
 }
 
+/// What is to be done with the key of a volume.
+struct Job {
+    /// Its check value, if this host has used it before.
+    known: Option<CheckValue>,
+    /// Whether it is to be held.
+    hold: bool,
+}
+
 #[derive(Default)]
 struct State {
     queue: VecDeque<VolumeId>,
-    /// Those in the queue and those that are being asked for, and whether the key is to be held.
-    pending: HashMap<VolumeId, bool>,
+    /// Those in the queue and those that are being asked for.
+    pending: HashMap<VolumeId, Job>,
     workers: usize,
 }
 
 impl Jobs {
-    /// Has `volume` asked for, and its key held if `hold` says so. Returns whether the caller has to start somebody who
+    /// Has the key of `volume` asked for, by its check value if that is `known`, and held if `hold` says so. Returns whether the caller has to start somebody who
     /// calls [`Jobs::next`] until there is none.
     #[must_use]
-    pub(super) fn add(&self, volume: &VolumeId, hold: bool) -> bool {
+    pub(super) fn add(&self, volume: &VolumeId, known: Option<CheckValue>, hold: bool) -> bool {
         let mut state = self.state();
-        if let Some(held) = state.pending.get_mut(volume) {
-            *held |= hold;
+        if let Some(job) = state.pending.get_mut(volume) {
+            job.hold |= hold;
             return false;
         }
         if state.pending.len() == MOST {
             return false;
         }
-        state.pending.insert(volume.clone(), hold);
+        state.pending.insert(volume.clone(), Job { known, hold });
         state.queue.push_back(volume.clone());
         let needed = state.workers < MOST_AT_ONCE;
         state.workers += usize::from(needed);
@@ -68,7 +77,12 @@ impl Jobs {
 
     /// Whether the key of a volume that is being asked for is to be held.
     pub(super) fn is_to_be_held(&self, volume: &VolumeId) -> bool {
-        self.state().pending.get(volume).copied().unwrap_or(false)
+        self.state().pending.get(volume).is_some_and(|job| job.hold)
+    }
+
+    /// The check value of a key that is being asked for, if it is known.
+    pub(super) fn known(&self, volume: &VolumeId) -> Option<CheckValue> {
+        self.state().pending.get(volume)?.known
     }
 
     /// Notes that `volume` was asked for.
@@ -104,9 +118,9 @@ mod tests {
     fn each_volume_is_asked_for_once_at_a_time_by_a_few_and_not_without_end() {
         let jobs = Jobs::default();
         let volume = |number: usize| -> VolumeId { format!("v{number}").parse().unwrap() };
-        let started = (0..2 * MOST).filter(|number| jobs.add(&volume(*number), false)).count();
+        let started = (0..2 * MOST).filter(|number| jobs.add(&volume(*number), None, false)).count();
         assert_eq!(started, MOST_AT_ONCE);
-        assert!(!jobs.add(&volume(0), true) && jobs.is_to_be_held(&volume(0)));
+        assert!(!jobs.add(&volume(0), None, true) && jobs.is_to_be_held(&volume(0)));
         assert!(!jobs.wait_for(&volume(0), Duration::ZERO));
         let mut done = 0;
         while let Some(volume) = jobs.next() {
@@ -116,7 +130,7 @@ mod tests {
         assert_eq!(done, MOST);
         assert!(jobs.wait_for(&volume(0), Duration::ZERO));
         (1..MOST_AT_ONCE).for_each(|_| assert!(jobs.next().is_none(), "all of them have ended"));
-        assert!(jobs.add(&volume(0), false), "so another one is needed");
+        assert!(jobs.add(&volume(0), None, false), "so another one is needed");
         jobs.give_up();
         assert!(jobs.wait_for(&volume(0), Duration::ZERO));
     }

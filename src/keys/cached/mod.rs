@@ -21,7 +21,9 @@ use std::time::{Duration, Instant};
 use self::held::Held;
 use self::jobs::Jobs;
 use self::silence::{Patience, Silence};
-use super::{Capabilities, Description, Imported, KekRotation, KeptKeys, Key, KeyInfo, KeyManager, RotationStep};
+use super::{
+    Capabilities, CheckValue, Description, Imported, KekRotation, KeptKeys, Key, KeyInfo, KeyManager, RotationStep,
+};
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
@@ -105,10 +107,15 @@ fn keep(shared: &Weak<Shared>, woken: &mpsc::Receiver<()>) {
 }
 
 impl Shared {
-    /// Asks the server, and does with kept keys as it says.
-    fn ask(&self, volume: &VolumeId, hold: impl FnOnce() -> bool) -> Result<Key, Refusal> {
+    /// Asks the server for the key of `volume`, the one with the check value that is `known` if one is, and does with kept
+    /// keys as it says.
+    fn ask(&self, volume: &VolumeId, known: Option<CheckValue>, hold: impl FnOnce() -> bool) -> Result<Key, Refusal> {
         let before = self.evictions.load(Ordering::SeqCst);
-        match self.server.get(volume) {
+        let answer = match known {
+            Some(check_value) => self.server.get_enrolled(volume, check_value),
+            None => self.server.get(volume),
+        };
+        match answer {
             Ok(key) => {
                 self.given(volume, &key, before, hold);
                 Ok(key)
@@ -160,8 +167,8 @@ impl Shared {
     }
 
     /// Has the server asked for the key of `volume` while nobody waits.
-    fn ask_behind(self: &Arc<Self>, volume: &VolumeId, hold: bool) {
-        if !self.jobs.add(volume, hold) {
+    fn ask_behind(self: &Arc<Self>, volume: &VolumeId, known: Option<CheckValue>, hold: bool) {
+        if !self.jobs.add(volume, known, hold) {
             return;
         }
         let shared = Arc::clone(self);
@@ -174,7 +181,7 @@ impl Shared {
 
     fn work(&self) {
         while let Some(volume) = self.jobs.next() {
-            let asked = || self.ask(&volume, || self.jobs.is_to_be_held(&volume));
+            let asked = || self.ask(&volume, self.jobs.known(&volume), || self.jobs.is_to_be_held(&volume));
             match catch_unwind(AssertUnwindSafe(asked)) {
                 Ok(Ok(_)) => tracing::debug!(volume = %volume, "the key server gave the key of volume {volume}"),
                 Ok(Err(refusal)) if refusal.is_unanswered() => tracing::debug!(volume = %volume, "{refusal}"),
@@ -187,13 +194,13 @@ impl Shared {
     }
 
     /// The kept key of `volume`, if the server was silent lately and does not answer within a moment.
-    fn without_server(self: &Arc<Self>, cache: &KeyCache, volume: &VolumeId) -> Option<Key> {
+    fn without_server(self: &Arc<Self>, cache: &KeyCache, volume: &VolumeId, known: Option<CheckValue>) -> Option<Key> {
         let patience = self.silence.patience(Instant::now());
         if patience == Patience::Whole {
             return None;
         }
         let key = cache.load(volume).ok()?;
-        self.ask_behind(volume, false);
+        self.ask_behind(volume, known, false);
         if patience == Patience::None {
             return Some(key);
         }
@@ -204,6 +211,23 @@ impl Shared {
                 self.silence.begin(Instant::now());
                 Some(key)
             }
+        }
+    }
+
+    fn get(self: &Arc<Self>, volume: &VolumeId, known: Option<CheckValue>) -> Result<Key, Refusal> {
+        if let Some(key) = self.held.get(volume, Instant::now()) {
+            return Ok(key);
+        }
+        let Cache::On(cache) = &self.cache else { return self.ask(volume, known, || false) };
+        if let Some(key) = self.without_server(cache, volume, known) {
+            return Ok(self.tell(volume, key));
+        }
+        match self.ask(volume, known, || false) {
+            Err(refusal) if refusal.is_unanswered() => match cache.load(volume) {
+                Ok(key) => Ok(self.tell(volume, key)),
+                Err(why) => Err(refusal.and(&why)),
+            },
+            outcome => outcome,
         }
     }
 
@@ -220,21 +244,13 @@ impl KeyManager for CachedKeyManager {
     /// # Errors
     /// Those of the key server's; if it does not answer, that neither is there a kept key.
     fn get(&self, volume: &VolumeId) -> Result<Key, Refusal> {
-        let shared = &self.shared;
-        if let Some(key) = shared.held.get(volume, Instant::now()) {
-            return Ok(key);
-        }
-        let Cache::On(cache) = &shared.cache else { return shared.ask(volume, || false) };
-        if let Some(key) = shared.without_server(cache, volume) {
-            return Ok(shared.tell(volume, key));
-        }
-        match shared.ask(volume, || false) {
-            Err(refusal) if refusal.is_unanswered() => match cache.load(volume) {
-                Ok(key) => Ok(shared.tell(volume, key)),
-                Err(why) => Err(refusal.and(&why)),
-            },
-            outcome => outcome,
-        }
+        self.shared.get(volume, None)
+    }
+
+    /// # Errors
+    /// As [`get`](KeyManager::get).
+    fn get_enrolled(&self, volume: &VolumeId, check_value: CheckValue) -> Result<Key, Refusal> {
+        self.shared.get(volume, Some(check_value))
     }
 
     /// # Errors
@@ -313,12 +329,12 @@ impl KeyManager for CachedKeyManager {
         }
     }
 
-    fn fetch_ahead(&self, volume: &VolumeId) {
+    fn fetch_ahead(&self, volume: &VolumeId, check_value: CheckValue) {
         let shared = &self.shared;
         let now = Instant::now();
         // A server that has just been silent is not asked by everybody who will not wait for it anyway.
         if shared.held.get(volume, now).is_none() && shared.silence.patience(now) != Patience::None {
-            shared.ask_behind(volume, true);
+            shared.ask_behind(volume, Some(check_value), true);
         }
     }
 

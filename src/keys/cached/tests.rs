@@ -35,6 +35,8 @@ struct Script {
     asked: Arc<AtomicUsize>,
     /// The volumes that it was told of as in use.
     used: Arc<Mutex<HashSet<VolumeId>>>,
+    /// The check values that it was asked by.
+    known: Arc<Mutex<Vec<CheckValue>>>,
 }
 
 impl Script {
@@ -85,6 +87,11 @@ impl KeyManager for Script {
         Capabilities { lists: true, imports: true, destroys: true, describes: true }
     }
 
+    fn get_enrolled(&self, volume: &VolumeId, check_value: CheckValue) -> Result<Key, Refusal> {
+        self.known.lock().unwrap().push(check_value);
+        self.get(volume)
+    }
+
     fn note_uses(&self, in_use: &HashSet<VolumeId>) -> Result<(), Refusal> {
         self.used.lock().unwrap().clone_from(in_use);
         Ok(())
@@ -117,7 +124,7 @@ struct Host {
 impl Host {
     fn new() -> Self {
         let answer = Arc::new((Mutex::new(Answer::Key(1)), Condvar::new()));
-        let script = Script { answer, asked: Arc::default(), used: Arc::default() };
+        let script = Script { answer, asked: Arc::default(), used: Arc::default(), known: Arc::default() };
         Host { folder: private_directory(), wall: Arc::new(AtomicI64::new(NOW)), script }
     }
 
@@ -502,7 +509,7 @@ fn a_key_that_was_fetched_ahead_is_there_at_once() {
         };
         let fetch = || {
             host.script.say(Answer::Key(1));
-            manager.fetch_ahead(&one());
+            manager.fetch_ahead(&one(), key_of(1).check_value(&one()));
             assert!(manager.shared.jobs.wait_for(&one(), Duration::from_secs(10)));
         };
         fetch();
@@ -510,7 +517,7 @@ fn a_key_that_was_fetched_ahead_is_there_at_once() {
         let asked = host.script.asked();
         let key = manager.get(&one()).unwrap();
         assert!(key.same_as(&key_of(1)) && key.from_cache().is_none());
-        manager.fetch_ahead(&one());
+        manager.fetch_ahead(&one(), key_of(1).check_value(&one()));
         assert_eq!(host.script.asked(), asked, "neither is it asked for again");
         // Destroyed or retired on this host between the two.
         manager.wipe_copy(&one());
@@ -529,7 +536,7 @@ fn what_is_fetched_ahead_is_bounded_and_hurts_nobody_whatever_the_server_says() 
     let manager = CachedKeyManager::new(Box::new(host.script.clone()), Cache::Off);
     host.script.say(Answer::Hang);
     for number in 0..2000 {
-        manager.fetch_ahead(&format!("v{number}").parse().unwrap());
+        manager.fetch_ahead(&format!("v{number}").parse().unwrap(), key_of(1).check_value(&one()));
     }
     host.script.wait_until_asked(4);
     std::thread::sleep(Duration::from_millis(50));
@@ -537,7 +544,7 @@ fn what_is_fetched_ahead_is_bounded_and_hurts_nobody_whatever_the_server_says() 
     host.script.say(Answer::Key(1));
     host.script.wait_until_asked(1024);
     host.script.say(Answer::No(Reason::NoKey));
-    manager.fetch_ahead(&one());
+    manager.fetch_ahead(&one(), key_of(1).check_value(&one()));
     manager.shared.jobs.wait_for(&one(), Duration::from_secs(10));
     assert_eq!(refused(&manager), Reason::NoKey);
 }
@@ -548,4 +555,17 @@ fn the_server_hears_what_is_in_use() {
     let used = HashSet::from(["a".parse().unwrap()]);
     host.start().note_uses(&used).unwrap();
     assert_eq!(*host.script.used.lock().unwrap(), used);
+}
+
+#[test]
+fn a_key_that_is_known_is_asked_for_by_its_check_value() {
+    let host = Host::new();
+    let (manager, known) = (host.start(), key_of(1).check_value(&one()));
+    manager.get_enrolled(&one(), known).unwrap();
+    assert_eq!(*host.script.known.lock().unwrap(), [known]);
+    // Nobody waits for these: ahead of an open, and behind one that the kept key is enough for.
+    manager.wipe_copy(&one());
+    manager.fetch_ahead(&one(), known);
+    host.script.wait_until_asked(2);
+    assert_eq!(*host.script.known.lock().unwrap(), [known; 2]);
 }

@@ -23,7 +23,7 @@ use self::making::clear_unfinished;
 use self::message::{Failure, Request, State};
 use self::settle::{Found, find, settle};
 use self::ttlv::Malformed;
-use super::{Capabilities, Description, FIRST_VERSION, Imported, Key, KeyInfo, KeyManager, other_key};
+use super::{Capabilities, CheckValue, Description, FIRST_VERSION, Imported, Key, KeyInfo, KeyManager, other_key};
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
@@ -183,6 +183,22 @@ impl KeyManager for KmipKeyManager {
     /// no sense.
     fn get(&self, volume: &VolumeId) -> Result<Key, Refusal> {
         self.fetch(volume)?.map(|(key, _)| key).ok_or_else(|| no_key(volume))
+    }
+
+    /// Which key counts was settled when this host used it first. One that is not active any more is looked at as by
+    /// [`get`](KeyManager::get).
+    ///
+    /// # Errors
+    /// As [`get`](KeyManager::get).
+    fn get_enrolled(&self, volume: &VolumeId, check_value: CheckValue) -> Result<Key, Refusal> {
+        let key = self.with_any(&key_of(volume), |talk| match settle::find_enrolled(talk, volume, check_value)? {
+            Some(found) => hand_out(talk, volume, &found).map(|(key, _)| Some(key)),
+            None => match settle(&[talk], volume)? {
+                Some(found) => hand_out(talk, volume, &found).map(|(key, _)| Some(key)),
+                None => Ok(None),
+            },
+        })?;
+        key.ok_or_else(|| no_key(volume))
     }
 
     /// # Errors

@@ -16,7 +16,7 @@ use super::client::Talk;
 use super::connection::Trouble;
 use super::message::{Attributes, Failure, Request, State};
 use super::{Fault, name_of};
-use crate::keys::SealedDescription;
+use crate::keys::{CheckValue, SealedDescription};
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
@@ -61,6 +61,38 @@ pub(super) fn find(talk: &Talk<'_>, volume: &VolumeId) -> Result<Vec<Found>, Fau
         found.push(read(volume, &name, identifier, attributes)?);
     }
     Ok(found)
+}
+
+/// The active key of `volume` with `check_value`, whatever else has its name.
+pub(super) fn find_enrolled(
+    talk: &Talk<'_>,
+    volume: &VolumeId,
+    check_value: CheckValue,
+) -> Result<Option<Found>, Fault> {
+    let name = name_of(volume);
+    for identifier in talk.ask(&Request::locate_name(&name))?.identifiers()? {
+        let passed_over = |what: &dyn std::fmt::Display| {
+            tracing::warn!("passed over object {identifier}, which is called the key of volume {volume}: {what}");
+        };
+        let attributes = match talk.ask(&Request::get_attributes(&identifier)) {
+            Ok(answer) => answer.attributes(&identifier),
+            Err(Trouble::Refused(failure)) => {
+                passed_over(&failure.message);
+                continue;
+            }
+            Err(trouble) => return Err(trouble.into()),
+        };
+        match attributes.map(|attributes| read(volume, &name, identifier.clone(), attributes)) {
+            Ok(Ok(found)) => {
+                if found.attributes.state == State::Active && found.sealed.check_value == check_value {
+                    return Ok(Some(found));
+                }
+            }
+            Ok(Err(refusal)) => passed_over(&refusal),
+            Err(malformed) => passed_over(&malformed),
+        }
+    }
+    Ok(None)
 }
 
 /// Takes an object for a key of `volume` only if it says so itself, whatever the server was asked for.

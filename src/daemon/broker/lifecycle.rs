@@ -2,6 +2,7 @@
 
 use super::Broker;
 use crate::audit::{Event, Kind};
+use crate::keys::Key;
 use crate::refusal::{Reason, Refusal};
 use crate::store::{Grant, VolumeRecord, VolumeState, not_enrolled, seconds_now};
 use crate::volume::{Identity, VolumeId};
@@ -48,30 +49,21 @@ impl Broker {
             let record = self.volume(id)?;
             let vault = self.vault()?;
             // Other hosts may ask the same key manager.
-            if let Ok(key) = vault.keys.get(id)
-                && key.check_value(id) != record.check_value
-            {
-                let sentence = format!(
-                    "the key manager's key for volume {id} is not the one that this host has enrolled it with, so it was not \
-                     destroyed: whoever made it may use it"
-                );
-                return Err(Refusal::new(Reason::WrongKey, sentence));
-            }
+            let has_key = has_key_of(&record, vault.keys.get(id))?;
             let usable = [VolumeState::Enrolled, VolumeState::Retired];
             // From here on no open gets a mapping; one that was on its way is found now, or finds this.
             let before = vault.store.change_state(id, &usable, VolumeState::Destroyed, None)?;
             match before {
                 Some(before) => self.check_unused(id, VolumeState::Destroyed, before)?,
                 // An earlier attempt may have ended before it got as far as the key.
-                None if vault.keys.get(id).is_ok() && self.is_mapped(id)? => return Err(in_use(id)),
+                None if has_key && self.is_mapped(id)? => return Err(in_use(id)),
                 None => {}
             }
             if let Err(refusal) = vault.keys.destroy(id) {
                 // A key manager that destroys no keys has done nothing, and what one has done that does not answer is not
                 // known. A key that is gone all the same opens nothing.
-                let gone = |reason| matches!(reason, Reason::NoKey | Reason::KeyDestroyed);
                 if let Some(before) = before
-                    && !vault.keys.get(id).is_err_and(|refusal| gone(refusal.reason()))
+                    && !vault.keys.get(id).is_err_and(|refusal| is_gone(&refusal))
                 {
                     vault.store.change_state(id, &[VolumeState::Destroyed], before, None)?;
                 }
@@ -193,6 +185,38 @@ impl Broker {
     pub(super) fn is_mapped(&self, id: &VolumeId) -> Result<bool, Refusal> {
         Ok(self.encryptor.mappings()?.iter().any(|mapping| mapping.volume == *id))
     }
+}
+
+/// Whether the key manager, which other hosts may ask as well, has the key that the volume was enrolled with, going by
+/// its answer; not if it has none.
+///
+/// # Errors
+/// When it has another one or does not say: that may be another host's, and destroying goes by the volume's id alone.
+fn has_key_of(record: &VolumeRecord, answer: Result<Key, Refusal>) -> Result<bool, Refusal> {
+    let id = &record.id;
+    match answer {
+        Ok(key) if key.check_value(id) == record.check_value => Ok(true),
+        Ok(_) => Err(Refusal::new(
+            Reason::WrongKey,
+            format!(
+                "the key manager's key for volume {id} is not the one that this host has enrolled it with, so it was not \
+                 destroyed: whoever made it may use it"
+            ),
+        )),
+        Err(refusal) if is_gone(&refusal) => Ok(false),
+        Err(refusal) => Err(Refusal::new(
+            refusal.reason(),
+            format!(
+                "nothing was destroyed, because the key manager does not show that its key for volume {id} is the one that \
+                 this host has enrolled it with ({refusal}): mend that and repeat"
+            ),
+        )),
+    }
+}
+
+/// Whether a key manager says that it has no such key, or none any more.
+fn is_gone(refusal: &Refusal) -> bool {
+    matches!(refusal.reason(), Reason::NoKey | Reason::KeyDestroyed)
 }
 
 fn in_use(id: &VolumeId) -> Refusal {

@@ -4,17 +4,30 @@ use std::collections::BTreeMap;
 
 use super::super::broker::Verdict;
 use super::*;
+use crate::audit::{Entry, Kind};
 use crate::keys::{Capabilities, Description, Imported, KeyInfo, KeyManager};
+use crate::store::VolumeState;
 use crate::volume::VolumeId;
 
 /// A key manager of both.
 #[derive(Clone, Default)]
-pub(super) struct Shared(Arc<Mutex<Keys>>);
+pub(super) struct Shared(Arc<Mutex<Keys>>, Arc<Mutex<Faults>>);
+
+/// What the next requests come to instead of an answer.
+#[derive(Default)]
+struct Faults {
+    get: Option<Reason>,
+    /// Before or after the key is gone.
+    destroy: Option<(Reason, bool)>,
+}
 
 type Keys = BTreeMap<VolumeId, (Vec<u8>, Description)>;
 
 impl KeyManager for Shared {
     fn get(&self, volume: &VolumeId) -> Result<Key, Refusal> {
+        if let Some(reason) = self.1.lock().unwrap().get.take() {
+            return Err(Refusal::new(reason, "no answer"));
+        }
         self.described(volume)?.map(|(key, _)| key).ok_or_else(|| Refusal::new(Reason::NoKey, "no key"))
     }
 
@@ -48,8 +61,11 @@ impl KeyManager for Shared {
     }
 
     fn destroy(&self, volume: &VolumeId) -> Result<(), Refusal> {
-        self.0.lock().unwrap().remove(volume);
-        Ok(())
+        let fault = self.1.lock().unwrap().destroy.take();
+        if !matches!(fault, Some((_, false))) {
+            self.0.lock().unwrap().remove(volume);
+        }
+        fault.map_or(Ok(()), |(reason, _)| Err(Refusal::new(reason, "no answer")))
     }
 
     fn list(&self) -> Result<Vec<KeyInfo>, Refusal> {
@@ -59,7 +75,10 @@ impl KeyManager for Shared {
 
 /// Two hosts that see the same LUN, under different names.
 fn hosts() -> [(World, DeviceNumber, Broker); 2] {
-    let keys = Shared::default();
+    hosts_with(&Shared::default())
+}
+
+fn hosts_with(keys: &Shared) -> [(World, DeviceNumber, Broker); 2] {
     [3, 8].map(|minor| {
         let world = World::new();
         let device = world.add_volume("one", minor);
@@ -111,4 +130,37 @@ fn two_hosts_that_enrol_a_blank_volume_at_once_keep_the_same_record() {
         (first.join().unwrap(), second.join().unwrap())
     });
     assert_eq!(first, second);
+}
+
+/// What the log has of volume one's key, the oldest first: kinds and outcomes.
+fn destruction(broker: &Broker) -> Vec<String> {
+    let page = broker.vault().unwrap().store.audit(&Default::default()).unwrap();
+    let events = page.entries.iter().rev().filter_map(|entry| match entry {
+        Entry::Record { record, .. } => Some(&record.event),
+        Entry::Damaged { .. } => None,
+    });
+    events.filter(|event| event.kind != Kind::Enrolled).map(|event| format!("{}, {}", event, event.detail)).collect()
+}
+
+#[test]
+fn another_hosts_key_is_not_destroyed_because_the_key_manager_does_not_say_whose_it_is() {
+    for reason in [Reason::TimedOut, Reason::KeyManager, Reason::NotAllowed, Reason::WrongKey, Reason::StoreUnavailable]
+    {
+        let keys = Shared::default();
+        let [(_, here, one), (_, there, other)] = hosts_with(&keys);
+        one.enrol(here, None).unwrap();
+        // The server was restored from a backup without the key; the other host made another one, and uses it.
+        keys.0.lock().unwrap().clear();
+        other.enrol(there, None).unwrap();
+        keys.1.lock().unwrap().get = Some(reason);
+        let refusal = one.destroy(&"one".parse().unwrap()).unwrap_err();
+        assert_eq!(refusal.reason(), reason);
+        assert!(
+            refusal.to_string().starts_with("nothing was destroyed, because the key manager does not"),
+            "{refusal}"
+        );
+        assert!(matches!(other.open(there, true, OFlags::RDWR, &vm()), Ok(Verdict::Mapping(..))));
+        assert_eq!(one.volume(&"one".parse().unwrap()).unwrap().state, VolumeState::Enrolled);
+        assert_eq!(destruction(&one), [""; 0]);
+    }
 }

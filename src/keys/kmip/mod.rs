@@ -347,38 +347,3 @@ fn no_key(volume: &VolumeId) -> Refusal {
         ),
     )
 }
-
-#[cfg(test)]
-mod tests {
-    use super::message::Attributes;
-    use super::*;
-    use crate::keys::SealedDescription;
-    use crate::policy::Profile;
-    use crate::store::EnrolledDevice;
-
-    /// The server's word that the chosen key was not chosen may be old.
-    #[test]
-    fn only_what_was_made_for_nothing_is_destroyed() {
-        let volume: VolumeId = "one".parse().unwrap();
-        let device = EnrolledDevice { wwid: Some("naa.6".to_owned()), ..EnrolledDevice::default() };
-        let description = Description::new(device, 4096, ("default", &Profile::default()), None, 7);
-        let [own, other] = [(); 2].map(|()| Key::random(description.key_size).unwrap());
-        let found = |identifier: &str, state: State, key: &Key| Found {
-            identifier: identifier.to_owned(),
-            attributes: Attributes {
-                names: Vec::new(),
-                state,
-                initial_date: 7,
-                bits: 512,
-                volume: None,
-                description: None,
-            },
-            sealed: SealedDescription::parse(&description.to_text(&volume, key).unwrap()).unwrap(),
-        };
-        let is_left = |found: Found| is_left(&found, own.check_value(&volume), "1");
-        assert!(is_left(found("2", State::PreActive, &own)));
-        assert!(!is_left(found("1", State::PreActive, &own)), "the one that was chosen");
-        assert!(!is_left(found("2", State::Active, &own)));
-        assert!(!is_left(found("2", State::PreActive, &other)), "another host's");
-    }
-}

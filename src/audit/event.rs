@@ -31,6 +31,8 @@ pub enum Kind {
     Retired,
     /// A volume that was retired is enrolled again.
     Reinstated,
+    /// A key manager elsewhere is about to be asked to destroy a volume's key.
+    DestructionStarted,
     /// A volume's key was destroyed.
     Destroyed,
     /// A volume's key was written to a file.

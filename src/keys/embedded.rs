@@ -279,6 +279,10 @@ impl KeyManager for EmbeddedKeyManager {
         self.store.forget_keys(volume)
     }
 
+    fn records_destruction(&self) -> bool {
+        true
+    }
+
     fn list(&self) -> Result<Vec<KeyInfo>, Refusal> {
         self.store.key_infos()
     }

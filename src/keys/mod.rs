@@ -86,6 +86,12 @@ pub trait KeyManager: Send + Sync {
         }
     }
 
+    /// Whether a key that is destroyed has its record in the audit log with that: only one that keeps the keys beside the
+    /// log can do both at once.
+    fn records_destruction(&self) -> bool {
+        false
+    }
+
     /// What is known of every key; the keys themselves stay where they are.
     fn list(&self) -> Result<Vec<KeyInfo>, Refusal>;
 

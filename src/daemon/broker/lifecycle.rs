@@ -31,7 +31,8 @@ impl Broker {
                 Some(Event::new(Kind::Retired, id, "its key stays")),
             )?;
             if before.is_some() {
-                self.check_unused(id, VolumeState::Retired, VolumeState::Enrolled)?;
+                let event = Event::new(Kind::Reinstated, id, "because it is in use");
+                self.check_unused(id, VolumeState::Retired, VolumeState::Enrolled, Some(event))?;
                 self.vault()?.keys.wipe_copy(id);
                 tracing::warn!(volume = %id, "retired volume {id}, whose key stays");
             }
@@ -42,37 +43,71 @@ impl Broker {
     /// Destroys the key of a volume, and with it what stands on the volume. To repeat it wipes what could
     /// not be wiped before.
     ///
+    /// That is in the audit log when this returns. A key manager elsewhere cannot do both at once, so there its beginning
+    /// is recorded first.
+    ///
     /// # Errors
-    /// When the volume is unknown or in use on this host, or its key cannot be destroyed.
+    /// When the volume is unknown or in use on this host, its key cannot be looked at or destroyed, or that cannot be
+    /// recorded.
     pub fn destroy(&self, id: &VolumeId) -> Result<VolumeRecord, Refusal> {
         self.one_at_a_time(id, || {
             let record = self.volume(id)?;
             let vault = self.vault()?;
-            // Other hosts may ask the same key manager.
+            // What the server says counts, and no copy of an earlier answer.
+            vault.keys.wipe_copy(id);
             let has_key = has_key_of(&record, vault.keys.get(id))?;
+            let begins = || {
+                let event = Event::new(Kind::DestructionStarted, id, "the key manager is asked to destroy its key");
+                (!vault.keys.records_destruction()).then_some(event)
+            };
+            let goes_on = |why: &str| begins().map(|_| Event::new(Kind::Reinstated, id, why));
             let usable = [VolumeState::Enrolled, VolumeState::Retired];
             // From here on no open gets a mapping; one that was on its way is found now, or finds this.
-            let before = vault.store.change_state(id, &usable, VolumeState::Destroyed, None)?;
+            let before = vault.store.change_state(id, &usable, VolumeState::Destroyed, begins())?;
             match before {
-                Some(before) => self.check_unused(id, VolumeState::Destroyed, before)?,
+                Some(before) => self.check_unused(id, VolumeState::Destroyed, before, goes_on("because it is in use"))?,
                 // An earlier attempt may have ended before it got as far as the key.
                 None if has_key && self.is_mapped(id)? => return Err(in_use(id)),
-                None => {}
+                None => begins().map_or(Ok(()), |event| vault.store.append_audit(event).map(drop))?,
             }
             if let Err(refusal) = vault.keys.destroy(id) {
                 // A key manager that destroys no keys has done nothing, and what one has done that does not answer is not
                 // known. A key that is gone all the same opens nothing.
-                if let Some(before) = before
-                    && !vault.keys.get(id).is_err_and(|refusal| is_gone(&refusal))
-                {
-                    vault.store.change_state(id, &[VolumeState::Destroyed], before, None)?;
+                let is_gone = vault.keys.get(id).is_err_and(|refusal| is_gone(&refusal));
+                match before {
+                    Some(before) if !is_gone => {
+                        let event = goes_on("because its key was not destroyed");
+                        vault.store.change_state(id, &[VolumeState::Destroyed], before, event)?;
+                    }
+                    _ if is_gone && has_key => self.record_destroyed(id, &format!("it is gone, though: {refusal}"))?,
+                    _ => {}
                 }
                 return Err(refusal);
             }
+            self.record_destroyed(id, "in the key manager")?;
             self.devices.enrolment_ended();
             tracing::warn!(volume = %id, "destroyed the key of volume {id}: what stands on the volume can never be read again");
             self.volume(id)
         })
+    }
+
+    /// Records that a key manager has destroyed a key, unless it did so itself.
+    fn record_destroyed(&self, id: &VolumeId, detail: &str) -> Result<(), Refusal> {
+        let vault = self.vault()?;
+        if vault.keys.records_destruction() {
+            return Ok(());
+        }
+        vault.store.append_audit(Event::new(Kind::Destroyed, id, detail)).map_err(|refusal| {
+            Refusal::new(
+                refusal.reason(),
+                format!(
+                    "the key of volume {id} is destroyed, and the audit log has that it was begun but not that it is done \
+                     ({refusal}): have the log writable again"
+                ),
+            )
+        })?;
+        self.merge_audit_soon();
+        Ok(())
     }
 
     /// Gives a volume to `owner`, or to everybody.
@@ -170,14 +205,19 @@ impl Broker {
         }
     }
 
-    /// Puts the state of a volume that turns out to be in use back from `now` to `before`.
-    fn check_unused(&self, id: &VolumeId, now: VolumeState, before: VolumeState) -> Result<(), Refusal> {
+    /// Puts the state of a volume that turns out to be in use back from `now` to `before`, and records `event`.
+    fn check_unused(
+        &self,
+        id: &VolumeId,
+        now: VolumeState,
+        before: VolumeState,
+        event: Option<Event>,
+    ) -> Result<(), Refusal> {
         let refusal = match self.is_mapped(id) {
             Ok(false) => return Ok(()),
             Ok(true) => in_use(id),
             Err(refusal) => refusal,
         };
-        let event = (now == VolumeState::Retired).then(|| Event::new(Kind::Reinstated, id, "because it is in use"));
         self.vault()?.store.change_state(id, &[now], before, event)?;
         Err(refusal.of(id))
     }

@@ -164,3 +164,52 @@ fn another_hosts_key_is_not_destroyed_because_the_key_manager_does_not_say_whose
         assert_eq!(destruction(&one), [""; 0]);
     }
 }
+
+#[test]
+fn a_key_that_another_place_destroys_is_in_the_audit_log_before_and_after() {
+    const BEGUN: &str = "destruction-started, volume one, by daemon: done, the key manager is asked to destroy its key";
+    let id: VolumeId = "one".parse().unwrap();
+    let outcome = |fault, mapped| {
+        let keys = Shared::default();
+        let [(mut world, here, one), _] = hosts_with(&keys);
+        one.enrol(here, None).unwrap();
+        keys.1.lock().unwrap().destroy = fault;
+        world.mapped = mapped;
+        let one = world.broker(true).with_keys(Box::new(keys.clone()));
+        let state = one.destroy(&id).map(|record| record.state);
+        (state.is_ok(), one.volume(&id).unwrap().state, destruction(&one))
+    };
+    let begun = |then: &str| vec![BEGUN.to_owned(), then.to_owned()];
+    let (ok, state, records) = outcome(None, false);
+    assert_eq!((ok, state), (true, VolumeState::Destroyed));
+    assert_eq!(records, begun("destroyed, volume one, by daemon: done, in the key manager"));
+    // Whatever came of it is said as well.
+    let (ok, state, records) = outcome(Some((Reason::TimedOut, true)), false);
+    assert_eq!((ok, state), (false, VolumeState::Destroyed));
+    assert_eq!(records, begun("destroyed, volume one, by daemon: done, it is gone, though: no answer"));
+    let (ok, state, records) = outcome(Some((Reason::TimedOut, false)), false);
+    assert_eq!((ok, state), (false, VolumeState::Enrolled));
+    assert_eq!(records, begun("reinstated, volume one, by daemon: done, because its key was not destroyed"));
+    let (ok, state, records) = outcome(None, true);
+    assert_eq!((ok, state), (false, VolumeState::Enrolled));
+    assert_eq!(records, begun("reinstated, volume one, by daemon: done, because it is in use"));
+}
+
+#[test]
+fn a_key_whose_destruction_cannot_be_recorded_is_not_destroyed() {
+    let keys = Shared::default();
+    let [(_, here, one), _] = hosts_with(&keys);
+    let record = one.enrol(here, None).unwrap();
+    let path = one.vault().unwrap().store.path().to_owned();
+    let blocks = |statement: &str| rusqlite::Connection::open(&path).unwrap().execute_batch(statement).unwrap();
+    blocks("CREATE TRIGGER full BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'full'); END");
+    assert!(one.destroy(&record.id).is_err());
+    // Nor one of which an earlier attempt did not get as far as the key.
+    blocks("UPDATE volumes SET state = 'destroyed'");
+    assert!(one.destroy(&record.id).is_err());
+    assert!(keys.get(&record.id).is_ok());
+    blocks("DROP TRIGGER full");
+    one.destroy(&record.id).unwrap();
+    assert!(keys.get(&record.id).is_err());
+    assert_eq!(destruction(&one).len(), 2);
+}

@@ -304,6 +304,10 @@ impl KeyManager for CachedKeyManager {
         self.shared.server.capabilities()
     }
 
+    fn records_destruction(&self) -> bool {
+        self.shared.server.records_destruction()
+    }
+
     /// # Errors
     /// Those of the key server's. What is kept here is wiped in any case.
     fn forget(&self, volume: &VolumeId) -> Result<(), Refusal> {

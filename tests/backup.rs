@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
 use std::hash::{DefaultHasher, Hasher};
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -457,4 +458,48 @@ fn a_backup_and_a_restore_are_in_the_audit_log() {
     let newest: String =
         kept.query_row("SELECT record FROM audit ORDER BY seq DESC LIMIT 1", [], |row| row.get(0)).unwrap();
     assert!(newest.contains("database-backed-up") && newest.contains("backup.db, with 1 volumes"), "{newest}");
+}
+
+/// What `Staged::put_in_place` does from its lock on, slowly: `volcrypt.db` in `$1`, and the copy in `$2`.
+const SLOW_RESTORE: &str = "
+import fcntl, os, sys, time
+path, copy = sys.argv[1] + '/volcrypt.db', sys.argv[2]
+file = open(path, 'r+b')
+fcntl.lockf(file, fcntl.LOCK_EX)
+print('locked', flush=True)
+time.sleep(2)
+os.link(path, path + '.replaced-x')
+for suffix in ('-wal', '-shm'):
+    if os.path.exists(path + suffix):
+        os.rename(path + suffix, path + '.replaced-x' + suffix)
+os.rename(copy, path)
+";
+
+#[test]
+fn a_daemon_that_starts_while_a_backup_takes_the_place_uses_the_backup() {
+    let host = Host::new();
+    let mut keys = host.enrol(&["early"]);
+    let copy = host.path("copy.db");
+    fs::copy(host.database(), &copy).unwrap();
+    let kept = host.enrol(&["replaced"]);
+    let mut restoring = Command::new("python3")
+        .args(["-c", SLOW_RESTORE])
+        .args([host.state(), copy])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    BufReader::new(restoring.stdout.take().unwrap()).read_line(&mut String::new()).unwrap();
+    let (store, manager) = host.open();
+    assert!(restoring.wait().unwrap().success());
+    for name in ["late", "later"] {
+        keys.insert(name.to_owned(), enrol(&store, &manager, name));
+    }
+    drop((store, manager));
+    host.assert_has(&keys);
+    // Nothing of what the daemon wrote went to the other one.
+    let old = Host::new();
+    fs::copy(&host.kept()[0], old.database()).unwrap();
+    fs::copy(host.state().join("kek"), old.state().join("kek")).unwrap();
+    let names = |host: &Host| host.open().0.volumes().unwrap().len();
+    assert_eq!((names(&old), kept.len()), (2, 1));
 }

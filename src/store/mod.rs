@@ -39,10 +39,13 @@ pub use restore::Staged;
 pub(crate) use volumes::not_enrolled;
 pub use volumes::{EnrolledDevice, VolumeRecord, VolumeState};
 
+use files::FileIdentity;
 use schema::Migration;
 
 /// How long a call waits for another process that holds the database.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often a database is opened of which another takes the place meanwhile.
+const OPENING_ATTEMPTS: u32 = 3;
 
 /// The database of enrolled volumes, wrapped keys and audit records, open for as long as it lives.
 ///
@@ -51,7 +54,7 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 pub struct Store {
     connection: Mutex<Connection>,
     path: PathBuf,
-    identity: files::FileIdentity,
+    identity: FileIdentity,
 }
 
 impl Store {
@@ -73,34 +76,38 @@ impl Store {
 
     fn open_with(directory: &Path, migrations: &[Migration]) -> Result<Self, Refusal> {
         let path = files::prepare(directory)?;
-        match connect_for_writing(&path, migrations)? {
-            Some(connection) => {
-                let store = Store::with(connection, path)?;
-                store.merge_log(&store.connection());
-                Ok(store)
+        let mut left = OPENING_ATTEMPTS;
+        loop {
+            let identity = files::identity(&path)?;
+            let opened = Store::open_file(&path, identity, migrations);
+            left -= 1;
+            // A backup may take the file's place after SQLite has opened it and while it waits for its turn.
+            if left == 0 || files::identity(&path)? == identity {
+                return opened;
             }
-            None => Store::with(connect_for_reading(&path, migrations)?, path),
         }
     }
 
-    fn with(connection: Connection, path: PathBuf) -> Result<Self, Refusal> {
-        let identity = files::identity(&path)?;
-        Ok(Store { connection: Mutex::new(connection), path, identity })
+    fn open_file(path: &Path, identity: FileIdentity, migrations: &[Migration]) -> Result<Self, Refusal> {
+        let with = |connection| Store::with(connection, path.to_owned(), identity);
+        match connect_for_writing(path, identity, migrations)? {
+            Some(connection) => {
+                let store = with(connection);
+                store.merge_log(&store.connection());
+                Ok(store)
+            }
+            None => Ok(with(connect_for_reading(path, migrations)?)),
+        }
+    }
+
+    fn with(connection: Connection, path: PathBuf, identity: FileIdentity) -> Self {
+        Store { connection: Mutex::new(connection), path, identity }
     }
 
     /// Refuses to write to a file that is not the one at the path any more: a backup that was moved over
     /// it would never see what is written now.
     fn check_in_place(&self) -> Result<(), Refusal> {
-        match files::identity(&self.path) {
-            Ok(identity) if identity == self.identity => Ok(()),
-            _ => Err(Refusal::new(
-                Reason::StoreUnavailable,
-                format!(
-                    "{} was replaced while volcryptd had it open: run 'systemctl restart volcryptd'",
-                    self.path.display()
-                ),
-            )),
-        }
+        check_identity(&self.path, self.identity)
     }
 
     /// Merges the write-ahead log into the file and cuts it to nothing, so that the file alone is the
@@ -145,8 +152,22 @@ pub(crate) fn seconds_now() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |passed| passed.as_secs() as i64)
 }
 
-/// A connection that can write, or `None` when the file system is read-only.
-fn connect_for_writing(path: &Path, migrations: &[Migration]) -> Result<Option<Connection>, Refusal> {
+fn check_identity(path: &Path, expected: FileIdentity) -> Result<(), Refusal> {
+    match files::identity(path) {
+        Ok(identity) if identity == expected => Ok(()),
+        _ => Err(Refusal::new(
+            Reason::StoreUnavailable,
+            format!("{} was replaced while volcryptd had it open: run 'systemctl restart volcryptd'", path.display()),
+        )),
+    }
+}
+
+/// A connection that can write to the file with this identity, or `None` when the file system is read-only.
+fn connect_for_writing(
+    path: &Path,
+    identity: FileIdentity,
+    migrations: &[Migration],
+) -> Result<Option<Connection>, Refusal> {
     let fault = |error| fault::refusal(path, &error);
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | common_flags();
     let mut connection = Connection::open_with_flags(path, flags).map_err(fault)?;
@@ -170,6 +191,9 @@ fn connect_for_writing(path: &Path, migrations: &[Migration]) -> Result<Option<C
             ),
         ));
     }
+    // From here on it holds a lock that no restore gets past, and nothing was written. What is written to a file that
+    // was replaced would go to the log of the one in its place.
+    check_identity(path, identity)?;
     connection
         .execute_batch("PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON; PRAGMA secure_delete = ON;")
         .map_err(fault)?;

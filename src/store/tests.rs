@@ -15,7 +15,8 @@ impl Store {
     /// Opens the database as if its file system were read-only.
     pub(crate) fn open_for_reading(directory: &Path) -> Result<Self, Refusal> {
         let path = files::prepare(directory)?;
-        Store::with(connect_for_reading(&path, schema::MIGRATIONS)?, path)
+        let identity = files::identity(&path)?;
+        Ok(Store::with(connect_for_reading(&path, schema::MIGRATIONS)?, path, identity))
     }
 
     /// Keeps what is written from now on in the write-ahead log, as long as the reader lives that is

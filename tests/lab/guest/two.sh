@@ -33,14 +33,19 @@ target_join() {
 
 # keys_show: all that a host needs to open its volumes, as text.
 keys_show() {
-    tar --create --gzip --directory /var/lib/volcrypt volcrypt.db kek | base64 --wrap 0
+    volcrypt key backup /root/for-host2.db >/dev/null
+    tar --create --gzip --directory /root for-host2.db --directory /var/lib/volcrypt kek | base64 --wrap 0
+    rm /root/for-host2.db
 }
 
 # keys_take TEXT: takes over what keys_show printed, as the README says.
 keys_take() {
     systemctl stop volcryptd.socket volcryptd-control.socket volcryptd
-    rm -f /var/lib/volcrypt/volcrypt.db-wal /var/lib/volcrypt/volcrypt.db-shm
-    base64 --decode <<<"$1" | tar --extract --gzip --directory /var/lib/volcrypt
+    mv -n /var/lib/volcrypt/kek "/var/lib/volcrypt/kek.replaced-$(date +%s)"
+    base64 --decode <<<"$1" | tar --extract --gzip --directory /root
+    install -m 600 /root/kek /var/lib/volcrypt/kek
+    volcrypt key restore /root/for-host2.db
+    shred -u /root/for-host2.db /root/kek
     systemctl start volcryptd.socket volcryptd-control.socket volcryptd
 }
 

@@ -503,3 +503,72 @@ fn a_daemon_that_starts_while_a_backup_takes_the_place_uses_the_backup() {
     let names = |host: &Host| host.open().0.volumes().unwrap().len();
     assert_eq!((names(&old), kept.len()), (2, 1));
 }
+
+#[test]
+fn a_backup_during_a_rotation_names_both_key_encryption_keys() {
+    let host = Host::new();
+    let keys = host.enrol(&["one"]);
+    let rotated = Host::new();
+    let (_, manager) = host.open();
+    manager.rotate_kek(&RotationStep::Begin).unwrap();
+    let values = ["kek.new", "kek"].map(|name| {
+        fs::copy(host.state().join(name), rotated.state().join("kek")).unwrap();
+        KeyEncryptionKey::load(None, &rotated.state(), false).unwrap().check_value().to_string()
+    });
+    let to = host.path("during.db");
+    let (_, text) = host.volcrypt(&["key", "backup", to.to_str().unwrap()]);
+    for (name, value) in ["kek.new", "kek"].iter().zip(&values) {
+        let place = host.state().join(name);
+        assert!(text.contains(&format!("{} (check value {value})", place.display())), "{text}");
+    }
+    // To restore it where the rotation has ended says where each of them goes, and so it does.
+    let copies = ["kek.new", "kek"].map(|name| (name, fs::read(host.state().join(name)).unwrap()));
+    let mut step = RotationStep::Begin;
+    while let volcrypt::keys::KekRotation::UnderWay { after, .. } = manager.rotate_kek(&step).unwrap() {
+        step = RotationStep::GoOn { after };
+    }
+    drop(manager);
+    fs::write(host.state().join("kek"), [7; 32]).unwrap();
+    let kek = host.state().join("kek");
+    let said = format!("check value {} as {1} and {2} as {1}.new", values[1], kek.display(), values[0]);
+    host.assert_refused(&to, &said);
+    host.assert_refused(&to, "kept under another name first");
+    for (name, content) in copies {
+        fs::write(host.state().join(name), content).unwrap();
+        fs::set_permissions(host.state().join(name), Permissions::from_mode(0o600)).unwrap();
+    }
+    host.restore(&to);
+    host.assert_has(&keys);
+}
+
+#[test]
+fn what_is_in_the_replaced_database_alone_is_named() {
+    let host = Host::new();
+    host.enrol(&["one", "gone"]);
+    let backup = host.back_up("backup.db");
+    host.enrol(&["two", "three"]);
+    let (_, manager) = host.open();
+    manager.make(&id("four"), 512.try_into().unwrap()).unwrap();
+    // One that was destroyed later is nothing to be missed.
+    manager.destroy(&id("gone")).unwrap();
+    drop(manager);
+    let kek = KeyEncryptionKey::load(None, &host.state(), false).unwrap().check_value();
+    let text = host.restore(&backup);
+    assert!(text.contains("IN IT ALONE: four, three, two. Do not remove it while you need them"), "{text}");
+    assert!(text.contains(&format!("the key-encryption key that opens it (check value {kek})")), "{text}");
+    // Back again, nothing is missing; and what cannot be read is not called needless.
+    let text = host.restore(&host.kept()[0]);
+    assert!(text.contains("ALONE: gone. Do not"), "a key that the backup still had: {text}");
+    let text = host.restore(&host.back_up("same.db"));
+    assert!(text.contains("has no key that is not here: remove it once all is well"), "{text}");
+    fs::write(host.database(), "garbage").unwrap();
+    let text = host.restore(&backup);
+    assert!(text.contains("cannot be told") && text.contains("do not remove it"), "{text}");
+    // The same volume with another key.
+    let other = Host::new();
+    other.enrol(&["one", "gone"]);
+    fs::copy(host.state().join("kek"), other.state().join("kek.before")).unwrap();
+    fs::rename(other.state().join("kek"), other.state().join("kek.own")).unwrap();
+    fs::rename(other.state().join("kek.before"), other.state().join("kek")).unwrap();
+    assert!(other.restore(&backup).contains("ALONE: gone, one. Do not"));
+}

@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use super::CommandError;
 use super::time::utc;
 use crate::audit::{Asker, Event, Kind};
-use crate::keys::EmbeddedKeyManager;
+use crate::keys::{CheckValue, EmbeddedKeyManager, kek_file};
 use crate::logging;
 use crate::policy::{Config, KeyManagerConfig};
 use crate::protocol::{CONTROL_SOCKET, WRAPPER_SOCKET};
 use crate::refusal::{Reason, Refusal};
-use crate::store::{self, Contents, Staged, Store, seconds_now};
+use crate::store::{self, Contents, Held, Staged, Store, seconds_now};
 
 /// What listens on which socket: unix(7), `/proc/net/unix`.
 const SOCKETS: &str = "/proc/net/unix";
@@ -32,13 +32,7 @@ pub(super) fn back_up(config: &Path, to: &Path) -> Result<String, CommandError> 
         format!("{} holds {volumes} volumes, {keys} wrapped keys and {records} audit records.\n", to.display());
     match (&config, keks.as_slice()) {
         (KeyManagerConfig::Embedded { directory }, keks @ [_, ..]) => {
-            let keks: Vec<String> = keks.iter().map(ToString::to_string).collect();
-            text.push_str(&format!(
-                "The key-encryption key is NOT in it, and without that no key opens: back up {} as well, or what the \
-                 credential volcrypt.kek is made from, and keep it elsewhere (check value {}).\n",
-                directory.join("kek").display(),
-                keks.join(" and ")
-            ));
+            text.push_str(&keks_are_needed(directory, keks));
         }
         (KeyManagerConfig::Kmip { .. }, _) => text.push_str("The keys are not in it: they are on the KMIP server.\n"),
         (KeyManagerConfig::Barbican { .. }, _) => text.push_str("The keys are not in it: they are in Barbican.\n"),
@@ -54,6 +48,23 @@ pub(super) fn back_up(config: &Path, to: &Path) -> Result<String, CommandError> 
     Ok(text)
 }
 
+/// Which key-encryption keys a backup needs, and where each of them is.
+fn keks_are_needed(directory: &Path, keks: &[CheckValue]) -> String {
+    let place = |value: &CheckValue| match kek_file(directory, *value) {
+        Some(path) => format!("{} (check value {value})", path.display()),
+        None => format!("what the credential volcrypt.kek or volcrypt.kek.new is made from (check value {value})"),
+    };
+    let places: Vec<String> = keks.iter().map(place).collect();
+    let (subject, verb, them) = match places.len() {
+        1 => ("The key-encryption key", "is", "it"),
+        _ => ("The key-encryption keys, two because one takes the other's place,", "are", "them"),
+    };
+    format!(
+        "{subject} {verb} NOT in it, and without that no key opens: back up {} as well, and keep {them} elsewhere.\n",
+        places.join(" and ")
+    )
+}
+
 /// Puts `backup` in the database's place.
 pub(super) fn restore(config: &Path, backup: &Path) -> Result<String, CommandError> {
     let config = key_manager(config)?;
@@ -66,11 +77,12 @@ pub(super) fn restore(config: &Path, backup: &Path) -> Result<String, CommandErr
             let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
             EmbeddedKeyManager::open(store, credentials.as_deref(), directory)
                 .and_then(|keys| keys.check_all())
-                .map_err(|refusal| refused(not_opened(backup, contents, credentials.is_some(), &refusal)))?
+                .map_err(|refusal| refused(not_opened(backup, directory, contents, credentials.is_some(), &refusal)))?
         }
         _ => 0,
     };
     check_stopped()?;
+    let held = staged.held().map_err(refused)?;
     let volumes = contents.map_or(0, |contents| contents.volumes);
     // It is in the copy before that takes its place, so that none does without a record.
     let detail = format!("from {}, with {volumes} volumes; {opened} keys were opened", backup.display());
@@ -83,13 +95,47 @@ pub(super) fn restore(config: &Path, backup: &Path) -> Result<String, CommandErr
     let mut text =
         format!("The database is that of {}: {volumes} volumes; {opened} keys were opened.\n", backup.display());
     if let Some(kept) = kept {
-        text.push_str(&format!("The one before is kept as {}: remove it once all is well.\n", kept.display()));
+        text.push_str(&what_is_kept(&kept, held.as_ref()));
     }
     text.push_str(
         "What was enrolled after the backup was made is missing. Start volcryptd: 'systemctl start volcryptd.socket \
          volcryptd-control.socket volcryptd'.\n",
     );
     Ok(text)
+}
+
+/// What is to be done with the database that was replaced, now that one that holds the keys `held` is in its place.
+fn what_is_kept(kept: &Path, held: Option<&Held>) -> String {
+    let name = kept.display();
+    let before = match (Held::in_file(kept), held) {
+        (Ok(before), Some(_)) => before,
+        (Err(refusal), _) => {
+            return format!(
+                "The one before is kept as {name}. Which keys are in it alone cannot be told ({refusal}): do not remove it \
+                 while you need any of them.\n"
+            );
+        }
+        (Ok(_), None) => return format!("The one before is kept as {name}.\n"),
+    };
+    let alone = held.map_or_else(Vec::new, |held| before.lacking_in(held));
+    if alone.is_empty() {
+        return format!(
+            "The one before is kept as {name}, and has no key that is not here: remove it once all is well.\n"
+        );
+    }
+    let keks = match before.keks.as_slice() {
+        [] => String::new(),
+        keks => format!(" (check value {})", list(keks)),
+    };
+    format!(
+        "The one before is kept as {name}. THE KEYS OF THESE VOLUMES ARE IN IT ALONE: {}. Do not remove it while you need \
+         them, nor the key-encryption key that opens it{keks}.\n",
+        alone.join(", ")
+    )
+}
+
+fn list(keks: &[CheckValue]) -> String {
+    keks.iter().map(ToString::to_string).collect::<Vec<_>>().join(" and ")
 }
 
 fn key_manager(config: &Path) -> Result<KeyManagerConfig, CommandError> {
@@ -108,8 +154,19 @@ fn stamp() -> String {
 }
 
 /// A backup whose keys do not open is not put in place.
-fn not_opened(backup: &Path, contents: &Contents, has_credentials: bool, refusal: &Refusal) -> Refusal {
-    let keks: Vec<String> = contents.keks.iter().map(ToString::to_string).collect();
+fn not_opened(
+    backup: &Path,
+    directory: &Path,
+    contents: &Contents,
+    has_credentials: bool,
+    refusal: &Refusal,
+) -> Refusal {
+    let kek = directory.join("kek");
+    let places = match contents.keks.as_slice() {
+        // While one takes the other's place; the first is the new one.
+        [new, old] => format!("keys of when it was made, check value {old} as {0} and {new} as {0}.new", kek.display()),
+        keks => format!("key of when it was made, check value {} as {}", list(keks), kek.display()),
+    };
     let credential = match has_credentials {
         true => "",
         false => {
@@ -120,10 +177,9 @@ fn not_opened(backup: &Path, contents: &Contents, has_credentials: bool, refusal
     Refusal::new(
         refusal.reason(),
         format!(
-            "the keys in {} do not open here, and nothing was changed ({refusal}): it needs the key-encryption key of when it \
-             was made, check value {}{credential}",
+            "the keys in {} do not open here, and nothing was changed ({refusal}): it needs the key-encryption {places}, and \
+             what is there now has to be kept under another name first{credential}",
             backup.display(),
-            keks.join(" and ")
         ),
     )
 }

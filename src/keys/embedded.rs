@@ -148,10 +148,10 @@ impl EmbeddedKeyManager {
         Refusal::new(
             Reason::NoKey,
             format!(
-                "the key-encryption key with check value {kek} is missing, which keys in {} still need: restore it from backup \
-                 as {}, and run 'systemctl restart volcryptd'",
+                "the key-encryption key with check value {kek} is missing, which keys in {} still need: {}, and run \
+                 'systemctl restart volcryptd'",
                 self.store.path().display(),
-                self.places.names()
+                self.places.way_back()
             ),
         )
     }
@@ -367,7 +367,8 @@ fn no_kek(expected: CheckValue, found: &str, store: &Store, places: &KekPlaces) 
     Refusal::new(
         Reason::NoKey,
         format!(
-            "the key-encryption key is not the one {} was made with: restore {} from backup (check value {expected}, {found})",
+            "the key-encryption key is not the one {} was made with: restore {} from backup (check value {expected}, {found}), \
+             and keep what is there now under another name first",
             store.path().display(),
             places.names()
         ),

@@ -75,7 +75,7 @@ impl KekPlaces {
         let Some(old_home) = all.iter().find(|found| found.is(old)).map(|found| found.home) else {
             return Err(no_key(format!(
                 "the key-encryption key in use (check value {old}) is not in {} any more, only in the daemon's memory: put it \
-                 back, from backup, before it is replaced",
+                 back, from backup, before it is replaced, and what is there now under another name",
                 self.names()
             )));
         };
@@ -162,6 +162,19 @@ impl KekPlaces {
         Ok(home)
     }
 
+    /// How a key that is missing is put back without the loss of another one, for messages.
+    pub(super) fn way_back(&self) -> String {
+        let [kek, new] = ["", NEW].map(|suffix| self.file(suffix));
+        match [&kek, &new].into_iter().find(|path| path.symlink_metadata().is_err()) {
+            Some(free) => format!("restore it from backup as {}, or as the credential {CREDENTIAL}", free.display()),
+            None => format!(
+                "keep {0} and {1} under other names first, and restore those that are needed from backup as {0} and {1}",
+                kek.display(),
+                new.display()
+            ),
+        }
+    }
+
     fn file(&self, suffix: &str) -> PathBuf {
         self.directory.join(format!("{FILE_NAME}{suffix}"))
     }
@@ -170,6 +183,13 @@ impl KekPlaces {
     pub(super) fn names(&self) -> String {
         format!("the credential {CREDENTIAL} or {}", self.file("").display())
     }
+}
+
+/// The file in `directory` that holds the key-encryption key with this check value; none if it is in no file.
+pub fn kek_file(directory: &Path, value: CheckValue) -> Option<PathBuf> {
+    // There may be a credential of the same meaning.
+    let all = KekPlaces::new(None, directory).read(true);
+    all.into_iter().find(|found| found.is(value)).map(|found| found.path)
 }
 
 fn found(path: PathBuf, home: KekHome, is_new: bool) -> Option<Found> {

@@ -28,6 +28,7 @@ pub mod tls;
 pub use description::{Description, SealedDescription};
 pub use embedded::EmbeddedKeyManager;
 pub use kek::KeyEncryptionKey;
+pub use kek_places::kek_file;
 pub use key::{CheckValue, Key};
 pub use key_file::{KeyFileManager, OneKeyForEveryVolume};
 pub use migration::{Aim, KeyMigration, MigrationProgress, MigrationStep, Place, Route};

@@ -12,7 +12,7 @@ use rustix::fs::{FlockOperation, fcntl_lock};
 use super::backup::{connect_immutable, contents};
 use super::files::{FILE_NAME, beside};
 use super::schema::{self, Found};
-use super::{Contents, Store, common_flags, files, harden};
+use super::{Contents, Held, Store, common_flags, files, harden};
 use crate::refusal::{Reason, Refusal};
 
 /// A copy of a backup beside the database, looked at and brought to the newest version. It is gone with this value, unless
@@ -104,6 +104,15 @@ impl Staged {
     pub fn contents(&self) -> Result<Option<Contents>, Refusal> {
         let Some(store) = &self.store else { return Ok(None) };
         contents(&store.connection()).map(Some).map_err(|error| store.fault(&error))
+    }
+
+    /// Which keys are in it.
+    ///
+    /// # Errors
+    /// [`Reason::StoreUnavailable`] when it cannot be read.
+    pub fn held(&self) -> Result<Option<Held>, Refusal> {
+        let Some(store) = &self.store else { return Ok(None) };
+        Held::by(&store.connection()).map(Some).map_err(|error| store.fault(&error))
     }
 
     /// Puts the copy in the database's place, durably. The present one stays beside it under a name that ends in `stamp`,

@@ -16,7 +16,7 @@ use tempfile::TempDir;
 use volcrypt::audit::{Entry, Kind, Link, Role};
 use volcrypt::keys::{EmbeddedKeyManager, Key, KeyEncryptionKey, KeyManager, RotationStep};
 use volcrypt::policy::Provider;
-use volcrypt::store::{AuditQuery, EnrolledDevice, Store, VolumeRecord, VolumeState};
+use volcrypt::store::{AuditQuery, EnrolledDevice, Staged, Store, VolumeRecord, VolumeState};
 use volcrypt::volume::VolumeId;
 
 /// A host's database, key-encryption key and configuration.
@@ -502,6 +502,21 @@ fn a_daemon_that_starts_while_a_backup_takes_the_place_uses_the_backup() {
     fs::copy(host.state().join("kek"), old.state().join("kek")).unwrap();
     let names = |host: &Host| host.open().0.volumes().unwrap().len();
     assert_eq!((names(&old), kept.len()), (2, 1));
+}
+
+#[test]
+fn one_restore_at_a_time() {
+    let host = Host::new();
+    let keys = host.enrol(&["one"]);
+    let (backup, other) = (host.back_up("backup.db"), host.back_up("other.db"));
+    let staged = Staged::new(&backup, &host.state()).unwrap();
+    let (code, text) = host.try_restore(&other);
+    assert_eq!((code, text.lines().count()), (1, 1), "{text}");
+    assert!(text.contains("another 'volcrypt key restore' is under way"), "{text}");
+    assert!(staged.put_in_place("now").unwrap().is_some());
+    host.assert_has(&keys);
+    host.restore(&other);
+    host.assert_has(&keys);
 }
 
 #[test]

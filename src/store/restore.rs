@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rusqlite::{Connection, ErrorCode, OpenFlags};
-use rustix::fs::{FlockOperation, fcntl_lock};
+use rustix::fs::{FlockOperation, fcntl_lock, flock};
 
 use super::backup::{connect_immutable, contents};
 use super::files::{FILE_NAME, beside};
@@ -21,6 +21,8 @@ pub struct Staged {
     folder: PathBuf,
     directory: PathBuf,
     store: Option<Arc<Store>>,
+    /// Keeps every other restore out of the directory.
+    _turn: File,
 }
 
 impl Staged {
@@ -63,8 +65,9 @@ impl Staged {
             },
         }
         let directory = files::check_directory(directory)?;
+        let turn = take_turn(&directory)?;
         let folder = directory.join(".restore");
-        let mut staged = Staged { folder, directory, store: None };
+        let mut staged = Staged { folder, directory, store: None, _turn: turn };
         staged.copy(backup).map_err(|error| {
             refusal(format!(
                 "{} cannot be copied to {} ({error}); nothing was changed",
@@ -163,6 +166,22 @@ impl Drop for Staged {
         self.store = None;
         // It is nothing but a copy.
         let _ = fs::remove_dir_all(&self.folder);
+    }
+}
+
+/// Has `directory` for this restore alone, as long as what is returned lives: the kernel lets go of it however a process
+/// ends.
+fn take_turn(directory: &Path) -> Result<File, Refusal> {
+    let failed =
+        |error: io::Error| refusal(format!("{} cannot be locked ({error}); nothing was changed", directory.display()));
+    let turn = File::open(directory).map_err(failed)?;
+    match flock(&turn, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(turn),
+        Err(rustix::io::Errno::AGAIN) => Err(refusal(format!(
+            "another 'volcrypt key restore' is under way in {}: wait until it has ended; nothing was changed",
+            directory.display()
+        ))),
+        Err(error) => Err(failed(error.into())),
     }
 }
 

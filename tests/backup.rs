@@ -5,6 +5,7 @@ use std::fs::{self, Permissions};
 use std::hash::{DefaultHasher, Hasher};
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -517,6 +518,47 @@ fn one_restore_at_a_time() {
     host.assert_has(&keys);
     host.restore(&other);
     host.assert_has(&keys);
+}
+
+#[test]
+fn a_backup_that_is_broken_off_leaves_nothing() {
+    use rustix::process::Signal;
+    let host = Host::new();
+    host.enrol(&["one"]);
+    let many = "WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < 1500)
+                INSERT INTO audit (seq, record, hash) SELECT n + 1, json_object('seq', n + 1, 'text', hex(zeroblob(50000))), hex(zeroblob(32)) FROM numbers";
+    Connection::open(host.database()).unwrap().execute_batch(many).unwrap();
+    let folder = host.path("backups");
+    fs::create_dir(&folder).unwrap();
+    let listed = || fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>();
+    let volcrypt = || {
+        let mut command = Command::cargo_bin("volcrypt").unwrap();
+        command.arg("--config").arg(host.path("volcrypt.toml")).args(["key", "backup"]).arg(folder.join("b.db"));
+        command
+    };
+    let break_off = |signal: Signal| {
+        let mut backup = volcrypt().spawn().unwrap();
+        // The journal says that the copying has begun.
+        while !listed().iter().any(|path| path.to_str().unwrap().ends_with("-journal")) {
+            assert!(backup.try_wait().unwrap().is_none(), "it ended too early");
+        }
+        rustix::process::kill_process(rustix::process::Pid::from_child(&backup), signal).unwrap();
+        assert_eq!(backup.wait().unwrap().signal(), Some(signal.as_raw()));
+    };
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+        break_off(signal);
+        assert!(listed().is_empty(), "{signal:?}: {:?}", listed());
+    }
+    // Nothing can be done about that; the next one names it.
+    break_off(Signal::KILL);
+    let left = listed();
+    assert_eq!(left.len(), 2);
+    let output = volcrypt().output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    for left in left {
+        assert!(text.contains(&format!("{} is what is left of a backup that was killed", left.display())), "{text}");
+    }
+    assert_eq!(listed().len(), 3);
 }
 
 #[test]

@@ -12,6 +12,7 @@ use crate::policy::{Config, KeyManagerConfig};
 use crate::protocol::{CONTROL_SOCKET, WRAPPER_SOCKET};
 use crate::refusal::{Reason, Refusal};
 use crate::store::{self, Contents, Held, Staged, Store, seconds_now};
+use crate::sys::signals;
 
 /// What listens on which socket: unix(7), `/proc/net/unix`.
 const SOCKETS: &str = "/proc/net/unix";
@@ -23,6 +24,8 @@ pub(super) fn back_up(config: &Path, to: &Path) -> Result<String, CommandError> 
         true => to.join(format!("volcrypt-{}.db", stamp())),
         false => to.to_owned(),
     };
+    // Without that, only what is left when it is broken off would be more.
+    signals::before_ending(store::abandon_backup).ok();
     let contents = store::back_up(config.directory(), &to).map_err(CommandError::Refused)?;
     let Contents { volumes, keys, records, keks } = &contents;
     let detail = format!("to {}, with {volumes} volumes and {keys} wrapped keys", to.display());
@@ -44,6 +47,9 @@ pub(super) fn back_up(config: &Path, to: &Path) -> Result<String, CommandError> 
     if let Err(refusal) = recorded {
         // On a file system that is read-only a backup may be the last thing that can be done.
         text.push_str(&format!("WARNING: this backup is not in the audit log: {refusal}\n"));
+    }
+    for left in store::leftovers(&to) {
+        text.push_str(&format!("{} is what is left of a backup that was killed: remove it.\n", left.display()));
     }
     Ok(text)
 }

@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
@@ -61,15 +62,15 @@ pub fn back_up(directory: &Path, to: &Path) -> Result<Contents, Refusal> {
         refusal(format!("{} cannot be written ({error}), and nothing was left of it", to.display()))
     };
     let partial = Partial::new(to).map_err(|error| failed(&error))?;
-    let name = partial.0.to_str().ok_or_else(|| failed(&"its name is not UTF-8"))?;
+    let name = partial.path.to_str().ok_or_else(|| failed(&"its name is not UTF-8"))?;
     // It writes a new database, without what stood in free pages. An empty file of ours is what it accepts.
     source.execute("VACUUM INTO ?1", [name]).map_err(|error| match error.sqlite_error_code() {
         // Reading all of the source went well before.
         Some(ErrorCode::DiskFull | ErrorCode::SystemIoFailure | ErrorCode::CannotOpen) => failed(&error),
         _ => fault::refusal(&path, &error),
     })?;
-    leave_out_cache(&partial.0).map_err(|error| failed(&error))?;
-    let contents = contents_of(&partial.0).map_err(|error| failed(&error))?;
+    leave_out_cache(&partial.path).map_err(|error| failed(&error))?;
+    let contents = contents_of(&partial.path).map_err(|error| failed(&error))?;
     match partial.complete(to) {
         Ok(()) => Ok(contents),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Err(refusal(format!(
@@ -141,8 +142,49 @@ pub(super) fn contents(connection: &Connection) -> rusqlite::Result<Contents> {
     })
 }
 
+/// The file that is being written. While it is locked, none comes into being.
+static PARTIAL: Mutex<Option<PathBuf>> = Mutex::new(None);
+/// What stands in its name between the file's own and the number of the process.
+const PARTIAL_MARK: &str = ".partial-";
+
+fn partial() -> MutexGuard<'static, Option<PathBuf>> {
+    PARTIAL.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Removes what is there of a backup that is not complete. To be called when the process is about to end: no other is
+/// begun after it.
+pub fn abandon_backup() {
+    let partial = partial();
+    partial.iter().for_each(|path| remove(path));
+    std::mem::forget(partial);
+}
+
+/// What processes that were killed have left of backups in the directory of `to`.
+pub fn leftovers(to: &Path) -> Vec<PathBuf> {
+    let is_leftover = |path: &PathBuf| {
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let process =
+            name.strip_suffix("-journal").unwrap_or(name).rsplit_once(PARTIAL_MARK).map(|(_, process)| process);
+        let process = process.filter(|_| name.starts_with('.')).and_then(|process| process.parse::<u32>().ok());
+        process.is_some_and(|process| !Path::new(&format!("/proc/{process}")).exists())
+    };
+    let directory = std::path::absolute(to).ok().and_then(|to| to.parent().map(Path::to_owned));
+    let entries = directory.and_then(|directory| fs::read_dir(directory).ok()).into_iter().flatten().flatten();
+    let mut found: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(is_leftover).collect();
+    found.sort();
+    found
+}
+
+/// Removes an incomplete backup and SQLite's journal of it.
+fn remove(path: &Path) {
+    let _ = fs::remove_file(files::beside(path, "-journal"));
+    let _ = fs::remove_file(path);
+}
+
 /// A file that is not complete yet, under another name; gone with this value.
-struct Partial(PathBuf);
+struct Partial {
+    path: PathBuf,
+}
 
 impl Partial {
     fn new(to: &Path) -> io::Result<Self> {
@@ -153,17 +195,20 @@ impl Partial {
                 "it exists already, and nothing is ever overwritten",
             ));
         }
-        let path = to.with_file_name(format!(".{}.partial-{}", name.to_string_lossy(), std::process::id()));
+        let name = format!(".{}{PARTIAL_MARK}{}", name.to_string_lossy(), std::process::id());
+        let path = to.with_file_name(name);
+        let mut partial = partial();
         OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
-        Ok(Partial(path))
+        *partial = Some(path.clone());
+        Ok(Partial { path })
     }
 
     /// Gives the file its name, if nothing else has it.
     fn complete(self, to: &Path) -> io::Result<()> {
-        File::open(&self.0)?.sync_all()?;
-        match rustix::fs::renameat_with(CWD, &self.0, CWD, to, RenameFlags::NOREPLACE) {
+        File::open(&self.path)?.sync_all()?;
+        match rustix::fs::renameat_with(CWD, &self.path, CWD, to, RenameFlags::NOREPLACE) {
             // Not every file system can do that.
-            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => fs::hard_link(&self.0, to)?,
+            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => fs::hard_link(&self.path, to)?,
             renamed => renamed?,
         }
         let synced = to.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all());
@@ -177,7 +222,8 @@ impl Partial {
 impl Drop for Partial {
     fn drop(&mut self) {
         // After it got its name there is nothing to remove.
-        let _ = fs::remove_file(&self.0);
+        remove(&self.path);
+        *partial() = None;
     }
 }
 

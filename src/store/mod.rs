@@ -30,7 +30,7 @@ mod schema;
 mod volumes;
 
 pub use audit::{AuditPage, AuditQuery, Verified};
-pub use backup::{Contents, back_up};
+pub use backup::{Contents, abandon_backup, back_up, leftovers};
 pub(crate) use cached_keys::{CachedKey, Kept};
 pub use grants::Grant;
 pub use held::Held;

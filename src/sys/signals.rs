@@ -3,6 +3,7 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::ptr;
+use std::thread;
 
 /// A signal that this process does not take in the usual way.
 pub struct Signal {
@@ -59,5 +60,47 @@ impl Signal {
             libc::pthread_sigmask(libc::SIG_UNBLOCK, &self.set, ptr::null_mut());
             libc::raise(self.number);
         }
+    }
+}
+
+/// The signals by which a command is broken off: ^C, kill(1), and a terminal that goes away.
+const ENDING: [i32; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
+
+/// Has `clean_up` run before this process ends by SIGINT, SIGTERM or SIGHUP. They are blocked for this thread and for those
+/// that it starts from now on. One that was ignored stays so.
+///
+/// # Errors
+/// Those of pthread_sigmask(3) and pthread_create(3).
+pub fn before_ending(clean_up: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let mut set = MaybeUninit::uninit();
+    // SAFETY: sigemptyset initialises the set, sigaddset changes one that is initialised.
+    let set = unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        let mut set = set.assume_init();
+        for number in ENDING {
+            libc::sigaddset(&mut set, number);
+        }
+        set
+    };
+    change_mask(libc::SIG_BLOCK, &set)?;
+    let wait = move || {
+        let mut number = 0;
+        // SAFETY: the set is initialised, and the number is this function's own.
+        unsafe { libc::sigwait(&set, &mut number) };
+        clean_up();
+        // Whoever started the process sees by which signal it ended.
+        let unblocked = change_mask(libc::SIG_UNBLOCK, &set);
+        // SAFETY: it takes no memory of ours.
+        unblocked.map(|()| unsafe { libc::raise(number) }).ok();
+        std::process::exit(128 + number);
+    };
+    thread::Builder::new().name("signals".to_owned()).spawn(wait).map(drop)
+}
+
+fn change_mask(how: i32, set: &libc::sigset_t) -> io::Result<()> {
+    // SAFETY: the set is initialised, and pthread_sigmask does not keep the pointer.
+    match unsafe { libc::pthread_sigmask(how, set, ptr::null_mut()) } {
+        0 => Ok(()),
+        error => Err(io::Error::from_raw_os_error(error)),
     }
 }

@@ -53,6 +53,7 @@ impl Signal {
             unsafe { libc::sigwait(&self.set, &mut number) };
         }
     }
+
     /// Has the signal do to this process what it does by default.
     pub fn act(&self) {
         // SAFETY: the set is initialised and only read; neither call keeps the pointer or has another argument.

@@ -88,12 +88,12 @@ pub(super) fn restore(config: &Path, backup: &Path) -> Result<String, CommandErr
         _ => 0,
     };
     check_stopped()?;
-    let held = staged.held().map_err(refused)?;
     let volumes = contents.map_or(0, |contents| contents.volumes);
     // It is in the copy before that takes its place, so that none does without a record.
     let detail = format!("from {}, with {volumes} volumes; {opened} keys were opened", backup.display());
     let event = operator().ask(|| Event::of_the_host(Kind::DatabaseRestored, detail));
     let link = staged.store().map(|store| store.append_silently(event.clone())).transpose().map_err(refused)?;
+    let held = staged.held().map_err(refused)?;
     let kept = staged.put_in_place(&stamp()).map_err(refused)?;
     if let Some(link) = link {
         event.announce(link);

@@ -2,7 +2,7 @@
 
 use super::Broker;
 use crate::audit::{Event, Kind};
-use crate::keys::Key;
+use crate::keys::{Key, KeyManager};
 use crate::refusal::{Reason, Refusal};
 use crate::store::{Grant, VolumeRecord, VolumeState, not_enrolled, seconds_now};
 use crate::volume::{Identity, VolumeId};
@@ -53,9 +53,7 @@ impl Broker {
         self.one_at_a_time(id, || {
             let record = self.volume(id)?;
             let vault = self.vault()?;
-            // What the server says counts, and no copy of an earlier answer.
-            vault.keys.wipe_copy(id);
-            let has_key = has_key_of(&record, vault.keys.get(id))?;
+            let has_key = has_key_of(&record, key_elsewhere(&*vault.keys, id))?;
             let begins = || {
                 let event = Event::new(Kind::DestructionStarted, id, "the key manager is asked to destroy its key");
                 (!vault.keys.records_destruction()).then_some(event)
@@ -225,6 +223,15 @@ impl Broker {
     pub(super) fn is_mapped(&self, id: &VolumeId) -> Result<bool, Refusal> {
         Ok(self.encryptor.mappings()?.iter().any(|mapping| mapping.volume == *id))
     }
+}
+
+/// The key that the key manager has now; what this host has kept of it says nothing of another one.
+fn key_elsewhere(keys: &dyn KeyManager, id: &VolumeId) -> Result<Key, Refusal> {
+    if !keys.capabilities().describes {
+        return keys.get(id);
+    }
+    let described = keys.described(id)?;
+    described.map(|(key, _)| key).ok_or_else(|| Refusal::new(Reason::NoKey, format!("volume {id} has no key")))
 }
 
 /// Whether the key manager, which other hosts may ask as well, has the key that the volume was enrolled with, going by

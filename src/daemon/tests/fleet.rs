@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use super::super::broker::Verdict;
 use super::*;
 use crate::audit::{Entry, Kind};
+use crate::keys::cached::{Cache, CachedKeyManager};
 use crate::keys::{Capabilities, Description, Imported, KeyInfo, KeyManager};
 use crate::store::VolumeState;
 use crate::volume::VolumeId;
@@ -25,9 +26,6 @@ type Keys = BTreeMap<VolumeId, (Vec<u8>, Description)>;
 
 impl KeyManager for Shared {
     fn get(&self, volume: &VolumeId) -> Result<Key, Refusal> {
-        if let Some(reason) = self.1.lock().unwrap().get.take() {
-            return Err(Refusal::new(reason, "no answer"));
-        }
         self.described(volume)?.map(|(key, _)| key).ok_or_else(|| Refusal::new(Reason::NoKey, "no key"))
     }
 
@@ -39,6 +37,9 @@ impl KeyManager for Shared {
     }
 
     fn described(&self, volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {
+        if let Some(reason) = self.1.lock().unwrap().get.take() {
+            return Err(Refusal::new(reason, "no answer"));
+        }
         let keys = self.0.lock().unwrap();
         let Some((bytes, description)) = keys.get(volume) else { return Ok(None) };
         let key = Key::filled(bytes.len(), |room| {
@@ -163,6 +164,36 @@ fn another_hosts_key_is_not_destroyed_because_the_key_manager_does_not_say_whose
         assert_eq!(one.volume(&"one".parse().unwrap()).unwrap().state, VolumeState::Enrolled);
         assert_eq!(destruction(&one), [""; 0]);
     }
+}
+
+#[test]
+fn what_this_host_has_kept_says_nothing_of_another_hosts_key() {
+    let keys = Shared::default();
+    let [(world, here, _), (_, there, other)] = hosts_with(&keys);
+    let id: VolumeId = "one".parse().unwrap();
+    let one = world.broker(true).with_keys(Box::new(CachedKeyManager::new(Box::new(keys.clone()), Cache::Off)));
+    one.enrol(here, None).unwrap();
+    let (manager, known) = (&one.vault().unwrap().keys, one.volume(&id).unwrap().check_value);
+    // Until it is held here, the server is asked.
+    keys.1.lock().unwrap().get = None;
+    manager.fetch_ahead(&id, known);
+    let deadline = std::time::Instant::now() + Duration::from_secs(30);
+    let is_held = || {
+        keys.1.lock().unwrap().get = Some(Reason::KeyManager);
+        let answered = manager.get(&id).is_ok();
+        keys.1.lock().unwrap().get = None;
+        answered
+    };
+    while !is_held() {
+        assert!(std::time::Instant::now() < deadline, "it is never held");
+        manager.fetch_ahead(&id, known);
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    keys.0.lock().unwrap().clear();
+    other.enrol(there, None).unwrap();
+    let refusal = one.destroy(&id).unwrap_err();
+    assert_eq!(refusal.reason(), Reason::WrongKey);
+    assert!(matches!(other.open(there, true, OFlags::RDWR, &vm()), Ok(Verdict::Mapping(..))));
 }
 
 #[test]

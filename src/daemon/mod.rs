@@ -35,6 +35,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, mpsc};
+use std::thread;
 use std::time::Duration;
 
 use clap::Parser;
@@ -78,6 +79,9 @@ struct Options {
 
 /// How long the daemon goes on for those whose mappings are held, once it is told to end. systemd's patience is longer.
 const END_WITHIN: Duration = Duration::from_secs(20);
+
+/// How long an answer that is being written takes at most.
+const ANSWERS_WITHIN: Duration = Duration::from_millis(200);
 
 /// Runs the daemon until it is killed. There is nothing to put in order at the end: the kernel has
 /// the mappings, systemd the listeners, and the next daemon takes up both.
@@ -138,6 +142,8 @@ fn run(options: &Options) -> io::Result<()> {
     start("termination", move || {
         termination.wait();
         ending.await_none(END_WITHIN);
+        // Whoever has just had the last hold ended still gets the answer.
+        thread::sleep(ANSWERS_WITHIN);
         termination.act();
     })?;
     let (announce, announced) = mpsc::sync_channel(MOST_ANNOUNCED);
@@ -221,7 +227,7 @@ fn bind(path: &Path, mode: u32) -> io::Result<UnixListener> {
 }
 
 fn start(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    std::thread::Builder::new().name(name.to_owned()).stack_size(256 << 10).spawn(work)?;
+    thread::Builder::new().name(name.to_owned()).stack_size(256 << 10).spawn(work)?;
     Ok(())
 }
 

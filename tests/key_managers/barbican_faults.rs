@@ -497,7 +497,7 @@ fn a_server_that_is_too_slow_to_choose_by_is_told_of_in_time(servers: &Barbican)
     });
     let (reason, sentence) = refused(servers.manager("host1").create(&id, &wanted()));
     assert_eq!(reason, Reason::TimedOut);
-    assert!(sentence.contains("longer than 1500 ms"), "{sentence}");
+    assert!(sentence.contains("longer than 1000 ms"), "{sentence}");
     servers.spoil(|_| None);
     servers.manager("host1").create(&id, &wanted()).unwrap();
 }

@@ -117,8 +117,10 @@ impl Connection {
     /// [`Trouble`].
     pub fn ask(&mut self, request: &Request, deadline: Instant) -> Result<Answer, Trouble> {
         self.stream.sock.deadline = deadline;
-        self.stream.write_all(&request.encode(self.version))?;
-        self.stream.flush()?;
+        let sent = self.stream.write_all(&request.encode(self.version)).and_then(|()| self.stream.flush());
+        if let Err(error) = sent {
+            return Err(self.turned_away().unwrap_or_else(|| error.into()));
+        }
         let mut header = [0; HEADER];
         self.stream.read_exact(&mut header)?;
         let length = message_length(header, tag::RESPONSE_MESSAGE, request.longest_answer)?;
@@ -136,6 +138,20 @@ impl Connection {
             Ok(()) => Ok(answer),
             Err(failure) => Err(Trouble::Refused(failure)),
         }
+    }
+}
+
+impl Connection {
+    /// What the server said before it broke the connection off, if that was that it does not want this host. Who writes
+    /// then hears only that nobody listens any more.
+    fn turned_away(&mut self) -> Option<Trouble> {
+        let StreamOwned { conn, sock } = &mut self.stream;
+        while conn.read_tls(sock).is_ok_and(|count| count > 0) {
+            if let Err(alert @ rustls::Error::AlertReceived(_)) = conn.process_new_packets() {
+                return Some(Trouble::TurnedAway(tls::fault(&alert)));
+            }
+        }
+        None
     }
 }
 

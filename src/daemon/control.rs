@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::attach::{self, Device, Recipient};
 use super::broker::{Broker, no_such_device};
+use super::by_xml::check_alone;
 use super::guests::Guests;
 use super::holds::{CallerHold, HELD_FOR, Until};
 use super::identify::identify;
@@ -192,9 +193,9 @@ impl Control {
     ) -> Result<Reply, Refusal> {
         let recipient = Recipient::parse(domain)?;
         let attached = || self.recorded(attach::attach(&self.broker, &recipient, device, live));
-        let Device { xml, volume, mapped } = recipient.asker().ask(attached)?;
+        let Device { xml, volume, mapped, is_written_alone } = recipient.asker().ask(attached)?;
         if let Some(mapped) = mapped {
-            let holds = self.broker.holds();
+            let (holds, began, volume) = (self.broker.holds(), Instant::now(), mapped.0.clone());
             tracing::info!(
                 domain = recipient.name(), volume = %mapped.0,
                 "the mapping of volume {} is there to be attached to domain {}", mapped.0, printable(recipient.name())
@@ -202,6 +203,14 @@ impl Control {
             match keep {
                 true => holds.hold(recipient.name(), vec![mapped], Until::Released),
                 false => *held = Some(holds.hold_for_caller(recipient.name(), vec![mapped])),
+            }
+            // Only now does another domain that gets it at the same time see this one.
+            if is_written_alone {
+                let alone = || self.recorded_of(&volume, check_alone(&self.broker, recipient.name(), &volume));
+                recipient.asker().ask(alone).inspect_err(|_| {
+                    holds.undo_since(began);
+                    *held = None;
+                })?;
             }
         }
         Ok(Reply::Device { xml, volume })

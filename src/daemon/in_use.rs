@@ -35,12 +35,13 @@ impl InUse {
     fn wait(&self, at_most: Duration) {
         let was_opened = self.was_opened.lock().unwrap_or_else(PoisonError::into_inner);
         let waited = self.changed.wait_timeout_while(was_opened, at_most, |was_opened| !*was_opened);
-        let (mut was_opened, outcome) = waited.unwrap_or_else(PoisonError::into_inner);
-        *was_opened = false;
+        let (was_opened, outcome) = waited.unwrap_or_else(PoisonError::into_inner);
         drop(was_opened);
         if !outcome.timed_out() {
             thread::sleep(A_MOMENT);
         }
+        // Those of that moment are seen by the look that follows.
+        *self.was_opened.lock().unwrap_or_else(PoisonError::into_inner) = false;
     }
 }
 

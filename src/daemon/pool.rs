@@ -79,13 +79,13 @@ impl Shared {
     }
 
     fn work(self: &Arc<Self>) {
-        let _leaving = Leaving(self);
+        let leaving = Leaving(self);
         OWN.set(Some(Arc::clone(self)));
         let mut state = self.state();
         loop {
             // Another one took the place of a thread that was away.
             if state.threads > self.limit {
-                return;
+                return leaving.leave(state);
             }
             if let Some(job) = state.jobs.pop_front() {
                 drop(state);
@@ -98,7 +98,7 @@ impl Shared {
             state = woken;
             state.idle -= 1;
             if timeout.timed_out() && state.jobs.is_empty() {
-                return;
+                return leaving.leave(state);
             }
         }
     }
@@ -143,6 +143,15 @@ impl Drop for Away {
 
 /// Counts a thread out, also when its job panicked.
 struct Leaving<'a>(&'a Shared);
+
+impl Leaving<'_> {
+    /// Counts it out in the same moment in which it was seen not to be needed: of several none may leave for the sake of
+    /// another one that leaves as well.
+    fn leave(self, mut state: MutexGuard<'_, State>) {
+        state.threads -= 1;
+        std::mem::forget(self);
+    }
+}
 
 impl Drop for Leaving<'_> {
     fn drop(&mut self) {

@@ -1,5 +1,6 @@
 use std::collections::BTreeSet;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 use std::time::Instant;
 
@@ -25,6 +26,8 @@ pub struct Watchlist<T> {
     shown: Shown,
     rules: RwLock<Arc<Rules>>,
     enrolled: OnceLock<Enrolled>,
+    /// Whether something could not be told by it.
+    untold: AtomicBool,
     shut: Mutex<Shut<T>>,
 }
 
@@ -41,7 +44,14 @@ impl<T: Table> Watchlist<T> {
     pub fn new(sysfs: Sysfs, shown: Shown, rules: Rules) -> Self {
         let shut = Shut { book: None, complete: false, meanwhile: None };
         let rules = RwLock::new(Arc::new(rules));
-        Watchlist { sysfs, shown, rules, enrolled: OnceLock::new(), shut: Mutex::new(shut) }
+        Watchlist {
+            sysfs,
+            shown,
+            rules,
+            enrolled: OnceLock::new(),
+            untold: AtomicBool::new(false),
+            shut: Mutex::new(shut),
+        }
     }
 
     /// The rules.
@@ -134,14 +144,17 @@ impl<T: Table> Watchlist<T> {
         book.set(number, devices).inspect_err(|_| *complete = false)
     }
 
-    /// Looks at all devices, unless the table is complete. Not two threads may do that at a time.
+    /// Looks at all devices, unless the table is complete and all could be told. Not two threads may do that at a time.
     ///
     /// # Errors
     /// A sentence, when they cannot be listed, or not all be put into the table.
     pub fn look_at_all(&self) -> Result<(), String> {
         let before = {
             let mut shut = self.shut();
-            let Shut { book: Some(book), complete: false, .. } = &*shut else { return Ok(()) };
+            let Shut { book: Some(book), complete, .. } = &*shut else { return Ok(()) };
+            if *complete && !self.untold.swap(false, Ordering::Relaxed) {
+                return Ok(());
+            }
             let before = book.block_devices();
             shut.meanwhile = Some(BTreeSet::new());
             before
@@ -180,8 +193,12 @@ impl<T: Table> Watchlist<T> {
     /// enrolment could be the reason and that cannot be told, it stays as it is, which `was_shut` says.
     fn to_guard(&self, rules: &Rules, number: DeviceNumber, was_shut: bool) -> BTreeSet<Device> {
         let is_enrolled = |device: &Identity| {
-            let enrolled = self.enrolled.get().and_then(|enrolled| enrolled(device));
-            enrolled.unwrap_or(was_shut)
+            let told = self.enrolled.get().map(|enrolled| enrolled(device));
+            // Before anybody can say it, somebody looks again as soon as there is.
+            if told == Some(None) {
+                self.untold.store(true, Ordering::Relaxed);
+            }
+            told.flatten().unwrap_or(was_shut)
         };
         let guarded = match self.sysfs.identify(number) {
             Ok(identity) => guards(rules, &identity, &is_enrolled),

@@ -33,9 +33,10 @@ impl Broker {
             if before.is_some() {
                 let event = Event::new(Kind::Reinstated, id, "because it is in use");
                 self.check_unused(id, VolumeState::Retired, VolumeState::Enrolled, Some(event))?;
-                self.vault()?.keys.wipe_copy(id);
                 tracing::warn!(volume = %id, "retired volume {id}, whose key stays");
             }
+            // Also when an earlier attempt did not get as far.
+            self.vault()?.keys.wipe_copy(id);
             self.volume(id)
         })
     }
@@ -53,6 +54,8 @@ impl Broker {
         self.one_at_a_time(id, || {
             let record = self.volume(id)?;
             let vault = self.vault()?;
+            // Whatever the server says or does not say.
+            vault.keys.wipe_copy(id);
             let has_key = has_key_of(&record, key_elsewhere(&*vault.keys, id))?;
             let begins = || {
                 let event = Event::new(Kind::DestructionStarted, id, "the key manager is asked to destroy its key");

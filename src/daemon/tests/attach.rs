@@ -216,6 +216,25 @@ fn what_the_domain_may_not_have_is_refused_with_nothing_held() {
 }
 
 #[test]
+fn of_two_domains_that_get_a_volume_at_once_not_both_do() {
+    let world = World { delay: Duration::from_millis(300), ..World::new() };
+    let daemon = Daemon::new(&world, XML);
+    daemon.broker.enrol(world.add_volume("race", 109), None).unwrap();
+    let device = disk(&format!("{MAPPED}race"));
+    let attach = |name: &str| {
+        let domain = domain(&[]).replace("<name>vm", &format!("<name>{name}"));
+        daemon.attach_to(&domain, &device, true, true).0
+    };
+    let outcomes = std::thread::scope(|scope| {
+        let others = scope.spawn(|| attach("other"));
+        [attach("vm"), others.join().unwrap()]
+    });
+    let attached = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
+    let holders = daemon.broker.holds().by_volume().into_values().next().unwrap_or_default();
+    assert!(attached < 2 && holders.len() == attached, "{outcomes:?} {holders:?}");
+}
+
+#[test]
 fn without_the_guard_nothing_is_attached() {
     let world = World { guard_fault: Some("no cgroup"), ..World::new() };
     let daemon = Daemon::new(&world, XML);

@@ -217,7 +217,12 @@ fn what_cannot_be_told_to_be_enrolled_stays_as_it_is() {
     host.list.forget();
     host.list.look_at_all().unwrap();
     assert_eq!(host.shut(), [0]);
+    assert!(host.list.is_complete(), "that is no fault of the table's");
+    // As soon as it can be told, it is.
     *told.lock().unwrap() = Some(false);
-    host.list.look_at(number(0)).unwrap();
+    host.list.look_at_all().unwrap();
     assert_eq!(host.shut(), Vec::<u32>::new());
+    *told.lock().unwrap() = Some(true);
+    host.list.look_at_all().unwrap();
+    assert_eq!(host.shut(), Vec::<u32>::new(), "all was told, so nothing is looked at again");
 }

@@ -116,6 +116,12 @@ impl Shared {
             None => self.server.get(volume),
         };
         match answer {
+            // Another one takes the place of none. Whoever asked sees that it is another one, and says so.
+            Ok(key) if known.is_some_and(|known| key.check_value(volume) != known) => {
+                self.silence.end();
+                self.evict(volume);
+                Ok(key)
+            }
             Ok(key) => {
                 self.given(volume, &key, before, hold);
                 Ok(key)
@@ -206,7 +212,10 @@ impl Shared {
         }
         match self.jobs.wait_for(volume, HEAD_START) {
             // What it said counts.
-            true => (self.silence.patience(Instant::now()) == Patience::None).then_some(key),
+            true if self.silence.patience(Instant::now()) == Patience::None => cache.load(volume).ok(),
+            true => None,
+            // Somebody was answered meanwhile, and the question about this one only waits for its turn.
+            false if self.silence.patience(Instant::now()) == Patience::Whole => None,
             false => {
                 self.silence.begin(Instant::now());
                 Some(key)
@@ -215,7 +224,8 @@ impl Shared {
     }
 
     fn get(self: &Arc<Self>, volume: &VolumeId, known: Option<CheckValue>) -> Result<Key, Refusal> {
-        if let Some(key) = self.held.get(volume, Instant::now()) {
+        let held = self.held.get(volume, Instant::now());
+        if let Some(key) = held.filter(|key| known.is_none_or(|known| key.check_value(volume) == known)) {
             return Ok(key);
         }
         let Cache::On(cache) = &self.cache else { return self.ask(volume, known, || false) };

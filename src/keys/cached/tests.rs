@@ -569,3 +569,40 @@ fn a_key_that_is_known_is_asked_for_by_its_check_value() {
     host.script.wait_until_asked(2);
     assert_eq!(*host.script.known.lock().unwrap(), [known; 2]);
 }
+
+#[test]
+fn another_key_is_neither_kept_nor_held() {
+    let host = Host::new();
+    let (manager, known) = (host.start(), key_of(1).check_value(&one()));
+    manager.get_enrolled(&one(), known).unwrap();
+    host.script.say(Answer::Key(2));
+    manager.fetch_ahead(&one(), known);
+    assert!(manager.shared.jobs.wait_for(&one(), Duration::from_secs(10)));
+    assert_eq!(host.script.asked(), 2);
+    host.script.say(Answer::Key(1));
+    assert!(manager.get_enrolled(&one(), known).unwrap().same_as(&key_of(1)), "the other one is held");
+
+    host.script.say(Answer::Key(2));
+    assert!(manager.get_enrolled(&one(), known).unwrap().same_as(&key_of(2)), "who asked has to see it");
+    host.script.say(Answer::Silence);
+    assert!(manager.get_enrolled(&one(), known).is_err(), "it took the kept key's place");
+}
+
+#[test]
+fn a_kept_key_that_was_wiped_while_it_was_waited_for_is_not_used() {
+    let host = Host::new();
+    let manager = host.start();
+    manager.get(&one()).unwrap();
+    let Cache::On(cache) = &manager.shared.cache else { panic!() };
+    // It was silent some time ago, so it is asked and waited for; meanwhile it said no to somebody, and is silent again.
+    manager.shared.silence.begin(Instant::now() - Duration::from_secs(20));
+    host.script.say(Answer::Hang);
+    let shared = Arc::clone(&manager.shared);
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| shared.without_server(cache, &one(), None).is_some());
+        host.script.wait_until_asked(2);
+        shared.evict(&one());
+        host.script.say(Answer::Silence);
+        assert!(!waiting.join().unwrap());
+    });
+}

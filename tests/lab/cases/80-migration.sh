@@ -204,11 +204,6 @@ enrolled() {
     volcrypt volume list --json | jq 'map(del(.mapped, .domains))'
 }
 
-# migrate_to HOST [OPTION...]
-migrate_to() {
-    virsh --quiet migrate --live vm "qemu+tcp://$1/system" "${@:2}"
-}
-
 migrate_with_path() {
     virsh dumpxml --migratable vm | sed "s|<source dev='[^']*'|<source dev='$2'|" >/root/vm.xml
     migrate_to "$1" --xml /root/vm.xml

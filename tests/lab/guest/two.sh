@@ -18,7 +18,7 @@ host_join() {
     systemctl stop iscsid.socket iscsid.service
     systemctl start iscsid.socket
     # Without any protection, for this network has nobody else on it.
-    echo 'auth_tcp = "none"' >>/etc/libvirt/libvirtd.conf
+    grep -q '^auth_tcp' /etc/libvirt/libvirtd.conf || echo 'auth_tcp = "none"' >>/etc/libvirt/libvirtd.conf
     systemctl stop libvirtd.socket libvirtd-ro.socket libvirtd-admin.socket libvirtd.service
     systemctl start libvirtd.socket libvirtd-tcp.socket
 }
@@ -57,6 +57,11 @@ nothing_here() {
 
 no_domain() {
     [ -z "$(virsh list --all --name)" ] && ! pgrep -f 'qemu-system-.* -name guest=' >/dev/null
+}
+
+# migrate_to HOST [OPTION...]: the domain `vm`, which runs here.
+migrate_to() {
+    virsh --quiet migrate --live vm "qemu+tcp://$1/system" "${@:2}"
 }
 
 # --- A guest ----------------------------------------------------------------------------------------------

@@ -64,6 +64,22 @@ case_barbican_a_destroyed_key() {
     first opens barbican 0
 }
 
+# As after a power cut: the server is away, and the host does not know yet that it was there.
+case_a_host_that_keeps_keys_starts_its_guests_without_the_server() {
+    first keys_on "$(servers config kmip)"
+    first has_volume_that_was_used_without_a_cache
+    first keys_on "$(servers config kmip)
+[key_cache]
+lifetime_days = 7"
+    first uses_a_volume_with_the_cache
+    servers stop
+    "$here/lab" reboot
+    "$here/lab" network
+    first starts_what_it_has_kept
+    servers start
+    first opens_all_again
+}
+
 # --- On the host ------------------------------------------------------------------------------------------
 
 guest_has_keys_on() {
@@ -186,4 +202,50 @@ others_do_not_wait() {
     [ "$code" -ne 0 ] || fail 'the attach succeeded'
     expect_contains "$(cat "$said")" 'Connection timed out' 'what virsh shows'
     not_mapped "prot-$1-1"
+}
+
+has_volume_that_was_used_without_a_cache() {
+    domain_destroy vm
+    domain_define kept <(disk_xml "$(lun_path prot-kmip 0)" sda)
+    volume_create cold 16
+    domain_define cold <(disk_xml "$(lun_path prot-cold)" sda)
+}
+
+uses_a_volume_with_the_cache() {
+    expect_contains "$(volcrypt status)" ' would start without the key server'
+    domain_start kept
+    qemu_io kept sda 'read -P 0xa0 0 64k'
+    domain_destroy kept
+    expect_contains "$(volcrypt status)" 'prot-kmip-0'
+    # It is in no backup, and not in clear in the database.
+    volcrypt key backup /root/cached.db >/dev/null
+    expect_eq "$(sqlite3 -readonly /root/cached.db 'SELECT count(*) FROM key_cache')" 0 'kept keys in a backup'
+    expect_eq "$(sqlite3 -readonly /var/lib/volcrypt/volcrypt.db 'SELECT volume_id FROM key_cache')" prot-kmip-0 'kept keys'
+    rm /root/cached.db
+}
+
+starts_what_it_has_kept() {
+    local since took
+    target_restore prot-kmip
+    target_restore prot-cold
+    target_login prot-kmip
+    target_login prot-cold
+    since=$(date +@%s.%6N)
+    domain_start kept
+    qemu_io kept sda 'read -P 0xa0 0 64k'
+    expect_contains "$(journal_since "$since")" "comes from this host's cache, because no key server answers" 'the journal'
+    volcrypt audit show --volume prot-kmip-0 --kind key-used --limit 1 | grep -q 'cache' ||
+        fail "the audit log does not say where the key came from: $(volcrypt audit show --volume prot-kmip-0 --limit 1)"
+    took=$SECONDS
+    expect_fails domain_start cold
+    expect_contains "$OUTPUT" 'volcrypt: disk sda: '
+    [ $((SECONDS - took)) -le 20 ] || fail "the refusal took $((SECONDS - took)) seconds"
+    not_mapped prot-cold-0
+}
+
+opens_all_again() {
+    domain_start cold
+    domain_destroy cold
+    domain_destroy kept
+    nothing_left
 }

@@ -49,6 +49,12 @@ impl Subject {
     }
 }
 
+/// Whether the kernel announces something because it was asked to, as udev does whenever somebody who could write to a
+/// device has closed it: Documentation/ABI/testing/sysfs-uevent.
+pub fn was_asked_for(message: &[u8]) -> bool {
+    message.split(|&byte| byte == 0).any(|field| field.starts_with(b"SYNTH_UUID="))
+}
+
 /// `/devices/…` as a path that cannot lead out of the tree.
 fn below_sys(place: &str) -> Option<PathBuf> {
     let place = Path::new(place.strip_prefix('/')?);
@@ -66,6 +72,13 @@ mod tests {
     }
 
     const SCSI: &str = "devices/platform/host2/session1/target2:0:0/2:0:0:1";
+
+    #[test]
+    fn what_was_asked_for_is_no_news() {
+        let device = "change@/devices/x/block/sda\0ACTION=change\0SUBSYSTEM=block\0";
+        assert!(!was_asked_for(device.as_bytes()));
+        assert!(was_asked_for(format!("{device}SYNTH_UUID=0\0SEQNUM=7\0").as_bytes()));
+    }
 
     #[test]
     fn a_disk_is_told_by_its_number() {

@@ -10,7 +10,7 @@ use rustix::net::netlink::{KOBJECT_UEVENT, SocketAddrNetlink};
 use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType};
 
 use super::Guard;
-use super::uevent::Subject;
+use super::uevent::{Subject, was_asked_for};
 use crate::volume::DeviceNumber;
 
 /// The multicast group of the kernel's own announcements; udev's are in another.
@@ -61,7 +61,9 @@ fn take_announcements(guard: &Guard, socket: &OwnedFd, announced: &dyn Fn(Device
             Ok((received, _)) => {
                 if let Some(subject) = Subject::of_message(&buffer[..received]) {
                     guard.look(&subject);
-                    if let Subject::Block(number) = subject {
+                    if let Subject::Block(number) = subject
+                        && !was_asked_for(&buffer[..received])
+                    {
                         announced(number);
                     }
                 }

@@ -9,7 +9,8 @@
 //! 4. Only then, and only when asked to, each old key that was noted as copied is compared once more with the new
 //!    one, recorded and destroyed. Broken off before that is noted, the next run finds it gone.
 //!
-//! A volume that is retired or destroyed is passed over: its key stays where it is.
+//! A volume that is retired or destroyed is passed over: its key stays where it is. So does that of a volume that only
+//! other hosts have enrolled, if the new key manager keeps nothing of it that they could ask for.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -186,7 +187,9 @@ impl<'a> KeyMigration<'a> {
             MigrationProgress { resumed, remaining, after: Some(Place::Start), ..MigrationProgress::default() };
         let Route { from, to } = self.route;
         for volume in others {
-            match states.get(&volume).and_then(|state| self.passed_over(&volume, *state)) {
+            let state = states.get(&volume).copied();
+            let word = state.map_or_else(|| self.left_to_others(&volume), |state| self.passed_over(&volume, state));
+            match word {
                 Some(word) => progress.skipped.push(word),
                 None => progress.refused.push(format!(
                     "the key of volume {volume} in {from} was not copied to {to} by this host and stays: run 'volcrypt key \
@@ -222,6 +225,16 @@ impl<'a> KeyMigration<'a> {
             )),
             VolumeState::Destroyed => Some(format!("volume {volume} was destroyed, and {from} has a key of it still")),
         }
+    }
+
+    /// Why the key of a volume without a record here stays where it is: no other host could ask for it any more.
+    fn left_to_others(&self, volume: &VolumeId) -> Option<String> {
+        let Route { from, to } = self.route;
+        (!self.target.capabilities().describes).then(|| {
+            format!(
+                "volume {volume} has no record on this host, and {to} keeps none of other hosts: its key stays in {from}"
+            )
+        })
     }
 
     fn go_on(&self, aim: Aim, mut after: Option<VolumeId>) -> Result<MigrationProgress, Refusal> {
@@ -305,7 +318,10 @@ impl<'a> KeyMigration<'a> {
     /// Has the key of `volume` in both key managers.
     fn copy(&self, volume: &VolumeId) -> Result<Done, Refusal> {
         let record = self.store.volume(volume)?;
-        if let Some(word) = record.as_ref().and_then(|record| self.passed_over(volume, record.state)) {
+        let word = record
+            .as_ref()
+            .map_or_else(|| self.left_to_others(volume), |record| self.passed_over(volume, record.state));
+        if let Some(word) = word {
             return Ok(Done::Skipped(word));
         }
         let Route { from, to } = self.route;
@@ -403,7 +419,10 @@ impl<'a> KeyMigration<'a> {
     /// Destroys the key of `volume` in the source, if the target has the same.
     fn remove(&self, volume: &VolumeId) -> Result<Done, Refusal> {
         let record = self.store.volume(volume)?;
-        if let Some(word) = record.as_ref().and_then(|record| self.passed_over(volume, record.state)) {
+        let word = record
+            .as_ref()
+            .map_or_else(|| self.left_to_others(volume), |record| self.passed_over(volume, record.state));
+        if let Some(word) = word {
             return Ok(Done::Skipped(word));
         }
         let Route { from, to } = self.route;

@@ -549,3 +549,5 @@ fn what_cannot_be_moved_is_refused() {
         assert_eq!(refusal.to_string(), sentence);
     }
 }
+
+mod whose;

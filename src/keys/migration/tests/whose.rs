@@ -1,0 +1,28 @@
+//! Keys that are not, or not only, this host's to move.
+
+use super::*;
+
+#[test]
+fn a_key_of_a_volume_that_only_another_host_has_enrolled_is_not_taken_into_the_database() {
+    const STAYS: &str =
+        "volume of-host-b has no record on this host, and embedded keeps none of other hosts: its key stays in kmip";
+    let mut host = Host::with_volumes(0);
+    host.enrol("own", 512);
+    let (old, new) = (Server::default(), host.embedded());
+    old.put("of-host-b", &[7; 64], description("of-host-b", 512, Some("p1")));
+    old.put("own", &host.keys["own"].clone(), description("own", 512, Some("p1")));
+    let sum = host.migrate(BACK, Aim::Copy, (&old, &new)).unwrap();
+    assert_eq!(sum, Sum { present: 1, skipped: vec![STAYS.to_owned()], ..Sum::default() });
+    assert!(new.get(&id("of-host-b")).is_err());
+    // An earlier release may have copied it.
+    new.import(&id("of-host-b"), &copy_of(&[7; 64]), &description("of-host-b", 512, None)).unwrap();
+    for is_noted in [true, false] {
+        if is_noted {
+            host.store.plan_copies(BACK, &[id("of-host-b")]).unwrap();
+            host.store.note_move(BACK, &id("of-host-b"), MoveState::Copied, None).unwrap();
+        }
+        let sum = host.migrate(BACK, Aim::DestroyOld, (&old, &new)).unwrap();
+        assert_eq!(sum, Sum { removed: u64::from(is_noted), skipped: vec![STAYS.to_owned()], ..Sum::default() });
+        old.get(&id("of-host-b")).unwrap();
+    }
+}

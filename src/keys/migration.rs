@@ -9,7 +9,8 @@
 //! 4. Only then, and only when asked to, each old key that was noted as copied is compared once more with the new
 //!    one, recorded and destroyed. Broken off before that is noted, the next run finds it gone.
 //!
-//! A volume that is retired or destroyed is passed over: its key stays where it is. So does that of a volume that only
+//! A volume that is retired or destroyed is passed over: its key stays where it is, but what is left of a destroyed
+//! volume's goes in step 4. So does that of a volume that only
 //! other hosts have enrolled, if the new key manager keeps nothing of it that they could ask for.
 
 use std::collections::{HashMap, HashSet};
@@ -182,7 +183,9 @@ impl<'a> KeyMigration<'a> {
 
     fn plan_removals(&self) -> Result<MigrationProgress, Refusal> {
         let states = self.states()?;
-        let (Planned { resumed, remaining }, others) = self.store.plan_removals(self.route, self.listed()?)?;
+        let is_destroyed = |volume: &VolumeId| states.get(volume) == Some(&VolumeState::Destroyed);
+        let (Planned { resumed, remaining }, others) =
+            self.store.plan_removals(self.route, self.listed()?, &is_destroyed)?;
         let mut progress =
             MigrationProgress { resumed, remaining, after: Some(Place::Start), ..MigrationProgress::default() };
         let Route { from, to } = self.route;
@@ -223,7 +226,9 @@ impl<'a> KeyMigration<'a> {
                 "volume {volume} is retired, and its key stays in {from} only: enrol it again and repeat if it is still \
                  needed, or run 'volcrypt volume destroy {volume}'"
             )),
-            VolumeState::Destroyed => Some(format!("volume {volume} was destroyed, and {from} has a key of it still")),
+            VolumeState::Destroyed => Some(format!(
+                "volume {volume} was destroyed, and {from} has a key of it still, which goes with --destroy-old"
+            )),
         }
     }
 
@@ -416,9 +421,34 @@ impl<'a> KeyMigration<'a> {
         )
     }
 
+    /// Destroys the key in the source of a volume that was destroyed, which another key manager may not have seen.
+    fn remove_remains(&self, record: &VolumeRecord) -> Result<Done, Refusal> {
+        let (volume, from) = (&record.id, self.route.from);
+        match self.source.get(volume) {
+            Ok(key) if key.check_value(volume) != record.check_value => {
+                return Ok(Done::Skipped(format!(
+                    "volume {volume} was destroyed, and the key of that id in {from} is not the one it had: it stays there"
+                )));
+            }
+            Ok(_) => {
+                let detail = format!("in {from}; the volume was destroyed");
+                self.store.append_audit(Event::new(Kind::OldKeyDestroyed, volume, detail))?;
+            }
+            Err(refusal) if refusal.reason() == Reason::NoKey && !self.lists(volume)? => {}
+            Err(refusal) if refusal.reason() == Reason::KeyDestroyed => {}
+            Err(refusal) => return Err(refusal),
+        }
+        self.source.forget(volume)?;
+        self.store.drop_move(volume)?;
+        Ok(Done::Removed)
+    }
+
     /// Destroys the key of `volume` in the source, if the target has the same.
     fn remove(&self, volume: &VolumeId) -> Result<Done, Refusal> {
         let record = self.store.volume(volume)?;
+        if let Some(record) = record.as_ref().filter(|record| record.state == VolumeState::Destroyed) {
+            return self.remove_remains(record);
+        }
         let word = record
             .as_ref()
             .map_or_else(|| self.left_to_others(volume), |record| self.passed_over(volume, record.state));

@@ -1,7 +1,7 @@
 //! How far keys are moved from one key manager to another. A row says what has been done and not what is to be believed:
 //! before anything is destroyed, both keys are read and compared.
 
-use rusqlite::{Transaction, params};
+use rusqlite::{OptionalExtension, Transaction, params};
 
 use super::change::Change;
 use super::{Store, fault, seconds_now};
@@ -62,11 +62,13 @@ impl Store {
         })
     }
 
-    /// Plans to destroy the old keys of those of `volumes` that were copied. Returns the others as well.
+    /// Plans to destroy the old keys of those of `volumes` that were copied, or of which the new key manager needs none.
+    /// Returns the others as well.
     pub(crate) fn plan_removals(
         &self,
         route: Route,
         volumes: Vec<VolumeId>,
+        needs_none: &dyn Fn(&VolumeId) -> bool,
     ) -> Result<(Planned, Vec<VolumeId>), Refusal> {
         self.plan(|transaction| {
             let resumed = count(transaction, route, MoveState::Leaving)? > 0;
@@ -75,9 +77,15 @@ impl Store {
                 "UPDATE key_moves SET state = 'leaving', since = ?4
                  WHERE volume_id = ?1 AND source = ?2 AND target = ?3 AND state IN ('copied', 'leaving', 'moved')",
             )?;
+            let mut insert = transaction.prepare(
+                "INSERT OR REPLACE INTO key_moves (volume_id, source, target, state, since)
+                 VALUES (?1, ?2, ?3, 'leaving', ?4)",
+            )?;
             for volume in volumes {
-                let (from, to) = (route.from.as_str(), route.to.as_str());
-                if update.execute(params![volume.as_str(), from, to, seconds_now()])? == 0 {
+                let row = params![volume.as_str(), route.from.as_str(), route.to.as_str(), seconds_now()];
+                if needs_none(&volume) {
+                    insert.execute(row)?;
+                } else if update.execute(row)? == 0 {
                     others.push(volume);
                 }
             }
@@ -140,6 +148,16 @@ impl Store {
                 None => Change::Unrecorded(()),
             })
         })
+    }
+
+    /// From where to where the key of `volume` was moved last, or was to be.
+    pub(crate) fn moved(&self, volume: &VolumeId) -> Result<Option<[String; 2]>, Refusal> {
+        self.connection()
+            .query_row("SELECT source, target FROM key_moves WHERE volume_id = ?1", [volume.as_str()], |row| {
+                Ok([row.get(0)?, row.get(1)?])
+            })
+            .optional()
+            .map_err(|error| self.fault(&error))
     }
 
     /// How many volumes in use have a key in this database that was not copied to another key manager.

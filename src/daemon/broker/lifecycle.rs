@@ -2,7 +2,7 @@
 
 use super::Broker;
 use crate::audit::{Event, Kind};
-use crate::keys::{Key, KeyManager};
+use crate::keys::{Key, KeyManager, ManagerKind};
 use crate::refusal::{Reason, Refusal};
 use crate::store::{Grant, VolumeRecord, VolumeState, not_enrolled, seconds_now};
 use crate::volume::{Identity, VolumeId};
@@ -85,11 +85,46 @@ impl Broker {
                 }
                 return Err(refusal);
             }
-            self.record_destroyed(id, "in the key manager")?;
+            self.finish_destruction(id, "in the key manager")?;
             self.devices.enrolment_ended();
             tracing::warn!(volume = %id, "destroyed the key of volume {id}: what stands on the volume can never be read again");
             self.volume(id)
         })
+    }
+
+    /// Destroys what the database has of a key that is gone from the key manager in use, as after a move from one to the
+    /// other, and records all of it.
+    fn finish_destruction(&self, id: &VolumeId, detail: &str) -> Result<(), Refusal> {
+        let vault = self.vault()?;
+        let used = self.config()?.key_manager.kind();
+        let mut detail = detail.to_owned();
+        let mut wiped = Ok(());
+        if !vault.keys.records_destruction() {
+            let was_there = vault.store.wrapped_key(id)?.is_some_and(|key| key.wrapped.is_some());
+            // Also when it was not: an earlier attempt may not have wiped all of it.
+            wiped = vault.store.forget_keys(id);
+            if was_there {
+                detail.push_str(match &wiped {
+                    Ok(()) => ", and the one in the database with it",
+                    Err(_) => ", but not wholly in the database",
+                });
+            }
+        }
+        // What the database had is gone.
+        let gone = [used.as_str(), ManagerKind::Embedded.as_str()];
+        let elsewhere: Vec<String> = vault.store.moved(id)?.into_iter().flatten().collect();
+        let elsewhere: Vec<&str> = elsewhere.iter().map(String::as_str).filter(|kind| !gone.contains(kind)).collect();
+        if let Some(other) = elsewhere.first() {
+            let names = elsewhere.join(" and ");
+            detail.push_str(&format!("; {names} may have it as well, from moving keys"));
+            tracing::warn!(
+                volume = %id,
+                "the key of volume {id} may still be in {names}, from moving keys: run 'volcrypt key migrate --from {other} \
+                 --to {used} --destroy-old'"
+            );
+        }
+        self.record_destroyed(id, &detail)?;
+        wiped
     }
 
     /// Records that a key manager has destroyed a key, unless it did so itself.

@@ -244,3 +244,5 @@ fn a_key_whose_destruction_cannot_be_recorded_is_not_destroyed() {
     assert!(keys.get(&record.id).is_err());
     assert_eq!(destruction(&one).len(), 2);
 }
+
+mod moved;

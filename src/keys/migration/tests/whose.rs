@@ -26,3 +26,30 @@ fn a_key_of_a_volume_that_only_another_host_has_enrolled_is_not_taken_into_the_d
         old.get(&id("of-host-b")).unwrap();
     }
 }
+
+#[test]
+fn the_old_key_of_a_destroyed_volume_goes_with_the_others_if_it_is_that_volumes() {
+    let host = Host::with_volumes(4);
+    let (old, new) = (host.embedded(), Server::default());
+    // One is destroyed without having been copied, and one after it.
+    let destroyed = |name: &str| {
+        let enrolled = [VolumeState::Enrolled];
+        host.store.change_state(&id(name), &enrolled, VolumeState::Destroyed, None).unwrap();
+        new.keys.lock().unwrap().remove(&id(name));
+    };
+    destroyed("volume-000");
+    destroyed("volume-003");
+    old.forget(&id("volume-003")).unwrap();
+    old.make(&id("volume-003"), size(128)).unwrap();
+    host.migrate(ROUTE, Aim::Copy, (&old, &new)).unwrap();
+    destroyed("volume-001");
+    let sum = host.migrate(ROUTE, Aim::DestroyOld, (&old, &new)).unwrap();
+    assert_eq!(
+        sum.skipped,
+        ["volume volume-003 was destroyed, and the key of that id in embedded is not the one it had: it stays there"]
+    );
+    assert_eq!((sum.removed, sum.refused.len()), (3, 0));
+    let left: Vec<_> = old.list().unwrap().into_iter().map(|info| info.volume).collect();
+    assert_eq!(left, [id("volume-003")]);
+    assert_eq!(host.recorded(Kind::OldKeyDestroyed), 3);
+}

@@ -9,9 +9,9 @@
 //! 4. Only then, and only when asked to, each old key that was noted as copied is compared once more with the new
 //!    one, recorded and destroyed. Broken off before that is noted, the next run finds it gone.
 //!
-//! A volume that is retired or destroyed is passed over: its key stays where it is, but what is left of a destroyed
-//! volume's goes in step 4. So does that of a volume that only
-//! other hosts have enrolled, if the new key manager keeps nothing of it that they could ask for.
+//! A volume that is retired is moved as the others are, since its key may be needed again. One that was destroyed is passed
+//! over; what is left of its key goes in step 4. The key of a volume that only other hosts have enrolled stays where it is,
+//! if the new key manager keeps nothing of it that they could ask for.
 
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
@@ -221,11 +221,7 @@ impl<'a> KeyMigration<'a> {
     fn passed_over(&self, volume: &VolumeId, state: VolumeState) -> Option<String> {
         let from = self.route.from;
         match state {
-            VolumeState::Enrolled => None,
-            VolumeState::Retired => Some(format!(
-                "volume {volume} is retired, and its key stays in {from} only: enrol it again and repeat if it is still \
-                 needed, or run 'volcrypt volume destroy {volume}'"
-            )),
+            VolumeState::Enrolled | VolumeState::Retired => None,
             VolumeState::Destroyed => Some(format!(
                 "volume {volume} was destroyed, and {from} has a key of it still, which goes with --destroy-old"
             )),

@@ -160,12 +160,12 @@ impl Store {
             .map_err(|error| self.fault(&error))
     }
 
-    /// How many volumes in use have a key in this database that was not copied to another key manager.
+    /// How many volumes that are enrolled or retired have a key in this database that was not copied to another key manager.
     pub(crate) fn count_keys_left_here(&self) -> Result<u64, Refusal> {
         self.connection()
             .query_row(
                 "SELECT count(DISTINCT volume_id) FROM keys
-                 WHERE wrapped IS NOT NULL AND volume_id IN (SELECT id FROM volumes WHERE state = 'enrolled')
+                 WHERE wrapped IS NOT NULL AND volume_id IN (SELECT id FROM volumes WHERE state IN ('enrolled', 'retired'))
                      AND volume_id NOT IN
                          (SELECT volume_id FROM key_moves WHERE source = 'embedded' AND state IN ('copied', 'leaving'))",
                 [],

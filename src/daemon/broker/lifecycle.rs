@@ -56,7 +56,13 @@ impl Broker {
             let vault = self.vault()?;
             // Whatever the server says or does not say.
             vault.keys.wipe_copy(id);
-            let has_key = has_key_of(&record, key_elsewhere(&*vault.keys, id))?;
+            let answer = key_elsewhere(&*vault.keys, id);
+            if record.state != VolumeState::Destroyed
+                && answer.as_ref().is_err_and(|refusal| refusal.reason() == Reason::NoKey)
+            {
+                self.check_not_left_behind(&record)?;
+            }
+            let has_key = has_key_of(&record, answer)?;
             let begins = || {
                 let event = Event::new(Kind::DestructionStarted, id, "the key manager is asked to destroy its key");
                 (!vault.keys.records_destruction()).then_some(event)
@@ -72,6 +78,15 @@ impl Broker {
                 None => begins().map_or(Ok(()), |event| vault.store.append_audit(event).map(drop))?,
             }
             if let Err(refusal) = vault.keys.destroy(id) {
+                // It may be in a place that the key manager in use knows nothing of, or be restored.
+                if let Some(before) = before
+                    && !has_key
+                    && refusal.reason() == Reason::NoKey
+                {
+                    let event = goes_on("because the key manager has no key of it");
+                    vault.store.change_state(id, &[VolumeState::Destroyed], before, event)?;
+                    return Err(refusal);
+                }
                 // A key manager that destroys no keys has done nothing, and what one has done that does not answer is not
                 // known. A key that is gone all the same opens nothing.
                 let is_gone = vault.keys.get(id).is_err_and(|refusal| is_gone(&refusal));
@@ -90,6 +105,22 @@ impl Broker {
             tracing::warn!(volume = %id, "destroyed the key of volume {id}: what stands on the volume can never be read again");
             self.volume(id)
         })
+    }
+
+    /// Refuses to destroy a volume whose key is in the database only, while another key manager is in use.
+    fn check_not_left_behind(&self, record: &VolumeRecord) -> Result<(), Refusal> {
+        let (vault, id) = (self.vault()?, &record.id);
+        if vault.keys.records_destruction() || vault.store.wrapped_key(id)?.is_none_or(|key| key.wrapped.is_none()) {
+            return Ok(());
+        }
+        let used = self.config()?.key_manager.kind();
+        Err(Refusal::new(
+            Reason::NoKey,
+            format!(
+                "nothing was destroyed, because the key of volume {id} is in the database and was not copied to the key \
+                 manager in use: run 'volcrypt key migrate --from embedded --to {used}' and repeat"
+            ),
+        ))
     }
 
     /// Destroys what the database has of a key that is gone from the key manager in use, as after a move from one to the

@@ -49,7 +49,7 @@ impl Broker {
         }
         let left = vault.store.count_keys_left_here().ok().filter(|&left| left > 0)?;
         Some(format!(
-            "the keys of {left} enrolled volumes were not copied from the database to {used}, which is in use, and they may \
+            "the keys of {left} enrolled or retired volumes were not copied from the database to {used}, which is in use, and they may \
              not open: run 'volcrypt key migrate --from embedded --to {used}'"
         ))
     }

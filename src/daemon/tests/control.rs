@@ -190,8 +190,8 @@ fn keys_are_moved_only_where_the_configuration_says_how_and_old_ones_go_only_aft
     let switched = world.broker_with(&format!("[key_manager]\ntype = \"kmip\"\ndirectory = {state:?}\n{section}"));
     assert_eq!(
         switched.keys_left_behind().unwrap(),
-        "the keys of 1 enrolled volumes were not copied from the database to kmip, which is in use, and they may not open: \
-         run 'volcrypt key migrate --from embedded --to kmip'"
+        "the keys of 1 enrolled or retired volumes were not copied from the database to kmip, which is in use, and they may \
+         not open: run 'volcrypt key migrate --from embedded --to kmip'"
     );
 }
 

@@ -46,3 +46,45 @@ fn the_log_of_a_destruction_names_the_place_that_the_key_was_moved_from() {
     let last = destruction(&broker).pop().unwrap();
     assert!(last.ends_with("; kmip and barbican may have it as well, from moving keys"), "{last}");
 }
+
+#[test]
+fn a_volume_whose_key_was_not_copied_is_not_marked_as_destroyed() {
+    let keys = Shared::default();
+    let (world, device, broker, id) = switched(&keys, false);
+    for state in [VolumeState::Enrolled, VolumeState::Retired] {
+        if state == VolumeState::Retired {
+            broker.retire(&id).unwrap();
+        }
+        let refusal = broker.destroy(&id).unwrap_err();
+        assert!(
+            refusal.to_string().starts_with(
+                "nothing was destroyed, because the key of volume one is in the database and was not copied to the key \
+                 manager in use: run 'volcrypt key migrate --from embedded --to "
+            ),
+            "{refusal}"
+        );
+        assert_eq!(broker.volume(&id).unwrap().state, state);
+    }
+    assert!(in_database(&world, &id));
+    assert_eq!(destruction(&broker), ["retired, volume one, by daemon: done, its key stays"]);
+    world.broker(true).enrol(device, None).unwrap();
+}
+
+#[test]
+fn a_volume_of_which_no_key_was_found_is_not_marked_as_destroyed() {
+    let keys = Shared::default();
+    let [(_, here, one), _] = hosts_with(&keys);
+    let record = one.enrol(here, None).unwrap();
+    let kept = keys.0.lock().unwrap().clone();
+    keys.0.lock().unwrap().clear();
+    keys.1.lock().unwrap().destroy = Some((Reason::NoKey, true));
+    assert_eq!(one.destroy(&record.id).unwrap_err().reason(), Reason::NoKey);
+    assert_eq!(one.volume(&record.id).unwrap().state, VolumeState::Enrolled);
+    assert_eq!(
+        destruction(&one)[1..],
+        ["reinstated, volume one, by daemon: done, because the key manager has no key of it"]
+    );
+    // The server is restored, and the volume opens.
+    *keys.0.lock().unwrap() = kept;
+    assert!(matches!(one.open(here, true, OFlags::RDWR, &vm()), Ok(Verdict::Mapping(..))));
+}

@@ -53,3 +53,17 @@ fn the_old_key_of_a_destroyed_volume_goes_with_the_others_if_it_is_that_volumes(
     assert_eq!(left, [id("volume-003")]);
     assert_eq!(host.recorded(Kind::OldKeyDestroyed), 3);
 }
+
+#[test]
+fn the_key_of_a_retired_volume_is_moved_with_the_others() {
+    let host = Host::with_volumes(2);
+    let (old, new) = (host.embedded(), Server::default());
+    host.store.change_state(&id("volume-000"), &[VolumeState::Enrolled], VolumeState::Retired, None).unwrap();
+    assert_eq!(host.store.count_keys_left_here().unwrap(), 2);
+    let sum = host.migrate(ROUTE, Aim::Copy, (&old, &new)).unwrap();
+    assert_eq!(sum, Sum { stored: 2, ..Sum::default() });
+    assert_eq!(host.store.count_keys_left_here().unwrap(), 0);
+    host.assert_all_in(&new);
+    assert_eq!(host.migrate(ROUTE, Aim::DestroyOld, (&old, &new)).unwrap().removed, 2);
+    host.assert_all_in(&new);
+}

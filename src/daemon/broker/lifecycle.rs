@@ -89,14 +89,29 @@ impl Broker {
                 }
                 // A key manager that destroys no keys has done nothing, and what one has done that does not answer is not
                 // known. A key that is gone all the same opens nothing.
-                let is_gone = vault.keys.get(id).is_err_and(|refusal| is_gone(&refusal));
-                match before {
-                    Some(before) if !is_gone => {
-                        let event = goes_on("because its key was not destroyed");
+                let answer = vault.keys.get(id);
+                match (before, answer) {
+                    (None, Err(answer)) if is_gone(&answer) => {
+                        let gone = match has_key {
+                            true => format!("it is gone, though: {refusal}"),
+                            false => "it was gone already".to_owned(),
+                        };
+                        self.finish_destruction(id, &gone)?;
+                        return self.volume(id);
+                    }
+                    (Some(_), Err(answer)) if is_gone(&answer) => {
+                        if has_key {
+                            self.finish_destruction(id, &format!("it is gone, though: {refusal}"))?;
+                        }
+                    }
+                    (Some(before), answer) => {
+                        let event = goes_on(match answer {
+                            Ok(_) => "because its key was not destroyed",
+                            Err(_) => "because it is not known whether its key was destroyed",
+                        });
                         vault.store.change_state(id, &[VolumeState::Destroyed], before, event)?;
                     }
-                    _ if is_gone && has_key => self.record_destroyed(id, &format!("it is gone, though: {refusal}"))?,
-                    _ => {}
+                    (None, _) => {}
                 }
                 return Err(refusal);
             }

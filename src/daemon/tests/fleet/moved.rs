@@ -88,3 +88,55 @@ fn a_volume_of_which_no_key_was_found_is_not_marked_as_destroyed() {
     *keys.0.lock().unwrap() = kept;
     assert!(matches!(one.open(here, true, OFlags::RDWR, &vm()), Ok(Verdict::Mapping(..))));
 }
+
+#[test]
+fn a_destruction_that_was_cut_off_after_the_key_went_is_recorded_at_the_next_attempt() {
+    let keys = Shared::default();
+    let (world, _, broker, id) = switched(&keys, true);
+    let store = &broker.vault().unwrap().store;
+    store.change_state(&id, &[VolumeState::Enrolled], VolumeState::Destroyed, None).unwrap();
+    keys.0.lock().unwrap().clear();
+    keys.1.lock().unwrap().destroy = Some((Reason::NoKey, true));
+    assert_eq!(broker.destroy(&id).unwrap().state, VolumeState::Destroyed);
+    let last = destruction(&broker).pop().unwrap();
+    assert!(last.starts_with("destroyed, volume one, by daemon: done, it was gone already"), "{last}");
+    assert!(!in_database(&world, &id));
+}
+
+#[test]
+fn what_is_not_known_of_a_key_is_not_said() {
+    struct Dies(Shared);
+    impl KeyManager for Dies {
+        fn get(&self, volume: &VolumeId) -> Result<Key, Refusal> {
+            self.0.get(volume)
+        }
+        fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
+            self.0.create(volume, wanted)
+        }
+        fn described(&self, volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {
+            self.0.described(volume)
+        }
+        fn import(&self, volume: &VolumeId, key: &Key, description: &Description) -> Result<Imported, Refusal> {
+            self.0.import(volume, key, description)
+        }
+        fn capabilities(&self) -> Capabilities {
+            self.0.capabilities()
+        }
+        fn destroy(&self, volume: &VolumeId) -> Result<(), Refusal> {
+            self.0.1.lock().unwrap().get = Some(Reason::TimedOut);
+            self.0.destroy(volume).and(Err(Refusal::new(Reason::TimedOut, "no answer")))
+        }
+        fn list(&self) -> Result<Vec<KeyInfo>, Refusal> {
+            self.0.list()
+        }
+    }
+    let world = World::new();
+    let device = world.add_volume("one", 3);
+    let broker = world.broker(true).with_keys(Box::new(Dies(Shared::default())));
+    let record = broker.enrol(device, None).unwrap();
+    broker.destroy(&record.id).unwrap_err();
+    assert_eq!(
+        destruction(&broker)[1..],
+        ["reinstated, volume one, by daemon: done, because it is not known whether its key was destroyed"]
+    );
+}

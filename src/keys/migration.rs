@@ -326,7 +326,17 @@ impl<'a> KeyMigration<'a> {
             return Ok(Done::Skipped(word));
         }
         let Route { from, to } = self.route;
-        let (key, description) = match (self.found(volume)?, &record) {
+        let found = match (self.found(volume), &record) {
+            // The source may remember what an earlier run has destroyed there.
+            (Err(refusal), Some(record)) if refusal.reason() == Reason::KeyDestroyed => {
+                return self.is_there_alone(record).map_err(|other| match other.reason() {
+                    Reason::NoKey => refusal,
+                    _ => other,
+                });
+            }
+            (found, _) => found?,
+        };
+        let (key, description) = match (found, &record) {
             (None, Some(record)) => return self.is_there_alone(record),
             (None, None) => return Ok(Done::Skipped(format!("{from} has no key of volume {volume} any more"))),
             (Some((key, _)), Some(record)) => (key, Description::of(record)),

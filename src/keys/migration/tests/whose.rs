@@ -2,6 +2,45 @@
 
 use super::*;
 
+/// A server that remembers which keys were destroyed.
+#[derive(Default)]
+struct Strict {
+    server: Server,
+}
+
+impl KeyManager for Strict {
+    fn get(&self, volume: &VolumeId) -> Result<Key, Refusal> {
+        self.described(volume)?.map(|(key, _)| key).ok_or_else(|| Refusal::new(Reason::NoKey, "the server has no key"))
+    }
+
+    fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
+        self.server.create(volume, wanted)
+    }
+
+    fn import(&self, volume: &VolumeId, key: &Key, description: &Description) -> Result<Imported, Refusal> {
+        self.server.import(volume, key, description)
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        self.server.capabilities()
+    }
+
+    fn described(&self, volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {
+        match self.server.forgotten.lock().unwrap().contains(volume) {
+            true => Err(Refusal::new(Reason::KeyDestroyed, "the key was destroyed on the server")),
+            false => self.server.described(volume),
+        }
+    }
+
+    fn destroy(&self, volume: &VolumeId) -> Result<(), Refusal> {
+        self.server.destroy(volume)
+    }
+
+    fn list(&self) -> Result<Vec<KeyInfo>, Refusal> {
+        self.server.list()
+    }
+}
+
 #[test]
 fn a_key_of_a_volume_that_only_another_host_has_enrolled_is_not_taken_into_the_database() {
     const STAYS: &str =
@@ -66,4 +105,19 @@ fn the_key_of_a_retired_volume_is_moved_with_the_others() {
     host.assert_all_in(&new);
     assert_eq!(host.migrate(ROUTE, Aim::DestroyOld, (&old, &new)).unwrap().removed, 2);
     host.assert_all_in(&new);
+}
+
+#[test]
+fn what_a_server_remembers_as_destroyed_is_compared_in_its_new_place() {
+    let mut host = Host::with_volumes(0);
+    let (old, new) = (Strict::default(), host.embedded());
+    for name in ["lost", "moved"] {
+        host.enrol(name, 512);
+        old.server.put(name, &host.keys[name].clone(), description(name, 512, Some("p1")));
+    }
+    host.migrate(BACK, Aim::Copy, (&old, &new)).unwrap();
+    assert_eq!(host.migrate(BACK, Aim::DestroyOld, (&old, &new)).unwrap().removed, 2);
+    new.forget(&id("lost")).unwrap();
+    let sum = host.migrate(BACK, Aim::Copy, (&old, &new)).unwrap();
+    assert_eq!((sum.present, sum.refused), (1, vec!["the key was destroyed on the server".to_owned()]));
 }

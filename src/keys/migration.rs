@@ -7,7 +7,7 @@
 //!    noted as copied. Broken off before that note, the next run finds the same key there, which is fine.
 //! 3. The operator names the new key manager in the configuration, and restarts the daemon.
 //! 4. Only then, and only when asked to, each old key that was noted as copied is compared once more with the new
-//!    one, recorded and destroyed. Broken off before that is noted, the next run finds it gone.
+//!    one and destroyed, which is recorded before and after. Broken off before that is noted, the next run finds it gone.
 //!
 //! A volume that is retired is moved as the others are, since its key may be needed again. One that was destroyed is passed
 //! over; what is left of its key goes in step 4. The key of a volume that only other hosts have enrolled stays where it is,
@@ -101,6 +101,7 @@ pub struct KeyMigration<'a> {
     source: &'a dyn KeyManager,
     target: &'a dyn KeyManager,
     step: Duration,
+    is_switched: bool,
 }
 
 /// What became of one key.
@@ -138,7 +139,13 @@ impl<'a> KeyMigration<'a> {
         if !to.imports {
             return Err(cannot(route.to, "has one key for all volumes, and takes no other"));
         }
-        Ok(KeyMigration { store, locks, route, source, target, step: STEP })
+        Ok(KeyMigration { store, locks, route, source, target, step: STEP, is_switched: false })
+    }
+
+    /// The same, where the target is the key manager in use if `is_switched`: the source is told then that this host uses
+    /// none of its keys, which nobody else could tell it any more.
+    pub fn after_switch(self, is_switched: bool) -> Self {
+        KeyMigration { is_switched, ..self }
     }
 
     /// The same, where a step ends after the first keys.
@@ -153,6 +160,15 @@ impl<'a> KeyMigration<'a> {
     /// When no other key could be moved either: a key manager does not answer, or the database cannot be written. What
     /// was done is noted, and the step can be repeated.
     pub fn take(&self, aim: Aim, after: Option<&Place>) -> Result<MigrationProgress, Refusal> {
+        if self.is_switched && after.is_none() {
+            // Whose old key is held by this host cannot be destroyed; to have the keys copied that does not matter.
+            if let Err(refusal) = self.source.note_uses(&HashSet::new()) {
+                tracing::warn!(
+                    "{} may have it still that this host uses its keys ({refusal}): run the same 'volcrypt key migrate' again",
+                    self.route.from
+                );
+            }
+        }
         match (after, aim) {
             (None, Aim::Copy) => self.plan_copies(),
             (None, Aim::DestroyOld) => self.plan_removals(),
@@ -436,16 +452,11 @@ impl<'a> KeyMigration<'a> {
                     "volume {volume} was destroyed, and the key of that id in {from} is not the one it had: it stays there"
                 )));
             }
-            Ok(_) => {
-                let detail = format!("in {from}; the volume was destroyed");
-                self.store.append_audit(Event::new(Kind::OldKeyDestroyed, volume, detail))?;
-            }
-            Err(refusal) if refusal.reason() == Reason::NoKey && !self.lists(volume)? => {}
-            Err(refusal) if refusal.reason() == Reason::KeyDestroyed => {}
+            Ok(_) => self.forget_recorded(volume, &format!("in {from}; the volume was destroyed"))?,
+            Err(refusal) if refusal.reason() == Reason::NoKey && !self.lists(volume)? => self.forget_gone(volume)?,
+            Err(refusal) if refusal.reason() == Reason::KeyDestroyed => self.forget_gone(volume)?,
             Err(refusal) => return Err(refusal),
         }
-        self.source.forget(volume)?;
-        self.store.drop_move(volume)?;
         Ok(Done::Removed)
     }
 
@@ -477,19 +488,30 @@ impl<'a> KeyMigration<'a> {
         }
         match self.source.get(volume) {
             Ok(old) if !old.same_as(&new) => return Err(self.differing(volume, &old, &"nothing was destroyed")),
-            Ok(_) => {
-                let detail = format!("in {from}; {to} has the same");
-                self.store.append_audit(Event::new(Kind::OldKeyDestroyed, volume, detail))?;
-            }
+            Ok(_) => self.forget_recorded(volume, &format!("in {from}; {to} has the same"))?,
             // An earlier run has destroyed it and come no further, or not wiped all of it. One that only cannot be read is
             // nothing to compare with.
-            Err(refusal) if refusal.reason() == Reason::NoKey && !self.lists(volume)? => {}
-            Err(refusal) if refusal.reason() == Reason::KeyDestroyed => {}
+            Err(refusal) if refusal.reason() == Reason::NoKey && !self.lists(volume)? => self.forget_gone(volume)?,
+            Err(refusal) if refusal.reason() == Reason::KeyDestroyed => self.forget_gone(volume)?,
             Err(refusal) => return Err(refusal),
         }
-        self.source.forget(volume)?;
-        self.store.note_move(self.route, volume, MoveState::Moved, None)?;
         Ok(Done::Removed)
+    }
+
+    /// Destroys the key of `volume` in the source, and records that it is about to and that it did.
+    fn forget_recorded(&self, volume: &VolumeId, detail: &str) -> Result<(), Refusal> {
+        self.store.append_audit(Event::new(Kind::DestructionStarted, volume, detail))?;
+        self.source.forget(volume)?;
+        let event = Event::new(Kind::OldKeyDestroyed, volume, detail);
+        self.store.note_move(self.route, volume, MoveState::Moved, Some(event))
+    }
+
+    /// As [`forget_recorded`](Self::forget_recorded) where the key is gone, and was not recorded as that.
+    fn forget_gone(&self, volume: &VolumeId) -> Result<(), Refusal> {
+        self.source.forget(volume)?;
+        let detail = format!("in {}, where it was gone already", self.route.from);
+        let event = Event::new(Kind::OldKeyDestroyed, volume, detail);
+        self.store.note_move(self.route, volume, MoveState::Moved, Some(event))
     }
 }
 

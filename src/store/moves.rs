@@ -150,14 +150,20 @@ impl Store {
         })
     }
 
-    /// From where to where the key of `volume` was moved last, or was to be.
-    pub(crate) fn moved(&self, volume: &VolumeId) -> Result<Option<[String; 2]>, Refusal> {
-        self.connection()
-            .query_row("SELECT source, target FROM key_moves WHERE volume_id = ?1", [volume.as_str()], |row| {
-                Ok([row.get(0)?, row.get(1)?])
+    /// Which key managers may have the key of `volume`, going by how far it was moved.
+    pub(crate) fn may_have(&self, volume: &VolumeId) -> Result<Vec<String>, Refusal> {
+        let places = self
+            .connection()
+            .query_row("SELECT source, target, state FROM key_moves WHERE volume_id = ?1", [volume.as_str()], |row| {
+                let (source, target, state): (_, _, String) = (row.get(0)?, row.get(1)?, row.get(2)?);
+                Ok(match state == MoveState::Moved.as_str() {
+                    true => vec![target],
+                    false => vec![source, target],
+                })
             })
             .optional()
-            .map_err(|error| self.fault(&error))
+            .map_err(|error| self.fault(&error))?;
+        Ok(places.unwrap_or_default())
     }
 
     /// How many volumes that are enrolled or retired have a key in this database that was not copied to another key manager.

@@ -158,7 +158,7 @@ impl Broker {
         }
         // What the database had is gone.
         let gone = [used.as_str(), ManagerKind::Embedded.as_str()];
-        let elsewhere: Vec<String> = vault.store.moved(id)?.into_iter().flatten().collect();
+        let elsewhere = vault.store.may_have(id)?;
         let elsewhere: Vec<&str> = elsewhere.iter().map(String::as_str).filter(|kind| !gone.contains(kind)).collect();
         if let Some(other) = elsewhere.first() {
             let names = elsewhere.join(" and ");

@@ -37,6 +37,7 @@ impl Broker {
         }
         let (source, target) = (named(&config, from, &vault.store)?, named(&config, to, &vault.store)?);
         KeyMigration::new(&vault.store, &self.enrolling, step.route, (&*source, &*target))?
+            .after_switch(used == to)
             .take(step.aim, step.after.as_ref())
     }
 

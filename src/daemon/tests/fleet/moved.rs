@@ -45,6 +45,10 @@ fn the_log_of_a_destruction_names_the_place_that_the_key_was_moved_from() {
     broker.destroy(&id).unwrap();
     let last = destruction(&broker).pop().unwrap();
     assert!(last.ends_with("; kmip and barbican may have it as well, from moving keys"), "{last}");
+    store.note_move(route, &id, MoveState::Moved, None).unwrap();
+    broker.destroy(&id).unwrap();
+    let last = destruction(&broker).pop().unwrap();
+    assert!(last.ends_with("; barbican may have it as well, from moving keys"), "{last}");
 }
 
 #[test]

@@ -2,10 +2,12 @@
 
 use super::*;
 
-/// A server that remembers which keys were destroyed.
+/// A server that remembers which keys were destroyed, or has them in use by another host.
 #[derive(Default)]
 struct Strict {
     server: Server,
+    in_use: bool,
+    uses: Mutex<Vec<HashSet<VolumeId>>>,
 }
 
 impl KeyManager for Strict {
@@ -33,11 +35,19 @@ impl KeyManager for Strict {
     }
 
     fn destroy(&self, volume: &VolumeId) -> Result<(), Refusal> {
-        self.server.destroy(volume)
+        match self.in_use {
+            true => Err(Refusal::new(Reason::NotAllowed, "the key is in use by host b")),
+            false => self.server.destroy(volume),
+        }
     }
 
     fn list(&self) -> Result<Vec<KeyInfo>, Refusal> {
         self.server.list()
+    }
+
+    fn note_uses(&self, in_use: &HashSet<VolumeId>) -> Result<(), Refusal> {
+        self.uses.lock().unwrap().push(in_use.clone());
+        Ok(())
     }
 }
 
@@ -120,4 +130,34 @@ fn what_a_server_remembers_as_destroyed_is_compared_in_its_new_place() {
     new.forget(&id("lost")).unwrap();
     let sum = host.migrate(BACK, Aim::Copy, (&old, &new)).unwrap();
     assert_eq!((sum.present, sum.refused), (1, vec!["the key was destroyed on the server".to_owned()]));
+}
+
+#[test]
+fn an_old_key_is_recorded_as_destroyed_only_when_it_is() {
+    let mut host = Host::with_volumes(0);
+    let (mut old, new) = (Strict { in_use: true, ..Strict::default() }, host.embedded());
+    host.enrol("v", 512);
+    old.server.put("v", &host.keys["v"].clone(), description("v", 512, Some("p1")));
+    host.migrate(BACK, Aim::Copy, (&old, &new)).unwrap();
+    let sum = host.migrate(BACK, Aim::DestroyOld, (&old, &new)).unwrap();
+    assert_eq!(sum.refused, ["the key is in use by host b"]);
+    assert_eq!((host.recorded(Kind::DestructionStarted), host.recorded(Kind::OldKeyDestroyed)), (1, 0));
+    old.in_use = false;
+    assert_eq!(host.migrate(BACK, Aim::DestroyOld, (&old, &new)).unwrap().removed, 1);
+    assert_eq!((host.recorded(Kind::DestructionStarted), host.recorded(Kind::OldKeyDestroyed)), (2, 1));
+}
+
+#[test]
+fn a_host_that_has_switched_ends_its_uses_of_the_old_keys() {
+    let mut host = Host::with_volumes(0);
+    let (old, new) = (Strict::default(), host.embedded());
+    host.enrol("v", 512);
+    old.server.put("v", &host.keys["v"].clone(), description("v", 512, Some("p1")));
+    for (is_switched, told) in [(false, vec![]), (true, vec![HashSet::new()])] {
+        let migration =
+            KeyMigration::new(&host.store, &host.locks, BACK, (&old, &new)).unwrap().after_switch(is_switched);
+        let begun = migration.take(Aim::Copy, None).unwrap();
+        migration.take(Aim::Copy, begun.after.as_ref()).unwrap();
+        assert_eq!(*old.uses.lock().unwrap(), told);
+    }
 }

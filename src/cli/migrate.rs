@@ -115,13 +115,20 @@ fn ending(route: Route, aim: Aim, sum: &Sum) -> String {
     text
 }
 
+/// What is asked before keys are destroyed.
+fn question(route: Route) -> String {
+    let Route { from, to } = route;
+    format!(
+        "Every key in {from} that was copied to {to} is compared once more and destroyed in {from}. A host that still uses \
+         {from} opens none of these volumes any more. Do this in one direction only, on one host at a time: if another host \
+         destroys keys in {to} meanwhile, a key may be lost in both. Type {from} to go on: "
+    )
+}
+
 /// Whether somebody types the name of the key manager whose keys are to be destroyed.
 fn ask_for(route: Route) -> bool {
-    let Route { from, to } = route;
-    let question = format!(
-        "Every key in {from} that was copied to {to} is compared once more and destroyed in {from}. A host that still uses \
-         {from} opens none of these volumes any more. Type {from} to go on: "
-    );
+    let Route { from, .. } = route;
+    let question = question(route);
     let mut answer = String::new();
     io::stderr().write_all(question.as_bytes()).is_ok()
         && io::stdin().lock().take(256).read_line(&mut answer).is_ok()
@@ -153,6 +160,13 @@ mod tests {
         );
         let sum = Sum { total: Some(3), removed: 3, ..Sum::default() };
         assert_eq!(ending(ROUTE, Aim::DestroyOld, &sum), "3 keys destroyed in embedded; kmip has each of them.\n");
+    }
+
+    #[test]
+    fn the_question_before_keys_are_destroyed_warns_of_other_hosts() {
+        let question = question(ROUTE);
+        assert!(question.contains("in one direction only, on one host at a time"), "{question}");
+        assert!(question.ends_with("Type embedded to go on: "), "{question}");
     }
 
     #[test]

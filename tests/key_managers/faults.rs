@@ -10,6 +10,7 @@ use volcrypt::store::EnrolledDevice;
 use volcrypt::volume::VolumeId;
 
 use super::authority::Authority;
+use super::many::copy_in_pykmip;
 use super::proxy::{Fault, Proxy};
 use super::pykmip::{PyKmip, config};
 
@@ -238,6 +239,26 @@ fn a_new_key_is_made_only_while_every_server_says_that_there_is_none() {
     let key = create(&server.manager(), &id).unwrap();
     assert!(manager.get(&id).unwrap().same_as(&key));
     assert!(create(&manager, &id).unwrap().same_as(&key));
+}
+
+#[test]
+fn a_host_that_has_used_a_key_has_it_whatever_else_has_its_name() {
+    let server = PyKmip::start();
+    let id = volume("one");
+    let key = create(&server.manager(), &id).unwrap();
+    let enrolled = || server.manager().get_enrolled(&id, key.check_value(&id));
+    // Three more that say they are the key; on either side of the one that is.
+    copy_in_pykmip(&server, 3, "name", "application_data");
+    let database = rusqlite::Connection::open(server.authority().path("pykmip.db")).unwrap();
+    let forge = |values: &str| database.execute_batch(&format!("UPDATE managed_objects SET value = {values}")).unwrap();
+    forge("CASE uid WHEN 3 THEN value WHEN 2 THEN X'' ELSE randomblob(64) END");
+    assert!(server.manager().get(&id).is_err());
+    assert!(enrolled().unwrap().same_as(&key));
+    // Where none is the right one, what was wrong with the first is told.
+    forge("randomblob(64)");
+    let (reason, sentence) = refused(enrolled());
+    assert_eq!(reason, Reason::WrongKey);
+    assert!(sentence.contains("have its administrator restore the key that was made"), "{sentence}");
 }
 
 #[test]

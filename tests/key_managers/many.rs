@@ -29,15 +29,15 @@ fn wanted() -> Description {
     Description::new(device, 4096, ("default", &Profile::default()), None, 7)
 }
 
-/// A database in which the rows of one key are copied, once for each number `i` from 1 on.
-struct Copies(Connection);
+/// A database in which the rows of one key are copied, once for each number `i` from 1 to the last.
+struct Copies(Connection, usize);
 
 impl Copies {
-    fn of(database: &Path) -> Self {
+    fn of(database: &Path, last: usize) -> Self {
         let connection = Connection::open(database).unwrap();
         connection.busy_timeout(Duration::from_secs(30)).unwrap();
         connection.execute_batch("BEGIN IMMEDIATE").unwrap();
-        Copies(connection)
+        Copies(connection, last)
     }
 
     /// Copies the rows of `table` for which `is_meant`, with other values in some columns.
@@ -51,13 +51,13 @@ impl Copies {
         };
         let values: Vec<String> = names.iter().map(value).collect();
         let names = names.iter().map(|name| format!("\"{name}\"")).collect::<Vec<_>>().join(", ");
-        let others = others();
+        let last = self.1;
         let copied = format!(
-            "WITH RECURSIVE numbers(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM numbers WHERE i < {others}) \
+            "WITH RECURSIVE numbers(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM numbers WHERE i < {last}) \
              INSERT INTO {table} ({names}) SELECT {} FROM {table}, numbers WHERE {is_meant}",
             values.join(", ")
         );
-        assert!(self.0.execute(&copied, []).unwrap() >= others, "{table}");
+        assert!(self.0.execute(&copied, []).unwrap() >= last, "{table}");
     }
 
     fn done(self) {
@@ -99,17 +99,14 @@ fn keeps_its_promises(manager: &dyn KeyManager, who: &str, deadline: Duration, m
     assert_eq!(manager.get(&gone).err().unwrap().reason(), Reason::NoKey);
 }
 
-#[test]
-fn kmip() {
-    let server = PyKmip::start();
-    server.manager().create(&volume("template"), &wanted()).unwrap();
-    let copies = Copies::of(&server.authority().path("pykmip.db"));
+/// Copies the first object of `server`, its own number 1, to those after it, with other values for name and application
+/// data.
+pub fn copy_in_pykmip(server: &PyKmip, copies: usize, name: &str, data: &str) {
+    let copies = Copies::of(&server.authority().path("pykmip.db"), copies);
     for table in ["managed_objects", "crypto_objects", "keys", "symmetric_keys"] {
         copies.copy(table, "uid = 1", &[("uid", "1 + i")]);
     }
-    let name = ("name", "'volcrypt/other-' || i");
-    copies.copy("managed_object_names", "mo_uid = 1", &[("id", "NULL"), ("mo_uid", "1 + i"), name]);
-    let data = "CASE application_namespace WHEN 'volcrypt' THEN 'other-' || i ELSE application_data END";
+    copies.copy("managed_object_names", "mo_uid = 1", &[("id", "NULL"), ("mo_uid", "1 + i"), ("name", name)]);
     copies.copy("app_specific_info", "id <= 2", &[("id", "id + 2 * i"), ("application_data", data)]);
     let ids = [("managed_object_id", "1 + i"), ("app_specific_info_id", "app_specific_info_id + 2 * i")];
     copies.copy("app_specific_info_map", "managed_object_id = 1", &ids);
@@ -117,6 +114,14 @@ fn kmip() {
     let ids = [("managed_object_id", "1 + i"), ("object_group_id", "1 + i")];
     copies.copy("object_group_map", "managed_object_id = 1", &ids);
     copies.done();
+}
+
+#[test]
+fn kmip() {
+    let server = PyKmip::start();
+    server.manager().create(&volume("template"), &wanted()).unwrap();
+    let data = "CASE application_namespace WHEN 'volcrypt' THEN 'other-' || i ELSE application_data END";
+    copy_in_pykmip(&server, others(), "'volcrypt/other-' || i", data);
     // It looks at every object that it has, each time that it is asked for a name: too long to choose a key by.
     let config = KmipConfig { deadline: Duration::from_secs(60), ..server.config("client", vec![server.address()]) };
     keeps_its_promises(&KmipKeyManager::new(config), "PyKMIP", Duration::from_secs(60), false);
@@ -126,7 +131,7 @@ fn kmip() {
 fn barbican() {
     let servers = Barbican::start();
     servers.manager("host1").create(&volume("template"), &wanted()).unwrap();
-    let copies = Copies::of(&servers.database());
+    let copies = Copies::of(&servers.database(), others());
     let id = "printf('%08x-0000-4000-8000-000000000000', i)";
     copies.copy("secrets", "name = 'volcrypt/template'", &[("id", id), ("name", "'volcrypt/other-' || i")]);
     let template = "secret_id = (SELECT id FROM secrets WHERE name = 'volcrypt/template')";

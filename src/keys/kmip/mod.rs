@@ -191,12 +191,12 @@ impl KeyManager for KmipKeyManager {
     /// # Errors
     /// As [`get`](KeyManager::get).
     fn get_enrolled(&self, volume: &VolumeId, check_value: CheckValue) -> Result<Key, Refusal> {
-        let key = self.with_any(&key_of(volume), |talk| match settle::find_enrolled(talk, volume, check_value)? {
-            Some(found) => hand_out(talk, volume, &found).map(|(key, _)| Some(key)),
-            None => match settle(&[talk], volume)? {
-                Some(found) => hand_out(talk, volume, &found).map(|(key, _)| Some(key)),
-                None => Ok(None),
-            },
+        let key = self.with_any(&key_of(volume), |talk| {
+            let hand_out = |found: &Found| hand_out(talk, volume, found).map(|(key, _)| key);
+            match settle::find_enrolled(talk, volume, check_value, hand_out)? {
+                Some(key) => Ok(Some(key)),
+                None => settle(&[talk], volume)?.as_ref().map(hand_out).transpose(),
+            }
         })?;
         key.ok_or_else(|| no_key(volume))
     }

@@ -63,13 +63,16 @@ pub(super) fn find(talk: &Talk<'_>, volume: &VolumeId) -> Result<Vec<Found>, Fau
     Ok(found)
 }
 
-/// The active key of `volume` with `check_value`, whatever else has its name.
-pub(super) fn find_enrolled(
+/// What `hand_out` makes of the active key of `volume` with `check_value`, whatever else has its name. Where it makes
+/// nothing of any that says so, what was wrong with the first is told.
+pub(super) fn find_enrolled<T>(
     talk: &Talk<'_>,
     volume: &VolumeId,
     check_value: CheckValue,
-) -> Result<Option<Found>, Fault> {
+    hand_out: impl Fn(&Found) -> Result<T, Fault>,
+) -> Result<Option<T>, Fault> {
     let name = name_of(volume);
+    let mut first = None;
     for identifier in talk.ask(&Request::locate_name(&name))?.identifiers()? {
         let passed_over = |what: &dyn std::fmt::Display| {
             tracing::warn!("passed over object {identifier}, which is called the key of volume {volume}: {what}");
@@ -82,17 +85,34 @@ pub(super) fn find_enrolled(
             }
             Err(trouble) => return Err(trouble.into()),
         };
-        match attributes.map(|attributes| read(volume, &name, identifier.clone(), attributes)) {
-            Ok(Ok(found)) => {
-                if found.attributes.state == State::Active && found.sealed.check_value == check_value {
-                    return Ok(Some(found));
-                }
+        let found = match attributes.map(|attributes| read(volume, &name, identifier.clone(), attributes)) {
+            Ok(Ok(found)) => found,
+            Ok(Err(refusal)) => {
+                passed_over(&refusal);
+                continue;
             }
-            Ok(Err(refusal)) => passed_over(&refusal),
-            Err(malformed) => passed_over(&malformed),
+            Err(malformed) => {
+                passed_over(&malformed);
+                continue;
+            }
+        };
+        if found.attributes.state != State::Active || found.sealed.check_value != check_value {
+            continue;
         }
+        // Anybody can write the check value beside a key that is another one.
+        let fault = match hand_out(&found) {
+            Ok(done) => return Ok(Some(done)),
+            Err(fault) => fault,
+        };
+        match &fault {
+            Fault::Final(refusal) => passed_over(refusal),
+            Fault::Server(trouble @ (Trouble::Refused(_) | Trouble::Malformed(_))) => passed_over(trouble),
+            // That is the server's, whichever key it is asked for.
+            Fault::Server(_) => return Err(fault),
+        }
+        first.get_or_insert(fault);
     }
-    Ok(None)
+    first.map_or(Ok(None), Err)
 }
 
 /// Takes an object for a key of `volume` only if it says so itself, whatever the server was asked for.

@@ -152,7 +152,7 @@ fn every_no_has_its_reason_and_what_to_do() {
         (400, [Reason::KeyManager; 4], "HTTP 400: no such luck, request req-1"),
         (401, [Reason::NotAllowed; 4], "holds its secret"),
         (403, [Reason::NotAllowed; 4], "HTTP 403"),
-        (404, [Reason::NotAllowed, Reason::KeyManager, Reason::NoKey, Reason::NoKey], ""),
+        (404, [Reason::KeyManager, Reason::KeyManager, Reason::NoKey, Reason::NoKey], ""),
         (409, [Reason::KeyManager; 4], "HTTP 409"),
         (429, [Reason::TimedOut; 4], "too much to do"),
         (500, [Reason::KeyManager; 4], "HTTP 500"),
@@ -173,6 +173,20 @@ fn every_no_has_its_reason_and_what_to_do() {
             assert!(sentence.contains(said), "{status} {step}: {sentence}");
             assert!(started.elapsed() < Duration::from_secs(4), "{status} {step}");
         }
+    }
+    // Keystone's own word that there is no such credential (any more) is a no; a server before it knows nothing of that.
+    for (message, reason) in [
+        ("Could not find Application Credential: app1.", Reason::NotAllowed),
+        ("The resource could not be found.", Reason::KeyManager),
+    ] {
+        stage.spoil(move |request| {
+            let body =
+                format!("{{\"error\": {{\"code\": 404, \"message\": \"{message}\", \"title\": \"Not Found\"}}}}");
+            request.target.contains(STEPS[0]).then(|| Reply::json(404, "", &body))
+        });
+        let (found, sentence) = refused(stage.get());
+        assert_eq!(found, reason, "{sentence}");
+        assert!(sentence.contains("auth_url"), "{sentence}");
     }
     // What the owner of a key has to do.
     stage.spoil(|request| request.target.contains("/payload").then(|| Reply::json(403, "", "{}")));

@@ -9,7 +9,8 @@ use x509_cert::der::DateTime;
 use zeroize::Zeroizing;
 
 use super::BarbicanConfig;
-use super::answer::NoAnswer;
+use super::answer::{Answered, NoAnswer};
+use super::credential::Credential;
 use super::http::{Http, Question};
 use crate::keys::secret_file::{self, Trust};
 
@@ -90,7 +91,14 @@ pub fn authenticate(http: &Http, config: &BarbicanConfig, deadline: Instant) -> 
     };
     let asked = Instant::now();
     let answer = http.ask(&question, deadline).map_err(|no_answer| match no_answer {
-        NoAnswer::Refused(answered) if matches!(answered.status, 401 | 403 | 404) => NoAnswer::NoToken(answered),
+        NoAnswer::Refused(answered) if matches!(answered.status, 401 | 403) => NoAnswer::NoToken(answered),
+        NoAnswer::Refused(answered) if answered.status == 404 && names_credential(config, &answered) => {
+            NoAnswer::NoToken(answered)
+        }
+        NoAnswer::Refused(answered) if answered.status == 404 => NoAnswer::Malformed(format!(
+            "{}: {answered}; Keystone may not be up, or auth_url be another's",
+            config.auth_url
+        )),
         NoAnswer::Refused(answered) if matches!(answered.status, 502 | 504) => {
             NoAnswer::Unreachable(format!("{}: {answered}", config.auth_url))
         }
@@ -107,6 +115,12 @@ pub fn authenticate(http: &Http, config: &BarbicanConfig, deadline: Instant) -> 
     let lifetime = Duration::from_secs(expires.saturating_sub(issued)).saturating_sub(MARGIN);
     let barbican = endpoint(config, &token.catalog)?;
     Ok(Token { value, until: asked + lifetime.min(Duration::from_secs(24 * 3600)), user: token.user.id, barbican })
+}
+
+/// Whether Keystone says that there is no such application credential, or none any more. It names the credential then;
+/// whoever else says 404, such as a proxy while Keystone is not up yet, knows nothing of it.
+fn names_credential(config: &BarbicanConfig, answered: &Answered) -> bool {
+    matches!(&config.credential, Credential::Application(id) if answered.message.contains(id.as_str()))
 }
 
 /// Where Barbican is.

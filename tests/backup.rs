@@ -109,6 +109,13 @@ impl Host {
         assert_eq!(store.verify_audit(Default::default()).unwrap().broken, None);
     }
 
+    /// Puts so much into the audit log that it takes a while to copy.
+    fn fill(&self) {
+        let many = "WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < 1500)
+                    INSERT INTO audit (seq, record, hash) SELECT n + 1, json_object('seq', n + 1, 'text', hex(zeroblob(50000))), hex(zeroblob(32)) FROM numbers";
+        Connection::open(self.database()).unwrap().execute_batch(many).unwrap();
+    }
+
     /// The files of the databases that were replaced.
     fn kept(&self) -> Vec<PathBuf> {
         let mut kept: Vec<_> = fs::read_dir(self.state()).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -525,14 +532,14 @@ fn a_backup_that_is_broken_off_leaves_nothing() {
     use rustix::process::Signal;
     let host = Host::new();
     host.enrol(&["one"]);
-    let many = "WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < 1500)
-                INSERT INTO audit (seq, record, hash) SELECT n + 1, json_object('seq', n + 1, 'text', hex(zeroblob(50000))), hex(zeroblob(32)) FROM numbers";
-    Connection::open(host.database()).unwrap().execute_batch(many).unwrap();
+    host.fill();
     let folder = host.path("backups");
     fs::create_dir(&folder).unwrap();
     let listed = || fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path()).collect::<Vec<_>>();
     let volcrypt = || {
-        let mut command = Command::cargo_bin("volcrypt").unwrap();
+        // Whoever runs this in the background may have it ignore some of them.
+        let mut command = Command::new("env");
+        command.arg("--default-signal=INT,TERM,HUP").arg(Command::cargo_bin("volcrypt").unwrap().get_program());
         command.arg("--config").arg(host.path("volcrypt.toml")).args(["key", "backup"]).arg(folder.join("b.db"));
         command
     };
@@ -628,4 +635,28 @@ fn what_is_in_the_replaced_database_alone_is_named() {
     fs::rename(other.state().join("kek"), other.state().join("kek.own")).unwrap();
     fs::rename(other.state().join("kek.before"), other.state().join("kek")).unwrap();
     assert!(other.restore(&backup).contains("ALONE: gone, one. Do not"));
+}
+
+#[test]
+fn a_backup_goes_on_where_hanging_up_is_ignored() {
+    use rustix::process::Signal;
+    let host = Host::new();
+    host.enrol(&["one"]);
+    host.fill();
+    let folder = host.path("backups");
+    fs::create_dir(&folder).unwrap();
+    let volcrypt = Command::cargo_bin("volcrypt").unwrap();
+    let mut backup = Command::new("nohup")
+        .args([volcrypt.get_program(), "--config".as_ref(), host.path("volcrypt.toml").as_os_str()])
+        .args(["key".as_ref(), "backup".as_ref(), folder.join("b.db").as_os_str()])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    while fs::read_dir(&folder).unwrap().count() < 2 {
+        assert!(backup.try_wait().unwrap().is_none(), "it ended too early");
+    }
+    rustix::process::kill_process(rustix::process::Pid::from_child(&backup), Signal::HUP).unwrap();
+    assert!(backup.wait().unwrap().success());
+    assert!(folder.join("b.db").exists());
 }

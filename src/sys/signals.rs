@@ -68,17 +68,27 @@ impl Signal {
 const ENDING: [i32; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
 
 /// Has `clean_up` run before this process ends by SIGINT, SIGTERM or SIGHUP. They are blocked for this thread and for those
-/// that it starts from now on. One that was ignored stays so.
+/// that it starts from now on. One that is ignored, as with nohup(1), stays so.
 ///
 /// # Errors
-/// Those of pthread_sigmask(3) and pthread_create(3).
+/// Those of sigaction(2), pthread_sigmask(3) and pthread_create(3).
 pub fn before_ending(clean_up: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let mut ending = Vec::new();
+    for number in ENDING {
+        // One that is blocked arrives, ignored or not.
+        if !is_ignored(number)? {
+            ending.push(number);
+        }
+    }
+    if ending.is_empty() {
+        return Ok(());
+    }
     let mut set = MaybeUninit::uninit();
     // SAFETY: sigemptyset initialises the set, sigaddset changes one that is initialised.
     let set = unsafe {
         libc::sigemptyset(set.as_mut_ptr());
         let mut set = set.assume_init();
-        for number in ENDING {
+        for number in ending {
             libc::sigaddset(&mut set, number);
         }
         set
@@ -96,6 +106,17 @@ pub fn before_ending(clean_up: impl FnOnce() + Send + 'static) -> io::Result<()>
         std::process::exit(128 + number);
     };
     thread::Builder::new().name("signals".to_owned()).spawn(wait).map(drop)
+}
+
+/// Whether this process ignores a signal.
+fn is_ignored(number: i32) -> io::Result<bool> {
+    let mut action = MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: nothing is changed, and sigaction initialises what it has succeeded to write to.
+    match unsafe { libc::sigaction(number, ptr::null(), action.as_mut_ptr()) } {
+        // SAFETY: it has succeeded.
+        0 => Ok(unsafe { action.assume_init() }.sa_sigaction == libc::SIG_IGN),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 fn change_mask(how: i32, set: &libc::sigset_t) -> io::Result<()> {

@@ -660,3 +660,20 @@ fn a_backup_goes_on_where_hanging_up_is_ignored() {
     assert!(backup.wait().unwrap().success());
     assert!(folder.join("b.db").exists());
 }
+
+#[test]
+fn what_other_hosts_are_writing_to_a_shared_folder_is_no_leftover() {
+    let host = Host::new();
+    host.enrol(&["one"]);
+    let folder = host.path("backups");
+    fs::create_dir(&folder).unwrap();
+    let own = fs::read_to_string("/proc/sys/kernel/hostname").unwrap().trim().to_owned();
+    // No process has that number.
+    for name in [&own, "another-host"] {
+        fs::write(folder.join(format!(".b.db.partial-{name}-4194305")), "").unwrap();
+    }
+    let (code, text) = host.volcrypt(&["key", "backup", folder.join("b.db").to_str().unwrap()]);
+    assert_eq!(code, 0, "{text}");
+    assert!(text.contains(&format!(".b.db.partial-{own}-4194305 is what is left of a backup")), "{text}");
+    assert!(!text.contains("another-host"), "{text}");
+}

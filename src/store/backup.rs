@@ -144,8 +144,14 @@ pub(super) fn contents(connection: &Connection) -> rusqlite::Result<Contents> {
 
 /// The file that is being written. While it is locked, none comes into being.
 static PARTIAL: Mutex<Option<PathBuf>> = Mutex::new(None);
-/// What stands in its name between the file's own and the number of the process.
+/// What stands in its name between the file's own and the host's, which the number of the process follows.
 const PARTIAL_MARK: &str = ".partial-";
+
+/// This host's name, as part of a file's: several hosts may write to one folder, and each knows its own processes only.
+fn host() -> String {
+    let name = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    name.trim().replace('/', "_")
+}
 
 fn partial() -> MutexGuard<'static, Option<PathBuf>> {
     PARTIAL.lock().unwrap_or_else(PoisonError::into_inner)
@@ -159,12 +165,13 @@ pub fn abandon_backup() {
     std::mem::forget(partial);
 }
 
-/// What processes that were killed have left of backups in the directory of `to`.
+/// What processes of this host that were killed have left of backups in the directory of `to`.
 pub fn leftovers(to: &Path) -> Vec<PathBuf> {
+    let mark = format!("{PARTIAL_MARK}{}-", host());
     let is_leftover = |path: &PathBuf| {
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let process =
-            name.strip_suffix("-journal").unwrap_or(name).rsplit_once(PARTIAL_MARK).map(|(_, process)| process);
+            name.strip_suffix("-journal").unwrap_or(name).rsplit_once(mark.as_str()).map(|(_, process)| process);
         let process = process.filter(|_| name.starts_with('.')).and_then(|process| process.parse::<u32>().ok());
         process.is_some_and(|process| !Path::new(&format!("/proc/{process}")).exists())
     };
@@ -195,7 +202,7 @@ impl Partial {
                 "it exists already, and nothing is ever overwritten",
             ));
         }
-        let name = format!(".{}{PARTIAL_MARK}{}", name.to_string_lossy(), std::process::id());
+        let name = format!(".{}{PARTIAL_MARK}{}-{}", name.to_string_lossy(), host(), std::process::id());
         let path = to.with_file_name(name);
         let mut partial = partial();
         OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;

@@ -662,6 +662,34 @@ fn a_backup_goes_on_where_hanging_up_is_ignored() {
 }
 
 #[test]
+fn keys_that_have_not_left_for_a_server_need_their_key_encryption_key() {
+    let host = Host::new();
+    host.enrol(&["one"]);
+    let kek = KeyEncryptionKey::load(None, &host.state(), false).unwrap().check_value().to_string();
+    let path = host.state();
+    let kmip = format!(
+        "[key_manager]\ntype = 'kmip'\ndirectory = {path:?}\n[kmip]\nservers = ['kmip1.example:5696']\nca = '/a.pem'\n\
+         certificate = '/b.pem'\nkey = '/b.key'\n"
+    );
+    fs::write(host.path("volcrypt.toml"), kmip).unwrap();
+    let backup = host.path("backup.db");
+    let (code, text) = host.volcrypt(&["key", "backup", backup.to_str().unwrap()]);
+    assert_eq!(code, 0, "{text}");
+    assert!(text.contains("NOT in it") && text.contains("/state/kek") && text.contains(&kek), "{text}");
+    assert!(text.contains("Keys that are on the KMIP server are not in it."), "{text}");
+    assert!(host.restore(&backup).contains("1 volumes; 1 keys were opened"));
+    fs::remove_file(host.state().join("kek")).unwrap();
+    host.assert_refused(&backup, "needs the key-encryption key of when it was made");
+    // Where all have left, none is needed.
+    let all_left = "DELETE FROM keys; DELETE FROM volumes";
+    Connection::open(host.database()).unwrap().execute_batch(all_left).unwrap();
+    let backup = host.path("later.db");
+    let (_, text) = host.volcrypt(&["key", "backup", backup.to_str().unwrap()]);
+    assert!(text.contains("The keys are not in it: they are on the KMIP server."), "{text}");
+    host.restore(&backup);
+}
+
+#[test]
 fn what_other_hosts_are_writing_to_a_shared_folder_is_no_leftover() {
     let host = Host::new();
     host.enrol(&["one"]);

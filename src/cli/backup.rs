@@ -33,16 +33,20 @@ pub(super) fn back_up(config: &Path, to: &Path) -> Result<String, CommandError> 
         .ask(|| Store::open(config.directory())?.append_audit(Event::of_the_host(Kind::DatabaseBackedUp, detail)));
     let mut text =
         format!("{} holds {volumes} volumes, {keys} wrapped keys and {records} audit records.\n", to.display());
-    match (&config, keks.as_slice()) {
-        (KeyManagerConfig::Embedded { directory }, keks @ [_, ..]) => {
-            text.push_str(&keks_are_needed(directory, keks));
-        }
-        (KeyManagerConfig::Kmip { .. }, _) => text.push_str("The keys are not in it: they are on the KMIP server.\n"),
-        (KeyManagerConfig::Barbican { .. }, _) => text.push_str("The keys are not in it: they are in Barbican.\n"),
-        (KeyManagerConfig::KeyFile { file }, _) => {
-            text.push_str(&format!("The key is not in it: it is in {}.\n", file.display()));
-        }
-        (KeyManagerConfig::Embedded { .. }, []) => {}
+    if needs_kek(&config, &contents) {
+        text.push_str(&keks_are_needed(config.directory(), keks));
+    }
+    let elsewhere = match &config {
+        KeyManagerConfig::Embedded { .. } => None,
+        KeyManagerConfig::Kmip { .. } => Some("on the KMIP server".to_owned()),
+        KeyManagerConfig::Barbican { .. } => Some("in Barbican".to_owned()),
+        KeyManagerConfig::KeyFile { file } => Some(format!("in {}", file.display())),
+    };
+    match elsewhere {
+        None => {}
+        // Some have not been moved yet, or not been destroyed here since.
+        Some(place) if *keys > 0 => text.push_str(&format!("Keys that are {place} are not in it.\n")),
+        Some(place) => text.push_str(&format!("The keys are not in it: they are {place}.\n")),
     }
     if let Err(refusal) = recorded {
         // On a file system that is read-only a backup may be the last thing that can be done.
@@ -52,6 +56,12 @@ pub(super) fn back_up(config: &Path, to: &Path) -> Result<String, CommandError> 
         text.push_str(&format!("{} is what is left of a backup that was killed: remove it.\n", left.display()));
     }
     Ok(text)
+}
+
+/// Whether a backup with `contents` is of use only with its key-encryption keys: also where keys are on a server by now,
+/// those that are still in it need them.
+fn needs_kek(config: &KeyManagerConfig, contents: &Contents) -> bool {
+    !contents.keks.is_empty() && (contents.keys > 0 || matches!(config, KeyManagerConfig::Embedded { .. }))
 }
 
 /// Which key-encryption keys a backup needs, and where each of them is.
@@ -78,8 +88,9 @@ pub(super) fn restore(config: &Path, backup: &Path) -> Result<String, CommandErr
     let refused = |refusal: Refusal| CommandError::Refused(refusal);
     let staged = Staged::new(backup, config.directory()).map_err(refused)?;
     let contents = staged.contents().map_err(refused)?;
-    let opened = match (&config, staged.store(), &contents) {
-        (KeyManagerConfig::Embedded { directory }, Some(store), Some(contents)) if !contents.keks.is_empty() => {
+    let directory = config.directory();
+    let opened = match (staged.store(), &contents) {
+        (Some(store), Some(contents)) if needs_kek(&config, contents) => {
             let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
             EmbeddedKeyManager::open(store, credentials.as_deref(), directory)
                 .and_then(|keys| keys.check_all())

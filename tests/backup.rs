@@ -705,3 +705,49 @@ fn what_other_hosts_are_writing_to_a_shared_folder_is_no_leftover() {
     assert!(text.contains(&format!(".b.db.partial-{own}-4194305 is what is left of a backup")), "{text}");
     assert!(!text.contains("another-host"), "{text}");
 }
+
+#[test]
+fn what_is_replaced_has_no_kept_key_in_it() {
+    const WRAPPED: &[u8] = b"a key of the server's, which is wrapped";
+    let keep = "INSERT INTO key_cache SELECT 'one', hex(zeroblob(32)), 512, ?1, check_value, 7 FROM keks";
+    let holds = |path: &Path| fs::read(path).unwrap().windows(WRAPPED.len()).any(|window| window == WRAPPED);
+    let (host, killed) = (Host::new(), Host::new());
+    host.enrol(&["one"]);
+    let backup = host.back_up("backup.db");
+    Connection::open(host.database()).unwrap().execute(keep, [WRAPPED]).unwrap();
+    assert!(holds(&host.database()));
+    // The same where it is still in the log that a killed daemon has left.
+    let reader = Connection::open(host.database()).unwrap();
+    reader.execute_batch("BEGIN; SELECT * FROM volumes").unwrap();
+    Connection::open(host.database()).unwrap().execute("UPDATE key_cache SET fetched_at = 8", []).unwrap();
+    for entry in fs::read_dir(host.state()).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), killed.state().join(entry.file_name())).unwrap();
+    }
+    assert!(holds(&killed.state().join("volcrypt.db-wal")));
+    drop(reader);
+    // What is refused has wiped nothing.
+    let reader = Connection::open(host.database()).unwrap();
+    reader.execute_batch("BEGIN; SELECT * FROM volumes").unwrap();
+    assert!(host.try_restore(&backup).1.contains("is in use"));
+    drop(reader);
+    assert!(holds(&host.database()));
+    for host in [&host, &killed] {
+        let text = host.restore(&backup);
+        assert!(!text.contains("could not be wiped"), "{text}");
+        assert_eq!(host.kept().len(), 1);
+        assert!(!holds(&host.kept()[0]));
+    }
+    // One that cannot be wiped is told of, and one of an older volcrypt's has none.
+    for (change, is_told) in [
+        ("CREATE TRIGGER hinder BEFORE DELETE ON key_cache BEGIN SELECT RAISE(ABORT, 'hindered'); END", true),
+        ("DROP TABLE key_cache", false),
+    ] {
+        let database = Connection::open(host.database()).unwrap();
+        database.execute(keep, [WRAPPED]).unwrap();
+        database.execute_batch(change).unwrap();
+        drop(database);
+        let text = host.restore(&backup);
+        assert_eq!(text.contains("could not be wiped from it (hindered)"), is_told, "{text}");
+    }
+}

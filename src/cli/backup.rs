@@ -11,7 +11,7 @@ use crate::logging;
 use crate::policy::{Config, KeyManagerConfig};
 use crate::protocol::{CONTROL_SOCKET, WRAPPER_SOCKET};
 use crate::refusal::{Reason, Refusal};
-use crate::store::{self, Contents, Held, Staged, Store, seconds_now};
+use crate::store::{self, Contents, Held, Replaced, Staged, Store, seconds_now};
 use crate::sys::signals;
 
 /// What listens on which socket: unix(7), `/proc/net/unix`.
@@ -105,14 +105,21 @@ pub(super) fn restore(config: &Path, backup: &Path) -> Result<String, CommandErr
     let event = operator().ask(|| Event::of_the_host(Kind::DatabaseRestored, detail));
     let link = staged.store().map(|store| store.append_silently(event.clone())).transpose().map_err(refused)?;
     let held = staged.held().map_err(refused)?;
-    let kept = staged.put_in_place(&stamp()).map_err(refused)?;
+    let replaced = staged.put_in_place(&stamp()).map_err(refused)?;
     if let Some(link) = link {
         event.announce(link);
     }
     let mut text =
         format!("The database is that of {}: {volumes} volumes; {opened} keys were opened.\n", backup.display());
-    if let Some(kept) = kept {
-        text.push_str(&what_is_kept(&kept, held.as_ref()));
+    if let Some(Replaced { path, not_wiped }) = replaced {
+        text.push_str(&what_is_kept(&path, held.as_ref()));
+        if let Some(why) = not_wiped {
+            text.push_str(&format!(
+                "WARNING: keys that [key_cache] had kept could not be wiped from it ({why}): once it is not needed, \
+                 overwrite it ('shred -u {0}'), and {0}-wal if that is there.\n",
+                path.display()
+            ));
+        }
     }
     text.push_str(
         "What was enrolled after the backup was made is missing. Start volcryptd: 'systemctl start volcryptd.socket \

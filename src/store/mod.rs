@@ -37,7 +37,7 @@ pub use held::Held;
 pub(crate) use keks::{Keks, Rewrapped};
 pub(crate) use keys::{Inserted, WrappedKey};
 pub(crate) use moves::{MoveState, Planned};
-pub use restore::Staged;
+pub use restore::{Replaced, Staged};
 pub(crate) use volumes::not_enrolled;
 pub use volumes::{EnrolledDevice, VolumeRecord, VolumeState};
 

@@ -12,7 +12,7 @@ use rustix::fs::{FlockOperation, fcntl_lock, flock};
 use super::backup::{connect_immutable, contents};
 use super::files::{FILE_NAME, beside};
 use super::schema::{self, Found};
-use super::{Contents, Held, Store, common_flags, files, harden};
+use super::{Contents, Held, Store, common_flags, cut_log, files, harden};
 use crate::refusal::{Reason, Refusal};
 
 /// A copy of a backup beside the database, looked at and brought to the newest version. It is gone with this value, unless
@@ -23,6 +23,15 @@ pub struct Staged {
     store: Option<Arc<Store>>,
     /// Keeps every other restore out of the directory.
     _turn: File,
+}
+
+/// A database whose place a backup has taken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Replaced {
+    /// Where it is now.
+    pub path: PathBuf,
+    /// Why the cached keys may still be in it, if they may.
+    pub not_wiped: Option<String>,
 }
 
 impl Staged {
@@ -119,12 +128,12 @@ impl Staged {
     }
 
     /// Puts the copy in the database's place, durably. The present one stays beside it under a name that ends in `stamp`,
-    /// which is returned; nothing if there is none.
+    /// without the keys of a key server's that were cached in it; nothing is returned if there is none.
     ///
     /// # Errors
     /// [`Reason::StoreUnavailable`] when another process has the database open, and when the files cannot be
     /// renamed.
-    pub fn put_in_place(mut self, stamp: &str) -> Result<Option<PathBuf>, Refusal> {
+    pub fn put_in_place(mut self, stamp: &str) -> Result<Option<Replaced>, Refusal> {
         let path = self.directory.join(FILE_NAME);
         let failed = |error: io::Error| {
             refusal(format!(
@@ -146,18 +155,20 @@ impl Staged {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             _ => Some(unused(&beside(&path, &format!(".replaced-{stamp}")))),
         };
-        let in_use = match &kept {
+        let (replaced, in_use) = match kept {
             Some(kept) => {
-                merge(&path);
+                // What somebody else uses is left as it is.
+                drop(lock(&path)?);
+                let not_wiped = leave_out_cache(&path).err();
                 let lock = lock(&path)?;
-                keep(&path, kept).map_err(failed)?;
-                Some(lock)
+                keep(&path, &kept).map_err(failed)?;
+                (Some(Replaced { path: kept, not_wiped }), Some(lock))
             }
-            None => None,
+            None => (None, None),
         };
         fs::rename(&copy, &path).and_then(|()| sync(&self.directory)).map_err(failed)?;
         drop(in_use);
-        Ok(kept)
+        Ok(replaced)
     }
 }
 
@@ -192,21 +203,34 @@ fn unused(name: &Path) -> PathBuf {
     std::iter::once(name.to_owned()).chain(numbered).find(is_free).unwrap_or_else(|| name.to_owned())
 }
 
-/// Merges the log of the database that is to be kept, so that its file is all of it. What is no database of ours any
-/// more is not touched: SQLite would remove its log.
-fn merge(path: &Path) {
+/// Wipes the cached keys of a key server's from the database that is to be kept, which outlives what they are good for,
+/// and merges its log, so that its file is all of it. What is no database of ours any more is not touched: SQLite would
+/// remove its log. Returns why it was not done.
+fn leave_out_cache(path: &Path) -> Result<(), String> {
     let mut head = [0; 100];
     let is_ours = File::open(path).and_then(|mut file| file.read_exact(&mut head)).is_ok() && schema::is_ours(&head);
-    if !is_ours || !files::has_write_ahead_log(path).unwrap_or(false) {
-        return;
+    if !is_ours {
+        return Err("it is no database of volcrypt's any more".to_owned());
     }
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | common_flags();
-    let merged = Connection::open_with_flags(path, flags).and_then(|connection| {
-        harden(&connection)?;
-        connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get::<_, bool>(0))
-    });
-    if let Err(error) = merged {
-        tracing::warn!("the log of {} is not merged: {error}", path.display());
+    let connection = Connection::open_with_flags(path, flags).map_err(|error| error.to_string())?;
+    let wiped = harden(&connection).and_then(|()| wipe_cache(&connection));
+    // Also where that failed: what is in the log alone would be missed.
+    let merged = match cut_log(&connection) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err("its log cannot be merged because another process reads it".to_owned()),
+        Err(error) => Err(format!("its log cannot be merged: {error}")),
+    };
+    wiped.map_err(|error| error.to_string()).and(merged)
+}
+
+fn wipe_cache(connection: &Connection) -> rusqlite::Result<()> {
+    // An older volcrypt's has no such table.
+    let has_cache = connection
+        .query_row("SELECT count(*) FROM sqlite_schema WHERE name = 'key_cache'", [], |row| row.get::<_, i64>(0))?;
+    match has_cache {
+        0 => Ok(()),
+        _ => connection.execute_batch("PRAGMA secure_delete = ON; DELETE FROM key_cache;"),
     }
 }
 

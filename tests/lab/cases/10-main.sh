@@ -292,7 +292,7 @@ case_something_is_left_for_the_restart() {
     qemu_io kept sda 'flush'
     expect_ciphertext kept 0 5a
     volcrypt volume show prot-kept-0 --json | jq 'del(.mapped, .domains)' >/root/kept-volume.json
-    volcrypt key list --json >/root/kept-keys.json
+    keys_listed >/root/kept-keys.json
 }
 
 domain_is_off() {

@@ -15,7 +15,7 @@ case_nothing_is_mapped_after_a_restart() {
 case_records_and_keys_are_there() {
     [ -e /root/kept-volume.json ] || skip '10-main has to run before'
     expect_eq "$(volcrypt volume show prot-kept-0 --json | jq 'del(.mapped, .domains)')" "$(cat /root/kept-volume.json)"
-    expect_eq "$(volcrypt key list --json)" "$(cat /root/kept-keys.json)"
+    expect_eq "$(keys_listed)" "$(cat /root/kept-keys.json)"
 }
 
 case_a_domain_reads_what_was_written_before() {
@@ -37,7 +37,7 @@ case_something_is_left_for_the_power_cut() {
     domain_start kept
     volume_create late 16
     volcrypt volume show prot-late-0 --json | jq 'del(.mapped, .domains)' >/root/late-volume.json
-    volcrypt key list --json >/root/kept-keys.json
+    keys_listed >/root/kept-keys.json
     sync /root/late-volume.json /root/kept-keys.json
     disk_attach kept "$(lun_path prot-late)" sdb
     qemu_io kept sda 'write -P 0x6b 0 64k'

@@ -15,7 +15,7 @@ case_records_and_keys_are_there() {
     [ -e /root/late-volume.json ] || skip '11-reboot has to run before'
     expect_eq "$(volcrypt volume show prot-kept-0 --json | jq 'del(.mapped, .domains)')" "$(cat /root/kept-volume.json)"
     expect_eq "$(volcrypt volume show prot-late-0 --json | jq 'del(.mapped, .domains)')" "$(cat /root/late-volume.json)"
-    expect_eq "$(volcrypt key list --json)" "$(cat /root/kept-keys.json)"
+    expect_eq "$(keys_listed)" "$(cat /root/kept-keys.json)"
     expect_eq "$(sqlite3 -readonly /var/lib/volcrypt/volcrypt.db 'PRAGMA integrity_check')" ok 'database'
 }
 

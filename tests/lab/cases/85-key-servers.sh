@@ -72,11 +72,11 @@ case_a_host_that_keeps_keys_starts_its_guests_without_the_server() {
 [key_cache]
 lifetime_days = 7"
     first uses_a_volume_with_the_cache
-    servers stop
+    servers stop kmip
     "$here/lab" reboot
     "$here/lab" network
     first starts_what_it_has_kept
-    servers start
+    servers start kmip
     first opens_all_again
 }
 

@@ -55,6 +55,11 @@ expect_ciphertext() {
     LC_ALL=C grep -qaP '[^\x00]' "$file" || fail "nothing was written to $file"
 }
 
+# keys_listed: what is known of all keys, apart from what changes with each use.
+keys_listed() {
+    volcrypt key list --json | jq 'map(del(.last_use, .hosts, .age_days))'
+}
+
 # journal_since TIME: what volcryptd said since then (as `date +@%s` gives it).
 journal_since() {
     journalctl --unit volcryptd --no-pager --quiet --output cat --since "$1"

@@ -118,6 +118,14 @@ fn run(options: &Options) -> io::Result<()> {
     let devices = Box::new(HostDevices::new(Arc::clone(&guard)));
     let domains = Box::new(LibvirtState::system());
     let broker = Arc::new(Broker::new(config, devices, domains, Box::new(PlainEncryptor::new())));
+    let ending = Arc::clone(broker.holds());
+    start("termination", move || {
+        termination.wait();
+        ending.await_none(END_WITHIN);
+        // Whoever has just had the last hold ended still gets the answer.
+        thread::sleep(ANSWERS_WITHIN);
+        termination.act();
+    })?;
     let knowing = Arc::downgrade(&broker);
     guard.know_enrolled(Box::new(move |device| knowing.upgrade()?.is_enrolled(device)));
     if let Err(refusal) = control::sweep(&broker) {
@@ -138,14 +146,6 @@ fn run(options: &Options) -> io::Result<()> {
     let told = Arc::clone(&broker);
     start("in-use", move || in_use::keep(&told))?;
     start("control", move || control.serve(&control_socket, &Pool::new(MOST_CLIENTS)))?;
-    let ending = Arc::clone(broker.holds());
-    start("termination", move || {
-        termination.wait();
-        ending.await_none(END_WITHIN);
-        // Whoever has just had the last hold ended still gets the answer.
-        thread::sleep(ANSWERS_WITHIN);
-        termination.act();
-    })?;
     let (announce, announced) = mpsc::sync_channel(MOST_ANNOUNCED);
     let fetching = Arc::clone(&broker);
     start("fetch-ahead", move || {

@@ -15,6 +15,9 @@ case_two_hosts_ask_one_kmip_server() {
     servers_reached
     servers_reached_by_second
     keys=$(servers config kmip)
+    # Neither knows anything, whatever ran before.
+    first forget_all
+    second forget_all
     first keys_on "$keys"
     second keys_on "$keys"
     first volume_create shared 16
@@ -63,6 +66,11 @@ case_a_host_that_cannot_ask_is_refused() {
     servers start kmip
     first domain_destroy vm
     first nothing_left
+}
+
+forget_all() {
+    stop_daemon
+    rm -rf /var/lib/volcrypt/*
 }
 
 # guest_on_shared: a domain on the volume.

@@ -207,7 +207,7 @@ impl<'a> KeyMigration<'a> {
         let Route { from, to } = self.route;
         for volume in others {
             let state = states.get(&volume).copied();
-            let word = state.map_or_else(|| self.left_to_others(&volume), |state| self.passed_over(&volume, state));
+            let word = self.stays(&volume, state);
             match word {
                 Some(word) => progress.skipped.push(word),
                 None => progress.refused.push(format!(
@@ -231,6 +231,11 @@ impl<'a> KeyMigration<'a> {
 
     fn states(&self) -> Result<HashMap<VolumeId, VolumeState>, Refusal> {
         Ok(self.store.volumes()?.into_iter().map(|record| (record.id, record.state)).collect())
+    }
+
+    /// Why the key of a volume stays where it is, if it does; it has no state without a record here.
+    fn stays(&self, volume: &VolumeId, state: Option<VolumeState>) -> Option<String> {
+        state.map_or_else(|| self.left_to_others(volume), |state| self.passed_over(volume, state))
     }
 
     /// Why the key of a volume in such a state stays where it is.
@@ -335,10 +340,7 @@ impl<'a> KeyMigration<'a> {
     /// Has the key of `volume` in both key managers.
     fn copy(&self, volume: &VolumeId) -> Result<Done, Refusal> {
         let record = self.store.volume(volume)?;
-        let word = record
-            .as_ref()
-            .map_or_else(|| self.left_to_others(volume), |record| self.passed_over(volume, record.state));
-        if let Some(word) = word {
+        if let Some(word) = self.stays(volume, record.as_ref().map(|record| record.state)) {
             return Ok(Done::Skipped(word));
         }
         let Route { from, to } = self.route;
@@ -466,10 +468,7 @@ impl<'a> KeyMigration<'a> {
         if let Some(record) = record.as_ref().filter(|record| record.state == VolumeState::Destroyed) {
             return self.remove_remains(record);
         }
-        let word = record
-            .as_ref()
-            .map_or_else(|| self.left_to_others(volume), |record| self.passed_over(volume, record.state));
-        if let Some(word) = word {
+        if let Some(word) = self.stays(volume, record.as_ref().map(|record| record.state)) {
             return Ok(Done::Skipped(word));
         }
         let Route { from, to } = self.route;

@@ -4,30 +4,14 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use volcrypt::keys::{Description, Key, KeyManager};
-use volcrypt::policy::Profile;
-use volcrypt::refusal::{Reason, Refusal};
-use volcrypt::store::EnrolledDevice;
-use volcrypt::volume::VolumeId;
+use volcrypt::keys::{Key, KeyManager};
+use volcrypt::refusal::Reason;
 
+use super::barbican_faults::{refused, volume, wanted};
 use super::cluster::{Cluster, Turn};
 use super::scripted::Reply;
 
 const NEVER: Duration = Duration::from_secs(3600);
-
-fn volume(name: &str) -> VolumeId {
-    name.parse().unwrap()
-}
-
-fn wanted() -> Description {
-    let device = EnrolledDevice { wwid: Some("naa.6".to_owned()), ..EnrolledDevice::default() };
-    Description::new(device, 4096, ("default", &Profile::default()), Some("p1"), 7)
-}
-
-fn refused<T>(outcome: Result<T, Refusal>) -> (Reason, String) {
-    let refusal = outcome.err().expect("must be refused");
-    (refusal.reason(), refusal.to_string())
-}
 
 /// After the key was handed out, whoever is asked does not see yet that it was chosen.
 #[test]

@@ -23,16 +23,16 @@ const KEY: [u8; 64] = *b"0123456789abcdef0123456789abcdef0123456789abcdef0123456
 /// What is asked one after the other for a key.
 const STEPS: [&str; 4] = ["/v3/auth/tokens", "/v1/secrets?", "/metadata", "/payload"];
 
-fn volume(name: &str) -> VolumeId {
+pub(super) fn volume(name: &str) -> VolumeId {
     name.parse().unwrap()
 }
 
-fn wanted() -> Description {
+pub(super) fn wanted() -> Description {
     let device = EnrolledDevice { wwid: Some("naa.6".to_owned()), ..EnrolledDevice::default() };
     Description::new(device, 4096, ("default", &Profile::default()), Some("p1"), 7)
 }
 
-fn refused<T>(outcome: Result<T, Refusal>) -> (Reason, String) {
+pub(super) fn refused<T>(outcome: Result<T, Refusal>) -> (Reason, String) {
     let refusal = outcome.err().expect("must be refused");
     (refusal.reason(), refusal.to_string())
 }

@@ -20,7 +20,7 @@ const REGISTER: u8 = 0x03;
 const ACTIVATE: u8 = 0x12;
 const DISCOVER_VERSIONS: u8 = 0x1e;
 
-fn volume(name: &str) -> VolumeId {
+pub(super) fn volume(name: &str) -> VolumeId {
     name.parse().unwrap()
 }
 
@@ -30,7 +30,7 @@ fn wanted() -> Description {
     Description::new(device, 4096, ("default", &Profile::default()), None, 7)
 }
 
-fn create(manager: &KmipKeyManager, volume: &VolumeId) -> Result<Key, Refusal> {
+pub(super) fn create(manager: &KmipKeyManager, volume: &VolumeId) -> Result<Key, Refusal> {
     manager.create(volume, &wanted()).map(|(key, _)| key)
 }
 

@@ -2,15 +2,13 @@
 
 use std::time::Duration;
 
+use volcrypt::keys::KeyManager;
 use volcrypt::keys::kmip::message::tag;
 use volcrypt::keys::kmip::ttlv::Writer;
 use volcrypt::keys::kmip::{KeyOrigin, KmipConfig, KmipKeyManager};
-use volcrypt::keys::{Description, Key, KeyManager};
-use volcrypt::policy::Profile;
-use volcrypt::refusal::{Reason, Refusal};
-use volcrypt::store::EnrolledDevice;
-use volcrypt::volume::VolumeId;
+use volcrypt::refusal::Reason;
 
+use super::faults::{create, volume};
 use super::proxy::{Fault, Proxy};
 use super::pykmip::PyKmip;
 
@@ -20,16 +18,6 @@ const GET: u8 = 0x0a;
 const MODIFY_ATTRIBUTE: u8 = 0x0e;
 const ACTIVATE: u8 = 0x12;
 const DESTROY: u8 = 0x14;
-
-fn volume(name: &str) -> VolumeId {
-    name.parse().unwrap()
-}
-
-fn create(manager: &KmipKeyManager, volume: &VolumeId) -> Result<Key, Refusal> {
-    let device = EnrolledDevice { wwid: Some("naa.6".to_owned()), ..EnrolledDevice::default() };
-    let wanted = Description::new(device, 4096, ("default", &Profile::default()), None, 7);
-    manager.create(volume, &wanted).map(|(key, _)| key)
-}
 
 /// A host that reaches a server through a proxy, and the like of it that reaches it directly.
 fn host(server: &PyKmip, proxy: &Proxy, deadline: Duration) -> KmipKeyManager {

@@ -15,7 +15,7 @@ use assert_cmd::cargo::CommandCargoExt;
 use rusqlite::Connection;
 use tempfile::TempDir;
 use volcrypt::audit::{Entry, Kind, Link, Role};
-use volcrypt::keys::{EmbeddedKeyManager, Key, KeyEncryptionKey, KeyManager, RotationStep};
+use volcrypt::keys::{EmbeddedKeyManager, Key, KeyEncryptionKey, KeyHandle, KeyManager, RotationStep};
 use volcrypt::policy::Provider;
 use volcrypt::store::{AuditQuery, EnrolledDevice, Staged, Store, VolumeRecord, VolumeState};
 use volcrypt::volume::VolumeId;
@@ -149,6 +149,7 @@ fn record(name: &str, key: &Key) -> VolumeRecord {
         cipher: "aes-xts-plain64".to_owned(),
         key_size: 512.try_into().unwrap(),
         sector_size: 4096,
+        key: KeyHandle::first(&id(name)),
         check_value: key.check_value(&id(name)),
         enrolled_at: 1_790_000_000,
         state: VolumeState::Enrolled,
@@ -709,7 +710,7 @@ fn what_other_hosts_are_writing_to_a_shared_folder_is_no_leftover() {
 #[test]
 fn what_is_replaced_has_no_kept_key_in_it() {
     const WRAPPED: &[u8] = b"a key of the server's, which is wrapped";
-    let keep = "INSERT INTO key_cache SELECT 'one', hex(zeroblob(32)), 512, ?1, check_value, 7 FROM keks";
+    let keep = "INSERT INTO key_cache SELECT 'one', hex(zeroblob(32)), 512, ?1, check_value, 7, 'one', 1 FROM keks";
     let holds = |path: &Path| fs::read(path).unwrap().windows(WRAPPED.len()).any(|window| window == WRAPPED);
     let (host, killed) = (Host::new(), Host::new());
     host.enrol(&["one"]);

@@ -99,7 +99,7 @@ fn record() -> Value {
     json!({
         "id": "vol-1", "device": { "iscsi_target": "iqn.2026-11.org.lab:v0", "lun": 0, "wwid": null },
         "size_bytes": 1 << 20, "profile": "default", "provider": "plain", "cipher": "aes-xts-plain64",
-        "key_size": 512, "sector_size": 512, "check_value": "000102030405060708090a0b0c0d0e0f",
+        "key_size": 512, "sector_size": 512, "key": { "id": "vol-1", "version": 1 }, "check_value": "000102030405060708090a0b0c0d0e0f",
         "enrolled_at": 0, "state": "enrolled", "owner": null, "mapped": false, "domains": []
     })
 }

@@ -36,7 +36,7 @@ fn table(keys: &[KeyStatus]) -> String {
         table.push([
             info.volume.to_string(),
             info.key_size.bits().to_string(),
-            info.version.to_string(),
+            info.key.version.to_string(),
             key.manager.to_string(),
             utc(info.created_at),
             key.age_days.to_string(),
@@ -56,15 +56,15 @@ fn table(keys: &[KeyStatus]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::keys::{KeyInfo, ManagerKind};
+    use crate::keys::{KeyHandle, KeyInfo, ManagerKind};
 
     #[test]
     fn a_key_is_told_by_its_age_its_use_and_its_state() {
         let key = |destroyed, old, last_use| KeyStatus {
             info: KeyInfo {
                 volume: "vol-1".parse().unwrap(),
+                key: KeyHandle::first(&"vol-1".parse().unwrap()),
                 key_size: 512.try_into().unwrap(),
-                version: 1,
                 created_at: 86_400,
                 destroyed,
                 hosts: if old { vec!["host1".to_owned(), "host2".to_owned()] } else { vec![] },

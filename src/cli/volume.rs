@@ -169,7 +169,7 @@ mod tests {
         serde_json::from_value(json!({
             "id": "vol-1", "device": device, "size_bytes": 10u64 << 30, "profile": "default", "provider": "plain",
             "cipher": "aes-xts-plain64", "key_size": 512, "sector_size": 4096,
-            "check_value": "000102030405060708090a0b0c0d0e0f", "enrolled_at": 0, "state": "enrolled", "owner": null,
+            "key": { "id": "vol-1", "version": 2 }, "check_value": "000102030405060708090a0b0c0d0e0f", "enrolled_at": 0, "state": "enrolled", "owner": null,
             "mapped": users.is_some(), "domains": users.unwrap_or_default()
         }))
         .unwrap()

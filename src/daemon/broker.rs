@@ -365,7 +365,7 @@ impl Broker {
         let id = &record.id;
         let vault = self.vault()?;
         // A key server may take its time.
-        let key = while_waiting(|| vault.keys.get_enrolled(id, record.check_value))?;
+        let key = while_waiting(|| vault.keys.get_enrolled(&record.recorded_key()))?;
         if key.bits() != record.key_size.bits() as usize {
             let sentence = format!(
                 "the key of volume {id} has {} bits and not the {} it was enrolled with: restore the right key",

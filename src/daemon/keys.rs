@@ -47,7 +47,7 @@ impl Listing {
             _ => {
                 // Nobody else waits for the key manager meanwhile.
                 let mut keys = broker.vault()?.keys.list()?;
-                keys.sort_by(|one, other| (&one.volume, one.version).cmp(&(&other.volume, other.version)));
+                keys.sort_by(|one, other| (&one.volume, &one.key).cmp(&(&other.volume, &other.key)));
                 let keys = Arc::new(keys);
                 let kept = (keys.len() > PAGE).then(|| (Instant::now(), Arc::clone(&keys)));
                 *self.0.lock().unwrap_or_else(PoisonError::into_inner) = kept;

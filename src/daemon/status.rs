@@ -10,7 +10,6 @@ use super::broker::{Broker, Vault};
 use super::guests::Guests;
 use crate::encryptor::{Mapping, device_path};
 use crate::guest::{LibvirtState, open_devices};
-use crate::keys::KeptKeys;
 use crate::protocol::{CachedVolume, GuardStatus, GuestStatus, KeyCacheStatus, MappingStatus, Status};
 use crate::refusal::Refusal;
 use crate::store::VolumeState;
@@ -42,13 +41,12 @@ pub fn status(broker: &Broker, guests: &Guests, guard: GuardStatus) -> Result<St
 
 /// Which volumes would start without the key server, if there is one.
 fn key_cache(vault: &Vault) -> Option<KeyCacheStatus> {
-    let KeptKeys { lifetime, until, fault } = vault.keys.kept()?;
+    let kept = vault.keys.kept()?;
     let volumes = vault.store.volumes().unwrap_or_default().into_iter();
     let enrolled = volumes.filter(|record| record.state == VolumeState::Enrolled);
-    let volumes = enrolled
-        .map(|record| CachedVolume { starts_until: until.get(&record.id).copied(), volume: record.id })
-        .collect();
-    Some(KeyCacheStatus { lifetime_days: lifetime.as_secs() / (24 * 3600), fault, volumes })
+    let volumes =
+        enrolled.map(|record| CachedVolume { starts_until: kept.until(&record), volume: record.id }).collect();
+    Some(KeyCacheStatus { lifetime_days: kept.lifetime.as_secs() / (24 * 3600), fault: kept.fault, volumes })
 }
 
 /// Every guest, as it is shown.

@@ -78,6 +78,7 @@ mod tests {
             cipher: "aes-xts-plain64".to_owned(),
             key_size,
             sector_size,
+            key: crate::keys::KeyHandle::first(&id),
             check_value: Key::random(key_size).unwrap().check_value(&id),
             enrolled_at: 0,
             state: VolumeState::Enrolled,

@@ -1,7 +1,7 @@
 use aws_lc_rs::constant_time;
 use serde::{Deserialize, Serialize};
 
-use super::{CheckValue, FIRST_VERSION, Key};
+use super::{CheckValue, FIRST_VERSION, Key, KeyHandle, RecordedKey};
 use crate::policy::{KeySize, Provider, is_supported};
 use crate::refusal::{Reason, Refusal};
 use crate::store::{EnrolledDevice, VolumeRecord, VolumeState};
@@ -91,8 +91,13 @@ impl Description {
             sector_size,
             enrolled_at: record.enrolled_at,
             owner: record.owner.clone(),
-            key_version: FIRST_VERSION,
+            key_version: record.key.version,
         }
+    }
+
+    /// The same, where it is the key number `key_version` that goes with it.
+    pub(super) fn with_key_version(self, key_version: u32) -> Self {
+        Description { key_version, ..self }
     }
 
     /// Which of the volume's keys goes with it.
@@ -123,6 +128,7 @@ impl Description {
             cipher: self.cipher,
             key_size: self.key_size,
             sector_size: self.sector_size,
+            key: KeyHandle::of(volume, self.key_version),
             check_value: key.check_value(volume),
             enrolled_at: self.enrolled_at,
             state: VolumeState::Enrolled,
@@ -201,6 +207,16 @@ impl SealedDescription {
                 Ok(SealedDescription { text, seal, check_value, description: volume })
             }
         }
+    }
+
+    /// Which of the volume's keys it was written for, by its own word.
+    pub fn key_version(&self) -> u32 {
+        self.description.key_version
+    }
+
+    /// Whether it was written for the key that a record names, by its own word.
+    pub(super) fn is_for(&self, key: &RecordedKey) -> bool {
+        key.handle == KeyHandle::of(&key.volume, self.key_version()) && self.check_value == key.check_value
     }
 
     /// The description, if `key` is the one of `volume` that it was written for.
@@ -287,6 +303,9 @@ mod tests {
         let read = SealedDescription::parse(&text).unwrap().open(&volume, &key()).unwrap();
         assert_eq!(read, second);
         assert!(!read.reads_as(&description()), "another key");
+        let record = read.clone().record(&volume, &key());
+        assert_eq!(record.key, KeyHandle::of(&volume, u32::MAX));
+        assert_eq!(Description::of(&record), read);
     }
 
     #[test]

@@ -5,8 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::kek_places::{Found, KekPlaces};
 use super::{
-    Capabilities, CheckValue, Description, FIRST_VERSION, Imported, KekRotation, Key, KeyEncryptionKey, KeyInfo,
-    KeyManager, RotationStep, other_key,
+    Capabilities, CheckValue, Description, FIRST_VERSION, Imported, KekRotation, Key, KeyEncryptionKey, KeyHandle,
+    KeyInfo, KeyManager, RecordedKey, RotationStep, other_key,
 };
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
@@ -80,14 +80,17 @@ impl EmbeddedKeyManager {
     pub fn check_all(&self) -> Result<u64, Refusal> {
         let mut checked = 0;
         for info in self.store.key_infos()?.iter().filter(|info| !info.destroyed) {
-            let key = self.get(&info.volume)?;
-            if let Some(record) = self.store.volume(&info.volume)?
-                && key.check_value(&info.volume) != record.check_value
-            {
-                return Err(Refusal::new(
-                    Reason::WrongKey,
-                    format!("the key of volume {} is not the one it was enrolled with", info.volume),
-                ));
+            let mut key = self.version(&info.volume, info.key.version)?;
+            if let Some(record) = self.store.volume(&info.volume)? {
+                if record.key != info.key {
+                    key = self.get_enrolled(&record.recorded_key())?;
+                }
+                if key.check_value(&info.volume) != record.check_value {
+                    return Err(Refusal::new(
+                        Reason::WrongKey,
+                        format!("the key of volume {} is not the one it was enrolled with", info.volume),
+                    ));
+                }
             }
             checked += 1;
         }
@@ -103,6 +106,19 @@ impl EmbeddedKeyManager {
         let ring = Arc::new(load(&self.store, &self.places, Some(&self.ring()))?);
         *self.ring.write().unwrap_or_else(PoisonError::into_inner) = Arc::clone(&ring);
         Ok(ring)
+    }
+
+    /// The key of `volume` that has `version`.
+    fn version(&self, volume: &VolumeId, version: u32) -> Result<Key, Refusal> {
+        match self.store.wrapped_key_of(volume, version)? {
+            Some(record) => self.unwrap(&record),
+            None => Err(no_key(volume)),
+        }
+    }
+
+    /// The database, as sentences call it.
+    fn place(&self) -> String {
+        self.store.path().display().to_string()
     }
 
     /// Opens a record that was found.
@@ -128,16 +144,16 @@ impl EmbeddedKeyManager {
             ));
         };
         if let Some(kek) = self.ring().by(by) {
-            return kek.unwrap(&info.volume, info.version, info.key_size, wrapped);
+            return kek.unwrap(&info.volume, info.key.version, info.key_size, wrapped);
         }
         // A rotation began elsewhere, or ended since the record was read.
         let ring = self.reload()?;
         if let Some(kek) = ring.by(by) {
-            return kek.unwrap(&info.volume, info.version, info.key_size, wrapped);
+            return kek.unwrap(&info.volume, info.key.version, info.key_size, wrapped);
         }
-        match self.store.wrapped_key(&info.volume)? {
+        match self.store.wrapped_key_of(&info.volume, info.key.version)? {
             Some(WrappedKey { info, wrapped: Some(wrapped), kek: Some(now) }) if now != by => match ring.by(now) {
-                Some(kek) => kek.unwrap(&info.volume, info.version, info.key_size, &wrapped),
+                Some(kek) => kek.unwrap(&info.volume, info.key.version, info.key_size, &wrapped),
                 None => Err(self.missing(now)),
             },
             _ => Err(self.missing(by)),
@@ -182,31 +198,37 @@ impl EmbeddedKeyManager {
     /// As [`get`](KeyManager::get), and [`Reason::Configuration`] when there is a key of another size.
     /// After an error the volume has either no key or a correct one.
     pub fn make(&self, volume: &VolumeId, size: KeySize) -> Result<Key, Refusal> {
+        self.make_or_find(volume, size).map(|(key, _)| key)
+    }
+
+    /// The same, with the key's version.
+    fn make_or_find(&self, volume: &VolumeId, size: KeySize) -> Result<(Key, u32), Refusal> {
         if let Some(record) = self.store.wrapped_key(volume)? {
-            return self.unwrap_sized(&record, size);
+            return Ok((self.unwrap_sized(&record, size)?, record.info.key.version));
         }
         let key = Key::random(size)?;
         let info = KeyInfo {
             volume: volume.clone(),
+            key: KeyHandle::of(volume, FIRST_VERSION),
             key_size: size,
-            version: FIRST_VERSION,
             created_at: seconds_now(),
             destroyed: false,
             hosts: Vec::new(),
         };
         let inserted = self.insert(&info, &key)?;
-        let record = self.store.wrapped_key_from_disk(volume)?.ok_or_else(|| no_key(volume))?;
+        let record = self.store.wrapped_key_from_disk(volume, None)?.ok_or_else(|| no_key(volume))?;
         let read = self.unwrap_sized(&record, size)?;
-        match inserted {
-            Inserted::Stored => self.compare(volume, &key, read),
+        let read = match inserted {
+            Inserted::Stored => self.compare(volume, &key, read)?,
             // Somebody else made one meanwhile; that is the volume's key.
-            _ => Ok(read),
-        }
+            _ => read,
+        };
+        Ok((read, record.info.key.version))
     }
 
     /// Stores `key` if the volume has none.
     fn insert(&self, info: &KeyInfo, key: &Key) -> Result<Inserted, Refusal> {
-        let KeyInfo { volume, version, key_size, .. } = info;
+        let KeyInfo { volume, key: KeyHandle { version, .. }, key_size, .. } = info;
         let mut ring = self.ring();
         loop {
             let (value, kek) = &ring.current;
@@ -233,28 +255,45 @@ impl KeyManager for EmbeddedKeyManager {
     }
 
     /// # Errors
+    /// As [`get`](KeyManager::get), and [`Reason::WrongKey`] when only other versions of the key are there.
+    fn get_enrolled(&self, key: &RecordedKey) -> Result<Key, Refusal> {
+        let (volume, version) = (&key.volume, key.own_version(&self.place())?);
+        if let Some(record) = self.store.wrapped_key_of(volume, version)? {
+            return self.unwrap(&record);
+        }
+        Err(match self.store.wrapped_key(volume)? {
+            Some(other) => key.other_version(&self.place(), other.info.key.version),
+            None => no_key(volume),
+        })
+    }
+
+    /// # Errors
     /// Those of [`EmbeddedKeyManager::make`].
     fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
-        Ok((self.make(volume, wanted.key_size)?, wanted.clone()))
+        let (key, version) = self.make_or_find(volume, wanted.key_size)?;
+        Ok((key, wanted.clone().with_key_version(version)))
     }
 
     /// What has to be known of the volume is in its record. The key is as old as the volume is enrolled, not as it is here.
     fn import(&self, volume: &VolumeId, key: &Key, description: &Description) -> Result<Imported, Refusal> {
         let info = KeyInfo {
             volume: volume.clone(),
+            key: KeyHandle::of(volume, description.key_version()),
             key_size: description.key_size,
-            version: description.key_version(),
             created_at: description.enrolled_at(),
             destroyed: false,
             hosts: Vec::new(),
         };
         let inserted = self.insert(&info, key)?;
-        let record = self.store.wrapped_key_from_disk(volume)?.ok_or_else(|| no_key(volume))?;
-        let same = self.unwrap(&record)?.same_as(key) && record.info.version == info.version;
+        let record = match self.store.wrapped_key_from_disk(volume, Some(info.key.version))? {
+            Some(record) => record,
+            None => self.store.wrapped_key(volume)?.ok_or_else(|| no_key(volume))?,
+        };
+        let same = self.unwrap(&record)?.same_as(key) && record.info.key == info.key;
         match (inserted, same) {
             (Inserted::Stored, true) => Ok(Imported::Stored),
             (_, true) => Ok(Imported::Present),
-            (_, false) => Err(other_key(volume, &self.store.path().display().to_string())),
+            (_, false) => Err(other_key(volume, &self.place())),
         }
     }
 

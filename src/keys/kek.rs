@@ -7,7 +7,7 @@ use aws_lc_rs::aead::{AES_256_GCM_SIV, Aad, LessSafeKey, NONCE_LEN, Nonce, Unbou
 use aws_lc_rs::rand;
 
 use super::secret_file::{self, Trust};
-use super::{CheckValue, Key};
+use super::{CheckValue, Key, KeyHandle};
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
 use crate::store::CachedKey;
@@ -113,18 +113,18 @@ impl KeyEncryptionKey {
         self.seal(volume, &associated_data(volume, version, key.bits()), key)
     }
 
-    /// Wraps `key` as one of `volume` that `server` last gave at `fetched_at`.
+    /// Wraps `key` as the one of `volume` that `handle` names and `server` last gave at `fetched_at`.
     ///
     /// # Errors
     /// [`Reason::NoKey`] when there is no randomness.
     pub(super) fn wrap_cached(
         &self,
-        volume: &VolumeId,
+        (volume, handle): (&VolumeId, &KeyHandle),
         server: &str,
         fetched_at: i64,
         key: &Key,
     ) -> Result<Vec<u8>, Refusal> {
-        self.seal(volume, &cache_data(volume, server, fetched_at, key.bits()), key)
+        self.seal(volume, &cache_data((volume, handle), server, fetched_at, key.bits()), key)
     }
 
     fn seal(&self, volume: &VolumeId, context: &[u8], key: &Key) -> Result<Vec<u8>, Refusal> {
@@ -166,8 +166,9 @@ impl KeyEncryptionKey {
     /// # Errors
     /// [`Reason::NoKey`] when `wrapped` was not made by this key for that, or was changed.
     pub(super) fn unwrap_cached(&self, kept: &CachedKey) -> Result<Key, Refusal> {
-        let CachedKey { volume, server, key_size, wrapped, fetched_at, .. } = kept;
-        self.unseal(volume, &cache_data(volume, server, *fetched_at, key_size.bytes() * 8), *key_size, wrapped)
+        let CachedKey { volume, key: handle, server, key_size, wrapped, fetched_at, .. } = kept;
+        let context = cache_data((volume, handle), server, *fetched_at, key_size.bytes() * 8);
+        self.unseal(volume, &context, *key_size, wrapped)
     }
 
     fn unseal(&self, volume: &VolumeId, context: &[u8], size: KeySize, wrapped: &[u8]) -> Result<Key, Refusal> {
@@ -209,14 +210,19 @@ fn associated_data(volume: &VolumeId, version: u32, bits: usize) -> Vec<u8> {
 }
 
 /// The same for a key that is kept: another label, the server behind its length, and when it last gave the key, 64 bits
-/// in big-endian.
-fn cache_data(volume: &VolumeId, server: &str, fetched_at: i64, bits: usize) -> Vec<u8> {
+/// in big-endian. Any key but the volume's first own one has its id, behind its length, and its version at the end.
+fn cache_data((volume, handle): (&VolumeId, &KeyHandle), server: &str, fetched_at: i64, bits: usize) -> Vec<u8> {
     let number = |value: usize| (value as u32).to_be_bytes();
     let id = volume.as_str().as_bytes();
     let (id_length, server_length) = (number(id.len()), number(server.len()));
     let parts: [&[u8]; 7] =
         [CACHE_CONTEXT, &id_length, id, &server_length, server.as_bytes(), &fetched_at.to_be_bytes(), &number(bits)];
-    parts.concat()
+    let mut data = parts.concat();
+    if *handle != KeyHandle::first(volume) {
+        let key_id = handle.id.as_str().as_bytes();
+        data.extend([&number(key_id.len()), key_id, &handle.version.to_be_bytes()].concat());
+    }
+    data
 }
 
 /// The key in the file at `path`, if there is a file.
@@ -344,21 +350,40 @@ mod tests {
     #[test]
     fn a_kept_key_opens_in_its_own_row_only() {
         let (kek, key, in_its_record) = wrapped(256);
-        let row = |name: &str, server: &str, fetched_at, wrapped: &[u8]| CachedKey {
+        let (first, second) = (KeyHandle::first(&id("one")), KeyHandle::of(&id("one"), 2));
+        let row = |name: &str, key: &KeyHandle, server: &str, fetched_at, wrapped: &[u8]| CachedKey {
             volume: id(name),
+            key: key.clone(),
             server: server.to_owned(),
             key_size: size(256),
             wrapped: wrapped.to_vec(),
             kek: kek.check_value(),
             fetched_at,
         };
-        let kept = kek.wrap_cached(&id("one"), "kmip", 7, &key).unwrap();
-        assert!(kek.unwrap_cached(&row("one", "kmip", 7, &kept)).unwrap().same_as(&key));
-        refused(kek.unwrap_cached(&row("two", "kmip", 7, &kept)));
-        refused(kek.unwrap_cached(&row("one", "other", 7, &kept)));
-        refused(kek.unwrap_cached(&row("one", "kmip", 8, &kept)));
-        refused(kek.unwrap(&id("one"), 1, size(256), &kept));
-        refused(kek.unwrap_cached(&row("one", "kmip", 1, &in_its_record)));
+        let elsewhere = KeyHandle { id: "0b1f7c1e".parse().unwrap(), version: 1 };
+        let handles = [&first, &second, &elsewhere];
+        for handle in handles {
+            let kept = kek.wrap_cached((&id("one"), handle), "kmip", 7, &key).unwrap();
+            assert!(kek.unwrap_cached(&row("one", handle, "kmip", 7, &kept)).unwrap().same_as(&key));
+            for other in handles.into_iter().filter(|other| *other != handle) {
+                refused(kek.unwrap_cached(&row("one", other, "kmip", 7, &kept)));
+            }
+            refused(kek.unwrap_cached(&row("two", handle, "kmip", 7, &kept)));
+            refused(kek.unwrap_cached(&row("one", handle, "other", 7, &kept)));
+            refused(kek.unwrap_cached(&row("one", handle, "kmip", 8, &kept)));
+            refused(kek.unwrap(&id("one"), handle.version, size(256), &kept));
+        }
+        refused(kek.unwrap_cached(&row("one", &first, "kmip", 1, &in_its_record)));
+    }
+
+    /// What was kept before keys had handles opens still.
+    #[test]
+    fn the_first_key_of_a_volume_is_kept_as_ever() {
+        let volume = id("one");
+        let data = cache_data((&volume, &KeyHandle::first(&volume)), "kmip", 7, 256);
+        let parts: [&[u8]; 7] =
+            [CACHE_CONTEXT, &[0, 0, 0, 3], b"one", &[0, 0, 0, 4], b"kmip", &7i64.to_be_bytes(), &256u32.to_be_bytes()];
+        assert_eq!(data, parts.concat());
     }
 
     #[test]

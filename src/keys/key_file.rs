@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::secret_file::{self, Trust};
-use super::{Capabilities, Description, Imported, Key, KeyInfo, KeyManager};
+use super::{Capabilities, Description, Imported, Key, KeyInfo, KeyManager, RecordedKey};
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
@@ -74,6 +74,11 @@ impl KeyManager for KeyFileManager {
             bytes.copy_from_slice(self.key.bytes());
             Ok(())
         })
+    }
+
+    /// The one key, whichever the record names: there is no other.
+    fn get_enrolled(&self, key: &RecordedKey) -> Result<Key, Refusal> {
+        self.get(&key.volume)
     }
 
     /// The one key, if it has the size that is asked for.

@@ -344,7 +344,13 @@ impl<'a> KeyMigration<'a> {
             return Ok(Done::Skipped(word));
         }
         let Route { from, to } = self.route;
-        let found = match (self.found(volume), &record) {
+        if let Some(record) = record.as_ref().filter(|record| !record.key.is_own(volume)) {
+            // Under its own name in the new key manager, it would not be what the record names.
+            let sentence =
+                format!("the key {} of volume {volume} was not made by volcrypt, and stays in {from}", record.key.id);
+            return Ok(Done::Skipped(sentence));
+        }
+        let found = match (self.found(volume, record.as_ref()), &record) {
             // The source may remember what an earlier run has destroyed there.
             (Err(refusal), Some(record)) if refusal.reason() == Reason::KeyDestroyed => {
                 return self.is_there_alone(record).map_err(|other| match other.reason() {
@@ -373,7 +379,7 @@ impl<'a> KeyMigration<'a> {
             imported => imported?,
         };
         // As every open will read it.
-        if !self.target.get(volume)?.same_as(&key) {
+        if !one_key(self.target, volume, record.as_ref())?.same_as(&key) {
             return Err(self.differing(volume, &key, &format!("{to} handed out another one than it was given")));
         }
         let detail = match imported {
@@ -390,11 +396,15 @@ impl<'a> KeyMigration<'a> {
     }
 
     /// The key of `volume` in the source and what that knows of the volume.
-    fn found(&self, volume: &VolumeId) -> Result<Option<(Key, Option<Description>)>, Refusal> {
+    fn found(
+        &self,
+        volume: &VolumeId,
+        record: Option<&VolumeRecord>,
+    ) -> Result<Option<(Key, Option<Description>)>, Refusal> {
         if self.source.capabilities().describes {
             return Ok(self.source.described(volume)?.map(|(key, description)| (key, Some(description))));
         }
-        match self.source.get(volume) {
+        match one_key(self.source, volume, record) {
             Ok(key) => Ok(Some((key, None))),
             Err(refusal) if refusal.reason() == Reason::NoKey && !self.lists(volume)? => Ok(None),
             Err(refusal) => Err(refusal),
@@ -408,7 +418,7 @@ impl<'a> KeyMigration<'a> {
 
     /// A volume that was enrolled with the target, or whose old key was destroyed.
     fn is_there_alone(&self, record: &VolumeRecord) -> Result<Done, Refusal> {
-        let key = self.target.get(&record.id)?;
+        let key = self.target.get_enrolled(&record.recorded_key())?;
         self.check_enrolled_with(record, self.route.to, &key)?;
         self.store.note_move(self.route, &record.id, MoveState::Moved, None)?;
         Ok(Done::Imported(Imported::Present))
@@ -472,7 +482,7 @@ impl<'a> KeyMigration<'a> {
             return Ok(Done::Skipped(word));
         }
         let Route { from, to } = self.route;
-        let new = self.target.get(volume).map_err(|refusal| match refusal.reason() {
+        let new = one_key(self.target, volume, record.as_ref()).map_err(|refusal| match refusal.reason() {
             Reason::NoKey | Reason::KeyDestroyed => Refusal::new(
                 refusal.reason(),
                 format!(
@@ -511,6 +521,14 @@ impl<'a> KeyMigration<'a> {
         let detail = format!("in {}, where it was gone already", self.route.from);
         let event = Event::new(Kind::OldKeyDestroyed, volume, detail);
         self.store.note_move(self.route, volume, MoveState::Moved, Some(event))
+    }
+}
+
+/// The key of `volume` in `keys`: the one that its record names, if it has one here.
+fn one_key(keys: &dyn KeyManager, volume: &VolumeId, record: Option<&VolumeRecord>) -> Result<Key, Refusal> {
+    match record {
+        Some(record) => keys.get_enrolled(&record.recorded_key()),
+        None => keys.get(volume),
     }
 }
 

@@ -9,12 +9,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
+use crate::store::VolumeRecord;
 use crate::volume::VolumeId;
 
 pub mod barbican;
 pub mod cached;
 mod description;
 mod embedded;
+mod handle;
 mod kek;
 mod kek_places;
 mod key;
@@ -27,6 +29,7 @@ pub mod tls;
 
 pub use description::{Description, SealedDescription};
 pub use embedded::EmbeddedKeyManager;
+pub use handle::{InvalidKeyId, KeyHandle, KeyId, RecordedKey};
 pub use kek::KeyEncryptionKey;
 pub use kek_places::kek_file;
 pub use key::{CheckValue, Key};
@@ -42,14 +45,16 @@ pub(crate) const FIRST_VERSION: u32 = 1;
 /// Implementations are shared between threads. Every call may take as long as its own deadline
 /// allows, so it is never made on the thread that polls the guests' listeners.
 pub trait KeyManager: Send + Sync {
-    /// The key of `volume`.
+    /// The key of `volume` that counts in the key manager now, whichever of the volume's keys that is: for whoever has no
+    /// record that names one.
     fn get(&self, volume: &VolumeId) -> Result<Key, Refusal>;
 
-    /// The key of `volume` that has `check_value`, by which this host has used it before: whatever else is said to be the
-    /// volume's key does not count. It may be another one all the same where there is none with it.
-    fn get_enrolled(&self, volume: &VolumeId, _check_value: CheckValue) -> Result<Key, Refusal> {
-        self.get(volume)
-    }
+    /// The key that a volume's record names: whatever else is said to be the volume's key does not count. It may have
+    /// another check value all the same where there is none with the one that is recorded, and never another version.
+    ///
+    /// # Errors
+    /// [`Reason::WrongKey`] when the key manager has the volume's key, and not that one; [`Reason::NoKey`] when it has none.
+    fn get_enrolled(&self, key: &RecordedKey) -> Result<Key, Refusal>;
 
     /// Makes and stores a random key for `volume`, reads it back and compares it, and keeps beside it what other hosts
     /// have to know of the volume. A key that is there already is handed out as it is, never replaced, if it has the
@@ -96,11 +101,11 @@ pub trait KeyManager: Send + Sync {
     /// What is known of every key; the keys themselves stay where they are.
     fn list(&self) -> Result<Vec<KeyInfo>, Refusal>;
 
-    /// Has the key of `volume` that has `check_value` fetched while nobody waits, because it will probably be asked for within a minute. Returns
-    /// at once, and whatever comes of it is nobody's refusal. A key manager that is quick has nothing to do.
-    fn fetch_ahead(&self, _volume: &VolumeId, _check_value: CheckValue) {}
+    /// Has the key that a volume's record names fetched while nobody waits, because it will probably be asked for within a
+    /// minute. Returns at once, and whatever comes of it is nobody's refusal. A key manager that is quick has nothing to do.
+    fn fetch_ahead(&self, _key: &RecordedKey) {}
 
-    /// Wipes what is on this host of the key of `volume`, if it is a copy.
+    /// Wipes what is on this host of the keys of `volume`, if it is a copy.
     fn wipe_copy(&self, _volume: &VolumeId) {}
 
     /// What could be used if the key server did not answer; nothing where there is no such server.
@@ -134,10 +139,17 @@ pub trait KeyManager: Send + Sync {
 pub struct KeptKeys {
     /// For how long a key is kept after the server last gave it; zero if none is.
     pub lifetime: Duration,
-    /// Until when the key of each volume can be used, in seconds since 1970-01-01 UTC.
-    pub until: BTreeMap<VolumeId, i64>,
+    /// Which key of each volume can be used, and until when, in seconds since 1970-01-01 UTC.
+    pub until: BTreeMap<VolumeId, (KeyHandle, i64)>,
     /// Why none can, although some were to be.
     pub fault: Option<String>,
+}
+
+impl KeptKeys {
+    /// Until when the key that `record` names can be used, in seconds since 1970-01-01 UTC; nothing if it is not kept.
+    pub fn until(&self, record: &VolumeRecord) -> Option<i64> {
+        self.until.get(&record.id).filter(|(key, _)| *key == record.key).map(|(_, until)| *until)
+    }
 }
 
 /// What a key manager can do beside handing out keys.
@@ -219,12 +231,13 @@ fn other_key(volume: &VolumeId, place: &str) -> Refusal {
 /// What may be shown of a key.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct KeyInfo {
-    /// The volume whose key it is.
+    /// The volume that it was made for.
     pub volume: VolumeId,
+    /// Which key it is; a server's word is enough for that, because nothing is read with it.
+    #[serde(flatten)]
+    pub key: KeyHandle,
     /// The size of the key.
     pub key_size: KeySize,
-    /// The version of the record that holds it.
-    pub version: u32,
     /// When it was created, in seconds since 1970-01-01 UTC.
     pub created_at: i64,
     /// Whether it was destroyed.
@@ -236,6 +249,6 @@ pub struct KeyInfo {
 
 impl fmt::Display for KeyInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ({} bits, version {})", self.volume, self.key_size.bits(), self.version)
+        write!(f, "{} ({} bits, version {})", self.volume, self.key_size.bits(), self.key.version)
     }
 }

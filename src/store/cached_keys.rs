@@ -4,20 +4,22 @@ use rusqlite::{OptionalExtension, Row, Transaction, params};
 
 use super::change::Change;
 use super::{Store, fault};
-use crate::keys::CheckValue;
+use crate::keys::{CheckValue, KeyHandle};
 use crate::policy::KeySize;
 use crate::refusal::Refusal;
 use crate::volume::VolumeId;
 
 /// The name in the table `meta` of the latest time that the cache has seen.
 const SEEN: &str = "key_cache_seen_at";
-const COLUMNS: &str = "volume_id, server, key_size, wrapped, kek, fetched_at";
+const COLUMNS: &str = "volume_id, server, key_size, wrapped, kek, fetched_at, key_id, key_version";
 
 /// A key that is kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct CachedKey {
     /// The volume whose key it is.
     pub(crate) volume: VolumeId,
+    /// Which of its keys.
+    pub(crate) key: KeyHandle,
     /// The server that it came from.
     pub(crate) server: String,
     /// Its size.
@@ -78,14 +80,16 @@ impl Store {
             }
             transaction
                 .execute(
-                    &format!("INSERT OR REPLACE INTO key_cache ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6)"),
+                    &format!("INSERT OR REPLACE INTO key_cache ({COLUMNS}) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)"),
                     params![
                         key.volume.as_str(),
                         key.server,
                         key.key_size.bits(),
                         key.wrapped,
                         key.kek.to_string(),
-                        key.fetched_at
+                        key.fetched_at,
+                        key.key.id.as_str(),
+                        key.key.version
                     ],
                 )
                 .map_err(fault)?;
@@ -189,8 +193,10 @@ impl Store {
 
     fn cached(&self, row: CachedRow) -> Result<CachedKey, Refusal> {
         let corrupt = |detail: &str| fault::corrupt(&self.path, detail);
+        let id = row.key_id.parse().map_err(|error| corrupt(&format!("{error}")))?;
         Ok(CachedKey {
             volume: row.volume.parse().map_err(|error| corrupt(&format!("{error}")))?,
+            key: KeyHandle { id, version: row.key_version },
             server: row.server,
             key_size: self.key_size(row.bits)?,
             wrapped: row.wrapped,
@@ -208,6 +214,8 @@ struct CachedRow {
     wrapped: Vec<u8>,
     kek: String,
     fetched_at: i64,
+    key_id: String,
+    key_version: u32,
 }
 
 fn read_row(row: &Row<'_>) -> rusqlite::Result<CachedRow> {
@@ -218,5 +226,7 @@ fn read_row(row: &Row<'_>) -> rusqlite::Result<CachedRow> {
         wrapped: row.get(3)?,
         kek: row.get(4)?,
         fetched_at: row.get(5)?,
+        key_id: row.get(6)?,
+        key_version: row.get(7)?,
     })
 }

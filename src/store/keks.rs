@@ -172,7 +172,7 @@ impl Store {
                 )
                 .map_err(fault)?;
             for Rewrapped { record, wrapped } in keys {
-                let place = params![wrapped, kek, record.info.volume.as_str(), record.info.version, record.wrapped];
+                let place = params![wrapped, kek, record.info.volume.as_str(), record.info.key.version, record.wrapped];
                 changed += update.execute(place).map_err(fault)? as u64;
             }
         }

@@ -5,7 +5,7 @@ use rusqlite::{Connection, OptionalExtension, Row, TransactionBehavior, params};
 use super::change::Change;
 use super::{Store, cut_log, fault};
 use crate::audit::{Event, Kind};
-use crate::keys::{CheckValue, KeyInfo};
+use crate::keys::{CheckValue, KeyHandle, KeyInfo};
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
@@ -35,10 +35,22 @@ pub(crate) enum Inserted {
 impl Store {
     /// The newest key record of `volume`.
     pub(crate) fn wrapped_key(&self, volume: &VolumeId) -> Result<Option<WrappedKey>, Refusal> {
+        self.find_key(volume, None)
+    }
+
+    /// The record of the key of `volume` that has `version`.
+    pub(crate) fn wrapped_key_of(&self, volume: &VolumeId, version: u32) -> Result<Option<WrappedKey>, Refusal> {
+        self.find_key(volume, Some(version))
+    }
+
+    fn find_key(&self, volume: &VolumeId, version: Option<u32>) -> Result<Option<WrappedKey>, Refusal> {
         let connection = self.connection();
         let row = connection.query_row(
-            &format!("SELECT {COLUMNS} FROM keys WHERE volume_id = ?1 ORDER BY version DESC LIMIT 1"),
-            [volume.as_str()],
+            &format!(
+                "SELECT {COLUMNS} FROM keys WHERE volume_id = ?1 AND (?2 IS NULL OR version = ?2)
+                 ORDER BY version DESC LIMIT 1"
+            ),
+            params![volume.as_str(), version],
             read_row,
         );
         let row = row.optional().map_err(|error| self.fault(&error))?;
@@ -48,10 +60,11 @@ impl Store {
     /// The record that a row is.
     pub(super) fn key_record(&self, row: KeyRow) -> Result<WrappedKey, Refusal> {
         let corrupt = |detail: &str| fault::corrupt(&self.path, detail);
+        let volume = row.volume.parse().map_err(|error| corrupt(&format!("{error}")))?;
         let info = KeyInfo {
-            volume: row.volume.parse().map_err(|error| corrupt(&format!("{error}")))?,
+            key: KeyHandle::of(&volume, row.version),
+            volume,
             key_size: self.key_size(row.bits)?,
-            version: row.version,
             created_at: row.created_at,
             destroyed: row.destroyed,
             hosts: Vec::new(),
@@ -60,11 +73,15 @@ impl Store {
         Ok(WrappedKey { info, wrapped: row.wrapped, kek })
     }
 
-    /// As [`Store::wrapped_key`], but from the files and not from what this process remembers of
-    /// them.
-    pub(crate) fn wrapped_key_from_disk(&self, volume: &VolumeId) -> Result<Option<WrappedKey>, Refusal> {
+    /// The record of the key of `volume` that has `version`, or the newest one, from the files and not from what this
+    /// process remembers of them.
+    pub(crate) fn wrapped_key_from_disk(
+        &self,
+        volume: &VolumeId,
+        version: Option<u32>,
+    ) -> Result<Option<WrappedKey>, Refusal> {
         self.connection().execute_batch("PRAGMA shrink_memory").map_err(|error| self.fault(&error))?;
-        self.wrapped_key(volume)
+        self.find_key(volume, version)
     }
 
     /// What may be shown of every key, by volume.
@@ -86,9 +103,9 @@ impl Store {
             .map(|(volume, version, bits, created_at, destroyed)| {
                 let volume = volume.parse().map_err(|error| fault::corrupt(&self.path, &format!("{error}")))?;
                 Ok(KeyInfo {
+                    key: KeyHandle::of(&volume, version),
                     volume,
                     key_size: self.key_size(bits)?,
-                    version,
                     created_at,
                     destroyed,
                     hosts: Vec::new(),
@@ -119,7 +136,7 @@ impl Store {
                      VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
                     params![
                         info.volume.as_str(),
-                        info.version,
+                        info.key.version,
                         info.key_size.bits(),
                         wrapped,
                         info.created_at,

@@ -19,6 +19,7 @@ pub(super) const MIGRATIONS: &[Migration] = &[
     include_str!("schema/4.sql"),
     include_str!("schema/5.sql"),
     include_str!("schema/6.sql"),
+    include_str!("schema/7.sql"),
 ];
 
 /// Marks the file as volcrypt's (`PRAGMA application_id`): `vlcr` in ASCII.

@@ -5,6 +5,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use tempfile::TempDir;
 
 use super::*;
+use crate::keys::KeyHandle;
 use crate::policy::Provider;
 
 mod audit;
@@ -74,6 +75,7 @@ fn record(name: &str) -> VolumeRecord {
         cipher: "aes-xts-plain64".to_owned(),
         key_size: 512.try_into().unwrap(),
         sector_size: 4096,
+        key: KeyHandle::first(&name.parse().unwrap()),
         check_value: "00112233445566778899aabbccddeeff".to_owned().try_into().unwrap(),
         enrolled_at: 1_790_000_000,
         state: VolumeState::Enrolled,

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::change::Change;
 use super::{Store, fault};
 use crate::audit::{Event, Kind};
-use crate::keys::CheckValue;
+use crate::keys::{CheckValue, KeyHandle, RecordedKey};
 use crate::policy::{KeySize, Provider};
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
@@ -35,6 +35,8 @@ pub struct VolumeRecord {
     pub key_size: KeySize,
     /// The unit of encryption in bytes: 512, 1024, 2048 or 4096.
     pub sector_size: u32,
+    /// Which key it is encrypted with.
+    pub key: KeyHandle,
     /// What tells the right volume key from a wrong one.
     pub check_value: CheckValue,
     /// When it was enrolled, in seconds since 1970-01-01 UTC.
@@ -105,6 +107,11 @@ impl fmt::Display for EnrolledDevice {
 }
 
 impl VolumeRecord {
+    /// The key that it names, as a key manager is asked for it.
+    pub fn recorded_key(&self) -> RecordedKey {
+        RecordedKey { volume: self.id.clone(), handle: self.key.clone(), check_value: self.check_value }
+    }
+
     /// The names of the fields in which `self` and `other` differ, of those that enrolling pins.
     fn differences(&self, other: &VolumeRecord) -> Vec<&'static str> {
         [
@@ -115,6 +122,7 @@ impl VolumeRecord {
             ("cipher", self.cipher != other.cipher),
             ("key_size", self.key_size != other.key_size),
             ("sector_size", self.sector_size != other.sector_size),
+            ("key", self.key != other.key),
             ("check_value", self.check_value != other.check_value),
         ]
         .into_iter()
@@ -132,7 +140,7 @@ pub(crate) fn not_enrolled(volume: &VolumeId) -> Refusal {
 const IS_DEVICE: &str = "((iscsi_target = ?1 AND lun = ?2) OR wwid = ?3 OR dm_uuid = ?4)";
 
 const COLUMNS: &str = "id, iscsi_target, lun, wwid, size_bytes, profile, provider, cipher, key_size, sector_size, \
-                       check_value, enrolled_at, state, owner, dm_uuid";
+                       check_value, enrolled_at, state, owner, dm_uuid, key_id, key_version";
 
 impl Store {
     /// The record of `volume`, if it is enrolled.
@@ -175,6 +183,25 @@ impl Store {
             .and_then(|mut statement| statement.query_map([], read_row)?.collect::<Result<Vec<_>, _>>())
             .map_err(|error| self.fault(&error))?;
         rows.into_iter().map(|row| self.record(row)).collect()
+    }
+
+    /// The volumes, enrolled or retired, whose records name `key`, by id.
+    ///
+    /// # Errors
+    /// [`Reason::StoreUnavailable`] when the database cannot be read.
+    pub fn volumes_with(&self, key: &KeyHandle) -> Result<Vec<VolumeId>, Refusal> {
+        let connection = self.connection();
+        let ids = connection
+            .prepare_cached(
+                "SELECT id FROM volumes WHERE key_id = ?1 AND key_version = ?2 AND state <> 'destroyed' ORDER BY id",
+            )
+            .and_then(|mut statement| {
+                let ids = statement.query_map(params![key.id.as_str(), key.version], |row| row.get::<_, String>(0))?;
+                ids.collect::<Result<Vec<_>, _>>()
+            })
+            .map_err(|error| self.fault(&error))?;
+        let parse = |id: String| id.parse().map_err(|error| fault::corrupt(&self.path, &format!("{error}")));
+        ids.into_iter().map(parse).collect()
     }
 
     /// Enrols a volume, and records that. To repeat a record that is there, whatever its `enrolled_at`,
@@ -229,7 +256,8 @@ impl Store {
             transaction
                 .execute(
                     &format!(
-                        "INSERT INTO volumes ({COLUMNS}) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15)"
+                        "INSERT INTO volumes ({COLUMNS})
+                         VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15,?16,?17)"
                     ),
                     params![
                         record.id.as_str(),
@@ -247,6 +275,8 @@ impl Store {
                         record.state.as_str(),
                         record.owner,
                         device.dm_uuid,
+                        record.key.id.as_str(),
+                        record.key.version,
                     ],
                 )
                 .map_err(fault)?;
@@ -335,6 +365,8 @@ struct VolumeRow {
     state: String,
     owner: Option<String>,
     dm_uuid: Option<String>,
+    key_id: Option<String>,
+    key_version: u32,
 }
 
 impl VolumeRow {
@@ -350,6 +382,7 @@ impl VolumeRow {
             cipher: self.cipher,
             key_size: self.key_size.try_into().ok()?,
             sector_size: self.sector_size,
+            key: KeyHandle { id: self.key_id?.parse().ok()?, version: self.key_version },
             check_value: self.check_value.try_into().ok()?,
             enrolled_at: self.enrolled_at,
             state: word(self.state)?,
@@ -379,6 +412,8 @@ fn read_row(row: &Row<'_>) -> rusqlite::Result<VolumeRow> {
         state: row.get(12)?,
         owner: row.get(13)?,
         dm_uuid: row.get(14)?,
+        key_id: row.get(15)?,
+        key_version: row.get(16)?,
     })
 }
 

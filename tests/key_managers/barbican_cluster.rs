@@ -9,6 +9,7 @@ use volcrypt::refusal::Reason;
 
 use super::barbican_faults::{refused, volume, wanted};
 use super::cluster::{Cluster, Turn};
+use super::conformance::recorded;
 use super::scripted::Reply;
 
 const NEVER: Duration = Duration::from_secs(3600);
@@ -173,7 +174,6 @@ fn a_host_that_has_used_a_key_has_it_whatever_else_has_its_name() {
     let cluster = Cluster::start(Duration::ZERO, Duration::ZERO);
     let one = volume("one");
     let (key, _) = cluster.host(0).create(&one, &wanted()).unwrap();
-    let check_value = key.check_value(&one);
     let right = cluster.secrets(0).into_iter().next().unwrap();
     let as_it_is = |_: &mut BTreeMap<String, String>| {};
     // One that says it is the key and is not, one that nobody understands, and one that this host may not see.
@@ -187,12 +187,12 @@ fn a_host_that_has_used_a_key_has_it_whatever_else_has_its_name() {
         false => Turn::AsItIs,
     });
     assert!(cluster.host(0).get(&one).is_err());
-    assert!(cluster.host(1).get_enrolled(&one, check_value).unwrap().same_as(&key));
+    assert!(cluster.host(1).get_enrolled(&recorded(&one, &key)).unwrap().same_as(&key));
     // Another key is none, and no other key is chosen for it.
     cluster.direct(|_, _| Turn::AsItIs);
-    let other = Key::random(512.try_into().unwrap()).unwrap().check_value(&one);
+    let other = Key::random(512.try_into().unwrap()).unwrap();
     let two = volume("two");
     cluster.host(0).create(&two, &wanted()).unwrap();
-    assert_eq!(refused(cluster.host(0).get_enrolled(&two, other)).0, Reason::WrongKey);
-    assert_eq!(refused(cluster.host(0).get_enrolled(&volume("three"), other)).0, Reason::NoKey);
+    assert_eq!(refused(cluster.host(0).get_enrolled(&recorded(&two, &other))).0, Reason::WrongKey);
+    assert_eq!(refused(cluster.host(0).get_enrolled(&recorded(&volume("three"), &other))).0, Reason::NoKey);
 }

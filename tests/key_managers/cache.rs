@@ -15,7 +15,7 @@ use volcrypt::store::Store;
 
 use super::authority::Authority;
 use super::barbican::Barbican;
-use super::conformance::{create, reason, volume};
+use super::conformance::{create, reason, recorded, volume};
 use super::proxy::{Fault, Proxy};
 use super::pykmip::PyKmip;
 use super::scripted::Reply;
@@ -50,19 +50,19 @@ fn kmip(config: KmipConfig) -> KmipKeyManager {
 fn with_the_server_stopped_and_the_host_rebooted_what_it_has_used_opens_and_the_rest_is_refused_in_time() {
     let mut server = PyKmip::start();
     let (used, unused) = (volume("used"), volume("unused"));
-    let key = create(&server.manager(), &used, 512).unwrap();
-    create(&server.manager(), &unused, 512).unwrap();
+    let [key, other] = [&used, &unused].map(|id| create(&server.manager(), id, 512).unwrap());
+    let (known, never_used) = (recorded(&used, &key), recorded(&unused, &other));
     let host = Host::new();
     let start = || host.start(kmip(server.config("client", vec![server.address()])), LONG);
     let before = start();
-    assert!(before.get(&used).unwrap().from_cache().is_none());
+    assert!(before.get_enrolled(&known).unwrap().from_cache().is_none());
     let after = start();
     server.stop();
     for manager in [before, after] {
-        let found = manager.get(&used).unwrap();
+        let found = manager.get_enrolled(&known).unwrap();
         assert!(found.same_as(&key) && found.from_cache().is_some());
         let began = Instant::now();
-        let refusal = manager.get(&unused).err().unwrap();
+        let refusal = manager.get_enrolled(&never_used).err().unwrap();
         assert_eq!(refusal.reason(), Reason::TimedOut);
         assert!(refusal.to_string().contains("this host's cache does not have it"), "{refusal}");
         assert!(began.elapsed() < IN_TIME, "{:?}", began.elapsed());
@@ -79,20 +79,21 @@ fn a_server_that_hangs_is_waited_for_once() {
     let host = Host::new();
     let manager = host.start(kmip(server.config("client", vec![proxy.address()])), LONG);
     let key = create(&manager, &used, 256).unwrap();
+    let (known, never_used) = (recorded(&used, &key), recorded(&unused, &key));
     proxy.spoil(LOCATE, Fault::Hang);
-    assert!(manager.get(&used).unwrap().from_cache().is_some(), "after the deadline");
+    assert!(manager.get_enrolled(&known).unwrap().from_cache().is_some(), "after the deadline");
     let began = Instant::now();
     for _ in 0..100 {
-        assert!(manager.get(&used).unwrap().same_as(&key));
+        assert!(manager.get_enrolled(&known).unwrap().same_as(&key));
     }
     assert!(began.elapsed() < DEADLINE, "none of them waits: {:?}", began.elapsed());
     let began = Instant::now();
-    assert_eq!(reason(manager.get(&unused)), Reason::TimedOut);
+    assert_eq!(reason(manager.get_enrolled(&never_used)), Reason::TimedOut);
     assert!(began.elapsed() < IN_TIME, "{:?}", began.elapsed());
     // It answers again, and somebody notices although nobody waits.
     proxy.spoil(LOCATE, Fault::None);
     let end = Instant::now() + Duration::from_secs(60);
-    while manager.get(&used).unwrap().from_cache().is_some() {
+    while manager.get_enrolled(&known).unwrap().from_cache().is_some() {
         assert!(Instant::now() < end, "nobody noticed");
         std::thread::sleep(Duration::from_millis(100));
     }
@@ -107,23 +108,23 @@ fn what_the_server_has_destroyed_is_unusable_at_once_where_it_is_reached_and_els
     let (near, far) = (Host::new(), Host::new());
     let far_host = || far.start(kmip(server.config("client", vec![proxy.address()])), lifetime);
     let near_host = near.start(kmip(server.config("client", vec![server.address()])), LONG);
-    create(&near_host, &id, 256).unwrap();
-    far_host().get(&id).unwrap();
+    let known = recorded(&id, &create(&near_host, &id, 256).unwrap());
+    far_host().get_enrolled(&known).unwrap();
     let fetched = Instant::now();
     proxy.spoil(LOCATE, Fault::Hang);
     server.manager().destroy(&id).unwrap();
-    assert_eq!(reason(near_host.get(&id)), Reason::NoKey);
+    assert_eq!(reason(near_host.get_enrolled(&known)), Reason::NoKey);
     assert!(near_host.kept().unwrap().until.is_empty(), "a no evicts at once");
     let far_manager = far_host();
-    while far_manager.get(&id).is_ok() {
+    while far_manager.get_enrolled(&known).is_ok() {
         assert!(fetched.elapsed() < lifetime + IN_TIME, "a key outlives its lifetime");
     }
     assert!(fetched.elapsed() + Duration::from_secs(1) >= lifetime, "{:?}", fetched.elapsed());
-    assert_eq!(reason(far_host().get(&id)), Reason::TimedOut);
+    assert_eq!(reason(far_host().get_enrolled(&known)), Reason::TimedOut);
     proxy.spoil(LOCATE, Fault::None);
-    assert_eq!(reason(far_host().get(&id)), Reason::NoKey);
+    assert_eq!(reason(far_host().get_enrolled(&known)), Reason::NoKey);
     server.stop();
-    assert_eq!(reason(near_host.get(&id)), Reason::TimedOut, "it does not come back");
+    assert_eq!(reason(near_host.get_enrolled(&known)), Reason::TimedOut, "it does not come back");
 }
 
 /// The alert comes from whoever answers at the server's address.
@@ -133,16 +134,16 @@ fn a_host_that_the_server_turns_away_uses_no_kept_key() {
     let id = volume("turned-away");
     let host = Host::new();
     let theirs = server.config("client", vec![server.address()]);
-    create(&host.start(kmip(theirs.clone()), LONG), &id, 256).unwrap();
+    let known = recorded(&id, &create(&host.start(kmip(theirs.clone()), LONG), &id, 256).unwrap());
     let other = Authority::new("another");
     let strange = KmipConfig { certificate: other.path("client.pem"), key: other.path("client.key"), ..theirs.clone() };
-    let refusal = host.start(kmip(strange), LONG).get(&id).err().expect("must be refused");
+    let refusal = host.start(kmip(strange), LONG).get_enrolled(&known).err().expect("must be refused");
     assert_eq!(refusal.reason(), Reason::TimedOut);
     assert!(refusal.to_string().contains("it does not accept this host"), "{refusal}");
     assert!(!refusal.is_unanswered());
     // Anybody between could have said so: nothing is wiped for it.
     let nowhere = KmipConfig { servers: vec!["127.0.0.1:1".to_owned()], ..theirs };
-    assert!(host.start(kmip(nowhere), LONG).get(&id).is_ok());
+    assert!(host.start(kmip(nowhere), LONG).get_enrolled(&known).is_ok());
 }
 
 #[test]
@@ -152,14 +153,15 @@ fn barbican_is_silent_if_its_front_says_that_it_is_away_and_not_if_it_refuses() 
     let host = Host::new();
     let manager = host.start(BarbicanKeyManager::new(servers.config("host1")), LONG);
     let key = create(&manager, &id, 256).unwrap();
+    let known = recorded(&id, &key);
     servers.spoil(|_| Some(Reply::json(502, "", "{}")));
-    let found = manager.get(&id).unwrap();
+    let found = manager.get_enrolled(&known).unwrap();
     assert!(found.same_as(&key) && found.from_cache().is_some());
     servers.spoil(|_| Some(Reply::json(500, "", "{}")));
     let manager = host.start(BarbicanKeyManager::new(servers.config("host1")), LONG);
-    assert_eq!(reason(manager.get(&id)), Reason::KeyManager);
+    assert_eq!(reason(manager.get_enrolled(&known)), Reason::KeyManager);
     servers.spoil(|_| Some(Reply::json(403, "", "{}")));
-    assert_eq!(reason(manager.get(&id)), Reason::NotAllowed);
+    assert_eq!(reason(manager.get_enrolled(&known)), Reason::NotAllowed);
     servers.spoil(|_| Some(Reply::json(502, "", "{}")));
-    assert_eq!(reason(manager.get(&id)), Reason::TimedOut, "it was evicted");
+    assert_eq!(reason(manager.get_enrolled(&known)), Reason::TimedOut, "it was evicted");
 }

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use volcrypt::keys::kmip::{KeyOrigin, KmipConfig, KmipKeyManager};
 use volcrypt::keys::{
-    Capabilities, Description, EmbeddedKeyManager, Imported, Key, KeyFileManager, KeyManager, OneKeyForEveryVolume,
+    Capabilities, Description, EmbeddedKeyManager, Imported, Key, KeyFileManager, KeyHandle, KeyManager,
+    OneKeyForEveryVolume, RecordedKey,
 };
 use volcrypt::policy::{KeySize, Profile};
 use volcrypt::refusal::{Reason, Refusal};
@@ -38,6 +39,11 @@ fn wanted(bits: u32, owner: Option<&str>) -> Description {
 
 pub fn create(manager: &dyn KeyManager, volume: &VolumeId, bits: u32) -> Result<Key, Refusal> {
     manager.create(volume, &wanted(bits, None)).map(|(key, _)| key)
+}
+
+/// `key` as the record of `volume` names it, if it is its first one.
+pub fn recorded(volume: &VolumeId, key: &Key) -> RecordedKey {
+    RecordedKey { volume: volume.clone(), handle: KeyHandle::first(volume), check_value: key.check_value(volume) }
 }
 
 pub fn reason<T>(outcome: Result<T, Refusal>) -> Reason {

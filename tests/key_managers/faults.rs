@@ -10,6 +10,7 @@ use volcrypt::store::EnrolledDevice;
 use volcrypt::volume::VolumeId;
 
 use super::authority::Authority;
+use super::conformance::recorded;
 use super::many::copy_in_pykmip;
 use super::proxy::{Fault, Proxy};
 use super::pykmip::{PyKmip, config};
@@ -246,7 +247,7 @@ fn a_host_that_has_used_a_key_has_it_whatever_else_has_its_name() {
     let server = PyKmip::start();
     let id = volume("one");
     let key = create(&server.manager(), &id).unwrap();
-    let enrolled = || server.manager().get_enrolled(&id, key.check_value(&id));
+    let enrolled = || server.manager().get_enrolled(&recorded(&id, &key));
     // Three more that say they are the key; on either side of the one that is.
     copy_in_pykmip(&server, 3, "name", "application_data");
     let database = rusqlite::Connection::open(server.authority().path("pykmip.db")).unwrap();

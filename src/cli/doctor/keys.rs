@@ -28,15 +28,15 @@ pub(super) fn age(keys: &[KeyStatus], most: u32) -> Finding {
 mod tests {
     use super::super::Verdict;
     use super::*;
-    use crate::keys::{KeyInfo, ManagerKind};
+    use crate::keys::{KeyHandle, KeyInfo, ManagerKind};
 
     #[test]
     fn the_oldest_of_the_old_is_named() {
         let key = |name: &str, age_days| KeyStatus {
             info: KeyInfo {
                 volume: name.parse().unwrap(),
+                key: KeyHandle::first(&name.parse().unwrap()),
                 key_size: 512.try_into().unwrap(),
-                version: 1,
                 created_at: 0,
                 destroyed: false,
                 hosts: vec![],

@@ -9,11 +9,12 @@ impl Broker {
     /// will probably open it: it is enrolled here, protected, and not mapped. That is no use of the key, and nobody is
     /// refused anything: the open that follows is judged as any other.
     pub fn fetch_ahead(&self, device: DeviceNumber) {
-        if let Some(VolumeRecord { id: volume, check_value, .. }) = self.volume_to_come(device)
+        if let Some(record) = self.volume_to_come(device)
             && let Ok(vault) = self.vault()
         {
+            let volume = &record.id;
             tracing::debug!(volume = %volume, "device {device} has come: the key of volume {volume} is fetched ahead");
-            vault.keys.fetch_ahead(&volume, check_value);
+            vault.keys.fetch_ahead(&record.recorded_key());
         }
     }
 

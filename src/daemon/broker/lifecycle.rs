@@ -56,7 +56,7 @@ impl Broker {
             let vault = self.vault()?;
             // Whatever the server says or does not say.
             vault.keys.wipe_copy(id);
-            let answer = key_elsewhere(&*vault.keys, id);
+            let answer = key_elsewhere(&*vault.keys, &record);
             if record.state != VolumeState::Destroyed
                 && answer.as_ref().is_err_and(|refusal| refusal.reason() == Reason::NoKey)
             {
@@ -310,9 +310,10 @@ impl Broker {
 }
 
 /// The key that the key manager has now; what this host has kept of it says nothing of another one.
-fn key_elsewhere(keys: &dyn KeyManager, id: &VolumeId) -> Result<Key, Refusal> {
+fn key_elsewhere(keys: &dyn KeyManager, record: &VolumeRecord) -> Result<Key, Refusal> {
+    let id = &record.id;
     if !keys.capabilities().describes {
-        return keys.get(id);
+        return keys.get_enrolled(&record.recorded_key());
     }
     let described = keys.described(id)?;
     described.map(|(key, _)| key).ok_or_else(|| Refusal::new(Reason::NoKey, format!("volume {id} has no key")))

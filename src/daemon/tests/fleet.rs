@@ -6,7 +6,7 @@ use super::super::broker::Verdict;
 use super::*;
 use crate::audit::{Entry, Kind};
 use crate::keys::cached::{Cache, CachedKeyManager};
-use crate::keys::{Capabilities, Description, Imported, KeyInfo, KeyManager};
+use crate::keys::{Capabilities, Description, Imported, KeyInfo, KeyManager, RecordedKey};
 use crate::store::VolumeState;
 use crate::volume::VolumeId;
 
@@ -27,6 +27,14 @@ type Keys = BTreeMap<VolumeId, (Vec<u8>, Description)>;
 impl KeyManager for Shared {
     fn get(&self, volume: &VolumeId) -> Result<Key, Refusal> {
         self.described(volume)?.map(|(key, _)| key).ok_or_else(|| Refusal::new(Reason::NoKey, "no key"))
+    }
+
+    fn get_enrolled(&self, key: &RecordedKey) -> Result<Key, Refusal> {
+        match self.described(&key.volume)? {
+            Some((found, said)) if said.key_version() == key.handle.version => Ok(found),
+            Some(_) => Err(Refusal::new(Reason::WrongKey, "another version")),
+            None => Err(Refusal::new(Reason::NoKey, "no key")),
+        }
     }
 
     fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
@@ -173,20 +181,20 @@ fn what_this_host_has_kept_says_nothing_of_another_hosts_key() {
     let id: VolumeId = "one".parse().unwrap();
     let one = world.broker(true).with_keys(Box::new(CachedKeyManager::new(Box::new(keys.clone()), Cache::Off)));
     one.enrol(here, None).unwrap();
-    let (manager, known) = (&one.vault().unwrap().keys, one.volume(&id).unwrap().check_value);
+    let (manager, known) = (&one.vault().unwrap().keys, one.volume(&id).unwrap().recorded_key());
     // Until it is held here, the server is asked.
     keys.1.lock().unwrap().get = None;
-    manager.fetch_ahead(&id, known);
+    manager.fetch_ahead(&known);
     let deadline = std::time::Instant::now() + Duration::from_secs(30);
     let is_held = || {
         keys.1.lock().unwrap().get = Some(Reason::KeyManager);
-        let answered = manager.get(&id).is_ok();
+        let answered = manager.get_enrolled(&known).is_ok();
         keys.1.lock().unwrap().get = None;
         answered
     };
     while !is_held() {
         assert!(std::time::Instant::now() < deadline, "it is never held");
-        manager.fetch_ahead(&id, known);
+        manager.fetch_ahead(&known);
         std::thread::sleep(Duration::from_millis(20));
     }
     keys.0.lock().unwrap().clear();

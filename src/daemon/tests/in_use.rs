@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::super::in_use::{keep, tell};
 use super::*;
-use crate::keys::{Capabilities, Description, Imported, KeyInfo, KeyManager};
+use crate::keys::{Capabilities, Description, Imported, KeyInfo, KeyManager, RecordedKey};
 use crate::volume::VolumeId;
 
 /// Notes what it is told, and refuses as often as it is to.
@@ -22,6 +22,10 @@ impl KeyManager for Notes {
             bytes.fill(7);
             Ok(())
         })
+    }
+
+    fn get_enrolled(&self, key: &RecordedKey) -> Result<Key, Refusal> {
+        self.get(&key.volume)
     }
 
     fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {

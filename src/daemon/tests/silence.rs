@@ -14,7 +14,7 @@ use super::fleet::Shared;
 use super::server::{guest_of, open_errno};
 use super::*;
 use crate::keys::cached::{Cache, CachedKeyManager, KeyCache};
-use crate::keys::{Capabilities, Description, Imported, KeyInfo, KeyManager};
+use crate::keys::{Capabilities, Description, Imported, KeyInfo, KeyManager, RecordedKey};
 use crate::volume::VolumeId;
 
 /// Says nothing of volumes whose names begin with `hung`, while it is shut.
@@ -44,6 +44,10 @@ impl KeyManager for Gate {
             }
         }
         self.keys.get(volume)
+    }
+
+    fn get_enrolled(&self, key: &RecordedKey) -> Result<Key, Refusal> {
+        self.get(&key.volume)
     }
 
     fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
@@ -147,6 +151,10 @@ impl KeyManager for Reachable {
         }
     }
 
+    fn get_enrolled(&self, key: &RecordedKey) -> Result<Key, Refusal> {
+        self.get(&key.volume)
+    }
+
     fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
         self.keys.create(volume, wanted)
     }
@@ -202,7 +210,7 @@ fn a_volume_opens_from_the_cache_while_the_server_is_gone_and_the_log_says_so() 
     let ready = broker.make_ready(&world.identify(device).unwrap(), &vm()).unwrap();
     assert_eq!(ready.cached_since, opened);
     let kept = broker.vault().unwrap().keys.kept().unwrap();
-    assert!(kept.until[&"one".parse().unwrap()] > opened.unwrap());
+    assert!(kept.until[&"one".parse().unwrap()].1 > opened.unwrap());
 }
 
 #[test]

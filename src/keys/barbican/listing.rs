@@ -9,7 +9,7 @@ use super::consumers::SERVICE;
 use super::messages::Secret;
 use super::refusals::About;
 use super::{BarbicanKeyManager, PREFIX, keystone, settle};
-use crate::keys::{FIRST_VERSION, KeyInfo};
+use crate::keys::{FIRST_VERSION, KeyHandle, KeyInfo};
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
@@ -48,21 +48,22 @@ impl BarbicanKeyManager {
 
     /// Every key that was chosen.
     pub(super) fn all_chosen(&self) -> Result<Vec<KeyInfo>, Refusal> {
-        let mut infos: BTreeMap<VolumeId, KeyInfo> = BTreeMap::new();
+        let mut infos: BTreeMap<(VolumeId, u32), KeyInfo> = BTreeMap::new();
         self.each_page(|secrets| {
             let described = secrets.into_iter().filter_map(|(volume, secret)| {
                 let key_size = KeySize::try_from(secret.bit_length?).ok()?;
                 let created_at = keystone::seconds(&secret.created).and_then(|seconds| i64::try_from(seconds).ok())?;
                 let users = secret.consumers.iter().filter(|user| user.service == SERVICE);
                 let hosts = users.map(|user| user.resource_type.clone()).collect();
-                let version = FIRST_VERSION;
-                Some((KeyInfo { volume, key_size, version, created_at, destroyed: false, hosts }, secret))
+                let key = KeyHandle::first(&volume);
+                Some((KeyInfo { volume, key, key_size, created_at, destroyed: false, hosts }, secret))
             });
             let described: Vec<_> = described.collect();
             let (listed, secrets): (Vec<KeyInfo>, Vec<Secret>) = described.into_iter().unzip();
-            for (info, is_chosen) in listed.into_iter().zip(self.are_chosen(&secrets)?) {
-                if is_chosen {
-                    infos.entry(info.volume.clone()).or_insert(info);
+            for (mut info, version) in listed.into_iter().zip(self.chosen_versions(&secrets)?) {
+                if let Some(version) = version {
+                    info.key.version = version;
+                    infos.entry((info.volume.clone(), version)).or_insert(info);
                 }
             }
             Ok(())
@@ -70,15 +71,15 @@ impl BarbicanKeyManager {
         Ok(infos.into_values().collect())
     }
 
-    /// Which of `secrets` were chosen, in their order.
-    fn are_chosen(&self, secrets: &[Secret]) -> Result<Vec<bool>, Refusal> {
+    /// Which of its volume's keys each of `secrets` is, in their order; nothing for one that was not chosen.
+    fn chosen_versions(&self, secrets: &[Secret]) -> Result<Vec<Option<u32>>, Refusal> {
         let share = secrets.len().div_ceil(AT_ONCE).max(1);
         let no_thread = |error: io::Error| {
             Refusal::new(Reason::Kernel, format!("the keys cannot be listed now ({error}): try it again later"))
         };
         thread::scope(|scope| {
             let threads = secrets.chunks(share).map(|secrets| {
-                let work = || secrets.iter().map(|secret| self.is_chosen(secret)).collect::<Result<Vec<_>, _>>();
+                let work = || secrets.iter().map(|secret| self.chosen_version(secret)).collect::<Result<Vec<_>, _>>();
                 thread::Builder::new().name("list".to_owned()).stack_size(STACK).spawn_scoped(scope, work)
             });
             // All of them begin before the first one is waited for.
@@ -92,12 +93,15 @@ impl BarbicanKeyManager {
         })
     }
 
-    fn is_chosen(&self, secret: &Secret) -> Result<bool, Refusal> {
+    fn chosen_version(&self, secret: &Secret) -> Result<Option<u32>, Refusal> {
         let nobody = |no_answer| self.refusal(About::NoVolume, no_answer);
         match self.client.begin().metadata(secret.id().map_err(nobody)?) {
-            Ok(metadata) => Ok(settle::is_chosen(&metadata)),
+            // One of which nothing is said that makes sense is none that could be used.
+            Ok(metadata) => {
+                Ok(settle::is_chosen(&metadata).then(|| settle::key_version(&metadata).unwrap_or(FIRST_VERSION)))
+            }
             // It is another one's, or was deleted since.
-            Err(NoAnswer::Refused(answered)) if matches!(answered.status, 403 | 404) => Ok(false),
+            Err(NoAnswer::Refused(answered)) if matches!(answered.status, 403 | 404) => Ok(None),
             Err(no_answer) => Err(nobody(no_answer)),
         }
     }

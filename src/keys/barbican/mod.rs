@@ -30,7 +30,7 @@ use self::client::{Asking, Client};
 use self::consumers::Registered;
 use self::refusals::About;
 use self::settle::{Found, label};
-use super::{Capabilities, CheckValue, Description, Imported, Key, KeyInfo, KeyManager, other_key};
+use super::{Capabilities, Description, Imported, Key, KeyInfo, KeyManager, RecordedKey, other_key};
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
@@ -39,6 +39,8 @@ pub use http::check_url;
 
 /// What the name of every key begins with; the volume's id follows.
 const PREFIX: &str = "volcrypt/";
+/// What sentences call it.
+const PLACE: &str = "Barbican";
 
 /// How Barbican is reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -172,7 +174,8 @@ impl KeyManager for BarbicanKeyManager {
     ///
     /// # Errors
     /// As [`get`](KeyManager::get).
-    fn get_enrolled(&self, volume: &VolumeId, check_value: CheckValue) -> Result<Key, Refusal> {
+    fn get_enrolled(&self, key: &RecordedKey) -> Result<Key, Refusal> {
+        let (volume, version) = (&key.volume, key.own_version(PLACE)?);
         let asking = self.client.begin();
         let (mut first, mut others) = (None, 0);
         for secret in self.named(&asking, volume)? {
@@ -185,7 +188,7 @@ impl KeyManager for BarbicanKeyManager {
                 Err(no_answer) => return Err(self.refusal(about, no_answer)),
             };
             let outcome = match outcome {
-                Ok(Some(found)) if found.sealed.check_value == check_value => {
+                Ok(Some(found)) if found.sealed.is_for(key) => {
                     self.hand_out(&asking, volume, &found).map(|(key, _)| key)
                 }
                 Ok(found) => {
@@ -208,8 +211,8 @@ impl KeyManager for BarbicanKeyManager {
             None => Refusal::new(
                 Reason::WrongKey,
                 format!(
-                    "none of the keys that Barbican has of volume {volume} is the one that this host has used: have the owner \
-                     restore the secret whose key has the check value that 'volcrypt volume show {volume}' shows"
+                    "none of the keys that Barbican has of volume {volume} is the one that this host has used, version {version}: \
+                     have the owner restore the secret whose key has the check value that 'volcrypt volume show {volume}' shows"
                 ),
             ),
         })
@@ -238,7 +241,7 @@ impl KeyManager for BarbicanKeyManager {
         };
         match kept.same_as(key) && said.reads_as(description) {
             true => Ok(imported),
-            false => Err(other_key(volume, "Barbican")),
+            false => Err(other_key(volume, PLACE)),
         }
     }
 

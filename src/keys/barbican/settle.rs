@@ -67,6 +67,17 @@ pub(super) fn label(volume: &VolumeId, description: &str) -> BTreeMap<String, St
     pieces.chain([(VOLUME.to_owned(), volume.to_string())]).collect()
 }
 
+/// Which of its volume's keys it is that `metadata` is kept beside, by its own word; nothing if that makes no sense.
+pub(super) fn key_version(metadata: &BTreeMap<String, String>) -> Option<u32> {
+    SealedDescription::parse(&description(metadata)).ok().map(|sealed| sealed.key_version())
+}
+
+/// What is said of the volume beside a key.
+fn description(metadata: &BTreeMap<String, String>) -> String {
+    let pieces = metadata.iter().filter(|(name, _)| name.starts_with(DESCRIPTION));
+    pieces.map(|(_, piece)| piece.as_str()).collect()
+}
+
 /// Whether what is kept beside a key says that it counts.
 pub(super) fn is_chosen(metadata: &BTreeMap<String, String>) -> bool {
     metadata.contains_key(CHOSEN)
@@ -214,8 +225,7 @@ pub(super) fn read(
         );
         Refusal::new(Reason::KeyManager, sentence)
     };
-    let pieces = metadata.iter().filter(|(name, _)| name.starts_with(DESCRIPTION));
-    let text: String = pieces.map(|(_, piece)| piece.as_str()).collect();
+    let text = description(metadata);
     match metadata.get(VOLUME) {
         None if text.is_empty() => return Ok(None),
         Some(own) if own == volume.as_str() => {}

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::clock::Clock;
 use crate::audit::Hash;
-use crate::keys::{EmbeddedKeyManager, Key};
+use crate::keys::{EmbeddedKeyManager, Key, KeyHandle, RecordedKey};
 use crate::refusal::Refusal;
 use crate::store::{CachedKey, Store};
 use crate::volume::VolumeId;
@@ -102,14 +102,14 @@ impl KeyCache {
         Duration::from_secs(self.lifetime.unsigned_abs())
     }
 
-    /// Keeps a key that the server has just given.
-    pub(super) fn keep(&self, volume: &VolumeId, key: &Key) {
-        if let Err(refusal) = self.try_to_keep(volume, key) {
+    /// Keeps a key that the server has just given as the one of `volume` that `handle` names.
+    pub(super) fn keep(&self, volume: &VolumeId, handle: &KeyHandle, key: &Key) {
+        if let Err(refusal) = self.try_to_keep(volume, handle, key) {
             tracing::warn!(volume = %volume, "the key of volume {volume} is not kept for when no key server answers: {refusal}");
         }
     }
 
-    fn try_to_keep(&self, volume: &VolumeId, key: &Key) -> Result<(), Refusal> {
+    fn try_to_keep(&self, volume: &VolumeId, handle: &KeyHandle, key: &Key) -> Result<(), Refusal> {
         let now = match self.clock.now() {
             Some(now) => now,
             None => {
@@ -124,9 +124,10 @@ impl KeyCache {
         };
         let present = self.keks.store().cached_key(volume)?;
         let is_new = |kept: &CachedKey| kept.server == self.server && now - kept.fetched_at < KEPT_ANEW_AFTER;
-        let is_same = |kept: &CachedKey| self.keks.open_kept(kept).is_ok_and(|kept| kept.same_as(key));
+        let is_same =
+            |kept: &CachedKey| kept.key == *handle && self.keks.open_kept(kept).is_ok_and(|kept| kept.same_as(key));
         if !present.is_some_and(|kept| is_new(&kept) && is_same(&kept))
-            && !self.keks.keep(volume, &self.server, now, key)?
+            && !self.keks.keep((volume, handle), &self.server, now, key)?
         {
             return Ok(());
         }
@@ -134,13 +135,20 @@ impl KeyCache {
         Ok(())
     }
 
-    /// The kept key of `volume`, or in words why there is none.
-    pub(super) fn load(&self, volume: &VolumeId) -> Result<Key, String> {
+    /// The kept key that a record names, or in words why there is none.
+    pub(super) fn load(&self, wanted: &RecordedKey) -> Result<Key, String> {
+        let volume = &wanted.volume;
         if self.refused().contains(volume) {
             return Err("its cached key was given up, because a key server refused it".to_owned());
         }
         let kept = match self.keks.store().cached_key(volume) {
-            Ok(Some(kept)) if kept.server == self.server => kept,
+            Ok(Some(kept)) if kept.server == self.server && kept.key == wanted.handle => kept,
+            Ok(Some(kept)) if kept.server == self.server => {
+                return Err(format!(
+                    "this host's cache has another key of it ({}, and not {})",
+                    kept.key, wanted.handle
+                ));
+            }
             Ok(_) => return Err("this host's cache does not have it".to_owned()),
             Err(refusal) => return Err(format!("this host's cache cannot be read: {refusal}")),
         };
@@ -181,11 +189,11 @@ impl KeyCache {
         }
     }
 
-    /// Until when each kept key can be used, in seconds since 1970-01-01 UTC.
+    /// Which key of each volume is kept and can be used, and until when, in seconds since 1970-01-01 UTC.
     ///
     /// # Errors
     /// In words, when none can: why, and behind a semicolon what to do.
-    pub(super) fn until(&self) -> Result<BTreeMap<VolumeId, i64>, String> {
+    pub(super) fn until(&self) -> Result<BTreeMap<VolumeId, (KeyHandle, i64)>, String> {
         let kept = self.keks.store().cached_keys().map_err(|refusal| refusal.to_string())?;
         let Some(now) = self.clock.now() else {
             return Err("no cached key is used, because this host's clock is wrong; set it".to_owned());
@@ -195,7 +203,7 @@ impl KeyCache {
         };
         let refused = self.refused();
         let usable = kept.into_iter().filter(|kept| !refused.contains(&kept.volume) && usable(kept));
-        Ok(usable.map(|kept| (kept.volume, kept.fetched_at.saturating_add(self.lifetime))).collect())
+        Ok(usable.map(|kept| (kept.volume, (kept.key, kept.fetched_at.saturating_add(self.lifetime)))).collect())
     }
 
     fn is_over(&self, kept: &CachedKey, now: i64) -> bool {

@@ -2,7 +2,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::keys::CheckValue;
+use crate::keys::RecordedKey;
 use crate::volume::VolumeId;
 
 /// How many volumes are asked for at once.
@@ -19,8 +19,8 @@ pub(super) struct Jobs {
 
 /// What is to be done with the key of a volume.
 struct Job {
-    /// Its check value, if this host has used it before.
-    known: Option<CheckValue>,
+    /// Which one it is.
+    key: RecordedKey,
     /// Whether it is to be held.
     hold: bool,
 }
@@ -34,29 +34,29 @@ struct State {
 }
 
 impl Jobs {
-    /// Has the key of `volume` asked for, by its check value if that is `known`, and held if `hold` says so. Returns whether the caller has to start somebody who
-    /// calls [`Jobs::next`] until there is none.
+    /// Has `key` asked for, and held if `hold` says so, unless another one of its volume is being asked for. Returns whether
+    /// the caller has to start somebody who calls [`Jobs::next`] until there is none.
     #[must_use]
-    pub(super) fn add(&self, volume: &VolumeId, known: Option<CheckValue>, hold: bool) -> bool {
+    pub(super) fn add(&self, key: &RecordedKey, hold: bool) -> bool {
         let mut state = self.state();
-        if let Some(job) = state.pending.get_mut(volume) {
-            job.hold |= hold;
+        if let Some(job) = state.pending.get_mut(&key.volume) {
+            job.hold |= hold && job.key == *key;
             return false;
         }
         if state.pending.len() == MOST {
             return false;
         }
-        state.pending.insert(volume.clone(), Job { known, hold });
-        state.queue.push_back(volume.clone());
+        state.pending.insert(key.volume.clone(), Job { key: key.clone(), hold });
+        state.queue.push_back(key.volume.clone());
         let needed = state.workers < MOST_AT_ONCE;
         state.workers += usize::from(needed);
         needed
     }
 
     /// The next one.
-    pub(super) fn next(&self) -> Option<VolumeId> {
+    pub(super) fn next(&self) -> Option<RecordedKey> {
         let mut state = self.state();
-        let next = state.queue.pop_front();
+        let next = state.queue.pop_front().and_then(|volume| Some(state.pending.get(&volume)?.key.clone()));
         if next.is_none() {
             state.workers -= 1;
         }
@@ -78,11 +78,6 @@ impl Jobs {
     /// Whether the key of a volume that is being asked for is to be held.
     pub(super) fn is_to_be_held(&self, volume: &VolumeId) -> bool {
         self.state().pending.get(volume).is_some_and(|job| job.hold)
-    }
-
-    /// The check value of a key that is being asked for, if it is known.
-    pub(super) fn known(&self, volume: &VolumeId) -> Option<CheckValue> {
-        self.state().pending.get(volume)?.known
     }
 
     /// Notes that `volume` was asked for.
@@ -113,24 +108,31 @@ impl Jobs {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::keys::KeyHandle;
 
     #[test]
     fn each_volume_is_asked_for_once_at_a_time_by_a_few_and_not_without_end() {
         let jobs = Jobs::default();
         let volume = |number: usize| -> VolumeId { format!("v{number}").parse().unwrap() };
-        let started = (0..2 * MOST).filter(|number| jobs.add(&volume(*number), None, false)).count();
+        let key = |number: usize, version| RecordedKey {
+            volume: volume(number),
+            handle: KeyHandle::of(&volume(number), version),
+            check_value: "0".repeat(32).try_into().unwrap(),
+        };
+        let started = (0..2 * MOST).filter(|number| jobs.add(&key(*number, 1), false)).count();
         assert_eq!(started, MOST_AT_ONCE);
-        assert!(!jobs.add(&volume(0), None, true) && jobs.is_to_be_held(&volume(0)));
+        assert!(!jobs.add(&key(0, 2), true) && !jobs.is_to_be_held(&volume(0)), "that is another key");
+        assert!(!jobs.add(&key(0, 1), true) && jobs.is_to_be_held(&volume(0)));
         assert!(!jobs.wait_for(&volume(0), Duration::ZERO));
         let mut done = 0;
-        while let Some(volume) = jobs.next() {
-            jobs.end(&volume);
+        while let Some(key) = jobs.next() {
+            jobs.end(&key.volume);
             done += 1;
         }
         assert_eq!(done, MOST);
         assert!(jobs.wait_for(&volume(0), Duration::ZERO));
         (1..MOST_AT_ONCE).for_each(|_| assert!(jobs.next().is_none(), "all of them have ended"));
-        assert!(jobs.add(&volume(0), None, false), "so another one is needed");
+        assert!(jobs.add(&key(0, 1), false), "so another one is needed");
         jobs.give_up();
         assert!(jobs.wait_for(&volume(0), Duration::ZERO));
     }

@@ -22,7 +22,8 @@ use self::held::Held;
 use self::jobs::Jobs;
 use self::silence::{Patience, Silence};
 use super::{
-    Capabilities, CheckValue, Description, Imported, KekRotation, KeptKeys, Key, KeyInfo, KeyManager, RotationStep,
+    Capabilities, Description, Imported, KekRotation, KeptKeys, Key, KeyHandle, KeyInfo, KeyManager, RecordedKey,
+    RotationStep,
 };
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
@@ -107,23 +108,18 @@ fn keep(shared: &Weak<Shared>, woken: &mpsc::Receiver<()>) {
 }
 
 impl Shared {
-    /// Asks the server for the key of `volume`, the one with the check value that is `known` if one is, and does with kept
-    /// keys as it says.
-    fn ask(&self, volume: &VolumeId, known: Option<CheckValue>, hold: impl FnOnce() -> bool) -> Result<Key, Refusal> {
-        let before = self.evictions.load(Ordering::SeqCst);
-        let answer = match known {
-            Some(check_value) => self.server.get_enrolled(volume, check_value),
-            None => self.server.get(volume),
-        };
-        match answer {
+    /// Asks the server for the key that a record names, and does with kept keys as it says.
+    fn ask(&self, wanted: &RecordedKey, hold: impl FnOnce() -> bool) -> Result<Key, Refusal> {
+        let (volume, before) = (&wanted.volume, self.evictions.load(Ordering::SeqCst));
+        match self.server.get_enrolled(wanted) {
             // Another one takes the place of none. Whoever asked sees that it is another one, and says so.
-            Ok(key) if known.is_some_and(|known| key.check_value(volume) != known) => {
+            Ok(key) if key.check_value(volume) != wanted.check_value => {
                 self.silence.end();
                 self.evict(volume);
                 Ok(key)
             }
             Ok(key) => {
-                self.given(volume, &key, before, hold);
+                self.given(volume, &wanted.handle, &key, before, hold);
                 Ok(key)
             }
             Err(refusal) => {
@@ -133,8 +129,9 @@ impl Shared {
         }
     }
 
-    /// The server has given a key, which it was asked for when `before` keys had been given up.
-    fn given(&self, volume: &VolumeId, key: &Key, before: u64, hold: impl FnOnce() -> bool) {
+    /// The server has given the key of `volume` that `handle` names, which it was asked for when `before` keys had been
+    /// given up.
+    fn given(&self, volume: &VolumeId, handle: &KeyHandle, key: &Key, before: u64, hold: impl FnOnce() -> bool) {
         self.silence.end();
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         // It may be the answer to a question that is older than another one's no.
@@ -142,13 +139,18 @@ impl Shared {
             return;
         }
         if hold() {
-            self.held.put(volume, key, Instant::now());
+            self.held.put(volume, handle, key, Instant::now());
             // Without a keeper it is used for a minute all the same.
             let _ = self.wake.send(());
         }
         if let Cache::On(cache) = &self.cache {
-            cache.keep(volume, key);
+            cache.keep(volume, handle, key);
         }
+    }
+
+    /// The server has given a key and said of the volume what goes with it.
+    fn described(&self, volume: &VolumeId, (key, description): &(Key, Description), before: u64) {
+        self.given(volume, &KeyHandle::of(volume, description.key_version()), key, before, || false);
     }
 
     fn refused(&self, volume: &VolumeId, refusal: &Refusal) {
@@ -172,9 +174,9 @@ impl Shared {
         }
     }
 
-    /// Has the server asked for the key of `volume` while nobody waits.
-    fn ask_behind(self: &Arc<Self>, volume: &VolumeId, known: Option<CheckValue>, hold: bool) {
-        if !self.jobs.add(volume, known, hold) {
+    /// Has the server asked for the key that a record names while nobody waits.
+    fn ask_behind(self: &Arc<Self>, wanted: &RecordedKey, hold: bool) {
+        if !self.jobs.add(wanted, hold) {
             return;
         }
         let shared = Arc::clone(self);
@@ -186,8 +188,9 @@ impl Shared {
     }
 
     fn work(&self) {
-        while let Some(volume) = self.jobs.next() {
-            let asked = || self.ask(&volume, self.jobs.known(&volume), || self.jobs.is_to_be_held(&volume));
+        while let Some(wanted) = self.jobs.next() {
+            let volume = &wanted.volume;
+            let asked = || self.ask(&wanted, || self.jobs.is_to_be_held(volume));
             match catch_unwind(AssertUnwindSafe(asked)) {
                 Ok(Ok(_)) => tracing::debug!(volume = %volume, "the key server gave the key of volume {volume}"),
                 Ok(Err(refusal)) if refusal.is_unanswered() => tracing::debug!(volume = %volume, "{refusal}"),
@@ -195,24 +198,24 @@ impl Shared {
                 // It was told of.
                 Err(_) => {}
             }
-            self.jobs.end(&volume);
+            self.jobs.end(volume);
         }
     }
 
-    /// The kept key of `volume`, if the server was silent lately and does not answer within a moment.
-    fn without_server(self: &Arc<Self>, cache: &KeyCache, volume: &VolumeId, known: Option<CheckValue>) -> Option<Key> {
+    /// The kept key that a record names, if the server was silent lately and does not answer within a moment.
+    fn without_server(self: &Arc<Self>, cache: &KeyCache, wanted: &RecordedKey) -> Option<Key> {
         let patience = self.silence.patience(Instant::now());
         if patience == Patience::Whole {
             return None;
         }
-        let key = cache.load(volume).ok()?;
-        self.ask_behind(volume, known, false);
+        let key = cache.load(wanted).ok()?;
+        self.ask_behind(wanted, false);
         if patience == Patience::None {
             return Some(key);
         }
-        match self.jobs.wait_for(volume, HEAD_START) {
+        match self.jobs.wait_for(&wanted.volume, HEAD_START) {
             // What it said counts.
-            true if self.silence.patience(Instant::now()) == Patience::None => cache.load(volume).ok(),
+            true if self.silence.patience(Instant::now()) == Patience::None => cache.load(wanted).ok(),
             true => None,
             // Somebody was answered meanwhile, and the question about this one only waits for its turn.
             false if self.silence.patience(Instant::now()) == Patience::Whole => None,
@@ -223,18 +226,17 @@ impl Shared {
         }
     }
 
-    fn get(self: &Arc<Self>, volume: &VolumeId, known: Option<CheckValue>) -> Result<Key, Refusal> {
-        let held = self.held.get(volume, Instant::now());
-        if let Some(key) = held.filter(|key| known.is_none_or(|known| key.check_value(volume) == known)) {
+    fn get(self: &Arc<Self>, wanted: &RecordedKey) -> Result<Key, Refusal> {
+        if let Some(key) = self.held.get(wanted, Instant::now()) {
             return Ok(key);
         }
-        let Cache::On(cache) = &self.cache else { return self.ask(volume, known, || false) };
-        if let Some(key) = self.without_server(cache, volume, known) {
-            return Ok(self.tell(volume, key));
+        let Cache::On(cache) = &self.cache else { return self.ask(wanted, || false) };
+        if let Some(key) = self.without_server(cache, wanted) {
+            return Ok(self.tell(&wanted.volume, key));
         }
-        match self.ask(volume, known, || false) {
-            Err(refusal) if refusal.is_unanswered() => match cache.load(volume) {
-                Ok(key) => Ok(self.tell(volume, key)),
+        match self.ask(wanted, || false) {
+            Err(refusal) if refusal.is_unanswered() => match cache.load(wanted) {
+                Ok(key) => Ok(self.tell(&wanted.volume, key)),
                 Err(why) => Err(refusal.and(&why)),
             },
             outcome => outcome,
@@ -251,16 +253,20 @@ impl Shared {
 }
 
 impl KeyManager for CachedKeyManager {
+    /// The server alone says which of the volume's keys counts now: no kept one is used, and this one is not kept.
+    ///
     /// # Errors
-    /// Those of the key server's; if it does not answer, that neither is there a kept key.
+    /// Those of the key server's.
     fn get(&self, volume: &VolumeId) -> Result<Key, Refusal> {
-        self.shared.get(volume, None)
+        let shared = &self.shared;
+        let answer = shared.server.get(volume).inspect_err(|refusal| shared.refused(volume, refusal));
+        answer.inspect(|_| shared.silence.end())
     }
 
     /// # Errors
-    /// As [`get`](KeyManager::get).
-    fn get_enrolled(&self, volume: &VolumeId, check_value: CheckValue) -> Result<Key, Refusal> {
-        self.shared.get(volume, Some(check_value))
+    /// Those of the key server's; if it does not answer, that neither is there a kept key.
+    fn get_enrolled(&self, key: &RecordedKey) -> Result<Key, Refusal> {
+        self.shared.get(key)
     }
 
     /// # Errors
@@ -271,7 +277,7 @@ impl KeyManager for CachedKeyManager {
         shared
             .server
             .create(volume, wanted)
-            .inspect(|(key, _)| shared.given(volume, key, before, || false))
+            .inspect(|created| shared.described(volume, created, before))
             .inspect_err(|refusal| shared.refused(volume, refusal))
     }
 
@@ -282,7 +288,7 @@ impl KeyManager for CachedKeyManager {
         let before = shared.evictions.load(Ordering::SeqCst);
         let described = shared.server.described(volume).inspect_err(|refusal| shared.refused(volume, refusal))?;
         match &described {
-            Some((key, _)) => shared.given(volume, key, before, || false),
+            Some(described) => shared.described(volume, described, before),
             None => shared.evict(volume),
         }
         Ok(described)
@@ -343,12 +349,12 @@ impl KeyManager for CachedKeyManager {
         }
     }
 
-    fn fetch_ahead(&self, volume: &VolumeId, check_value: CheckValue) {
+    fn fetch_ahead(&self, key: &RecordedKey) {
         let shared = &self.shared;
         let now = Instant::now();
         // A server that has just been silent is not asked by everybody who will not wait for it anyway.
-        if shared.held.get(volume, now).is_none() && shared.silence.patience(now) != Patience::None {
-            shared.ask_behind(volume, Some(check_value), true);
+        if shared.held.get(key, now).is_none() && shared.silence.patience(now) != Patience::None {
+            shared.ask_behind(key, true);
         }
     }
 

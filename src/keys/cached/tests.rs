@@ -35,8 +35,8 @@ struct Script {
     asked: Arc<AtomicUsize>,
     /// The volumes that it was told of as in use.
     used: Arc<Mutex<HashSet<VolumeId>>>,
-    /// The check values that it was asked by.
-    known: Arc<Mutex<Vec<CheckValue>>>,
+    /// The keys that it was asked for by whoever has a record.
+    known: Arc<Mutex<Vec<RecordedKey>>>,
 }
 
 impl Script {
@@ -87,9 +87,9 @@ impl KeyManager for Script {
         Capabilities { lists: true, imports: true, destroys: true, describes: true }
     }
 
-    fn get_enrolled(&self, volume: &VolumeId, check_value: CheckValue) -> Result<Key, Refusal> {
-        self.known.lock().unwrap().push(check_value);
-        self.get(volume)
+    fn get_enrolled(&self, key: &RecordedKey) -> Result<Key, Refusal> {
+        self.known.lock().unwrap().push(key.clone());
+        self.get(&key.volume)
     }
 
     fn note_uses(&self, in_use: &HashSet<VolumeId>) -> Result<(), Refusal> {
@@ -174,14 +174,24 @@ fn one() -> VolumeId {
     "one".parse().unwrap()
 }
 
+/// The key of `volume` that is all ones, as a record names it.
+fn recorded(volume: &VolumeId) -> RecordedKey {
+    let check_value = key_of(1).check_value(volume);
+    RecordedKey { volume: volume.clone(), handle: KeyHandle::first(volume), check_value }
+}
+
+fn get(manager: &CachedKeyManager, volume: &VolumeId) -> Result<Key, Refusal> {
+    manager.get_enrolled(&recorded(volume))
+}
+
 fn refused(manager: &CachedKeyManager) -> Reason {
-    manager.get(&one()).err().expect("must be refused").reason()
+    get(manager, &one()).err().expect("must be refused").reason()
 }
 
 /// Has the server give the key once, and be silent from then on.
 fn use_once(host: &Host, manager: &CachedKeyManager) {
     host.script.say(Answer::Key(1));
-    let key = manager.get(&one()).unwrap();
+    let key = get(manager, &one()).unwrap();
     assert_eq!(key.from_cache(), None);
     host.script.say(Answer::Silence);
 }
@@ -194,11 +204,11 @@ fn a_kept_key_is_used_while_nobody_answers_also_after_a_restart() {
     assert_eq!(refused(&manager), Reason::TimedOut, "it was never used here");
     use_once(&host, &manager);
     for manager in [&manager, &host.start(), &host.start()] {
-        let key = manager.get(&one()).unwrap();
+        let key = get(&manager, &one()).unwrap();
         assert!(key.same_as(&key_of(1)));
         assert_eq!(key.from_cache(), Some(NOW));
     }
-    let other = manager.get(&"two".parse().unwrap()).err().unwrap();
+    let other = get(&manager, &"two".parse().unwrap()).err().unwrap();
     assert_eq!(other.to_string(), "nobody answers; this host's cache does not have it");
     assert_eq!(other.reason(), Reason::TimedOut);
 }
@@ -211,7 +221,7 @@ fn every_no_to_a_key_wipes_the_kept_one_and_nothing_else_that_goes_wrong_has_it_
         use_once(&host, &manager);
         host.script.say(Answer::No(reason));
         let before = Instant::now();
-        while manager.get(&one()).is_ok_and(|key| key.from_cache().is_some()) {
+        while get(&manager, &one()).is_ok_and(|key| key.from_cache().is_some()) {
             assert!(before.elapsed() < Duration::from_secs(5));
         }
         host.script.say(Answer::Silence);
@@ -227,7 +237,7 @@ fn every_no_to_a_key_wipes_the_kept_one_and_nothing_else_that_goes_wrong_has_it_
         host.script.say(Answer::No(reason));
         assert_eq!(refused(&manager), reason, "it is not known that nobody answers");
         host.script.say(Answer::Silence);
-        assert!(manager.get(&one()).is_ok(), "and nobody said no");
+        assert!(get(&manager, &one()).is_ok(), "and nobody said no");
     }
 }
 
@@ -253,9 +263,9 @@ fn the_lifetime_counts_from_the_servers_last_answer() {
     host.at(NOW + 3 * DAY);
     use_once(&host, &manager);
     let end = NOW + 10 * DAY;
-    assert_eq!(manager.kept().unwrap().until, BTreeMap::from([(one(), end)]));
+    assert_eq!(manager.kept().unwrap().until, BTreeMap::from([(one(), (KeyHandle::first(&one()), end))]));
     host.at(end - 1);
-    assert!(manager.get(&one()).is_ok());
+    assert!(get(&manager, &one()).is_ok());
     host.at(end);
     assert_eq!(refused(&manager), Reason::TimedOut);
     assert!(host.store().cached_keys().unwrap().is_empty(), "it is wiped, and not only passed over");
@@ -282,20 +292,20 @@ fn a_wrong_clock_makes_no_key_live_longer() {
     for wrong in [0, NOW - 3600, NOW, NOW + DAY] {
         host.at(wrong);
         let manager = host.start();
-        let refusal = manager.get(&one()).err().unwrap();
+        let refusal = get(&manager, &one()).err().unwrap();
         assert!(refusal.to_string().contains("clock is wrong: set it"), "{wrong}: {refusal}");
         assert!(manager.kept().unwrap().fault.unwrap().contains("clock"));
         assert_eq!(host.store().cached_keys().unwrap().len(), 1, "once the clock is right it is seen what is over");
     }
     // 1970 is no time to keep a key at either.
     host.at(1000);
-    host.script.say(Answer::Key(2));
+    host.script.say(Answer::Key(1));
     let manager = host.start();
-    assert!(manager.get(&one()).unwrap().same_as(&key_of(2)));
+    assert_eq!(get(&manager, &one()).unwrap().from_cache(), None);
     assert_eq!(host.store().cached_keys().unwrap()[0].fetched_at, NOW);
     // A clock that was set back for good: nothing is known of what was kept before.
     host.at(NOW - DAY);
-    manager.get(&"two".parse().unwrap()).unwrap();
+    get(&manager, &"two".parse().unwrap()).unwrap();
     let kept = host.store().cached_keys().unwrap();
     assert_eq!(
         kept.iter().map(|kept| (kept.volume.as_str(), kept.fetched_at)).collect::<Vec<_>>(),
@@ -311,12 +321,12 @@ fn a_changed_row_does_not_open() {
     let connection = rusqlite::Connection::open(host.path().join("volcrypt.db")).unwrap();
     for change in [
         "UPDATE key_cache SET fetched_at = fetched_at + 1",
-        "UPDATE key_cache SET fetched_at = fetched_at - 1, volume_id = 'two'",
-        "UPDATE key_cache SET volume_id = 'one', wrapped = zeroblob(length(wrapped))",
+        "UPDATE key_cache SET fetched_at = fetched_at - 1, volume_id = 'two', key_id = 'two'",
+        "UPDATE key_cache SET volume_id = 'one', key_id = 'one', wrapped = zeroblob(length(wrapped))",
     ] {
         connection.execute(change, []).unwrap();
         let id = host.store().cached_keys().unwrap()[0].volume.clone();
-        let refusal = manager.get(&id).err().expect(change);
+        let refusal = get(&manager, &id).err().expect(change);
         assert!(refusal.to_string().contains("its cached key does not open"), "{refusal}");
     }
 }
@@ -357,7 +367,7 @@ fn what_cannot_be_wiped_is_not_used_all_the_same() {
     let store = Arc::new(Store::open_for_reading(host.path()).unwrap());
     let cache = Cache::On(Box::new(host.cache(store, "server").unwrap()));
     let manager = CachedKeyManager::new(Box::new(host.script.clone()), cache);
-    assert!(manager.get(&one()).is_ok(), "a read-only database is good enough to read it");
+    assert!(get(&manager, &one()).is_ok(), "a read-only database is good enough to read it");
     manager.wipe_copy(&one());
     assert_eq!(host.store().cached_keys().unwrap().len(), 1);
     assert_eq!(refused(&manager), Reason::TimedOut);
@@ -385,7 +395,7 @@ fn an_answer_that_was_asked_for_before_the_key_was_destroyed_is_not_kept() {
     let manager = host.start();
     host.script.say(Answer::Hang);
     std::thread::scope(|scope| {
-        let asking = scope.spawn(|| manager.get(&one()));
+        let asking = scope.spawn(|| get(&manager, &one()));
         host.script.wait_until_asked(1);
         manager.wipe_copy(&one());
         host.script.say(Answer::Key(1));
@@ -393,7 +403,7 @@ fn an_answer_that_was_asked_for_before_the_key_was_destroyed_is_not_kept() {
     });
     assert!(host.store().cached_keys().unwrap().is_empty());
     host.script.say(Answer::Key(1));
-    manager.get(&one()).unwrap();
+    get(&manager, &one()).unwrap();
     manager.destroy(&one()).unwrap();
     assert!(host.store().cached_keys().unwrap().is_empty());
 }
@@ -403,12 +413,12 @@ fn a_server_that_was_just_silent_is_not_waited_for_and_its_no_counts_when_it_com
     let host = Host::new();
     let manager = host.start();
     use_once(&host, &manager);
-    assert!(manager.get(&one()).unwrap().from_cache().is_some());
+    assert!(get(&manager, &one()).unwrap().from_cache().is_some());
     host.script.say(Answer::Hang);
     let asked = host.script.asked();
     for _ in 0..100 {
         // Nobody answers before this loop is over.
-        assert!(manager.get(&one()).unwrap().from_cache().is_some());
+        assert!(get(&manager, &one()).unwrap().from_cache().is_some());
     }
     host.script.wait_until_asked(asked + 1);
     assert_eq!(host.script.asked(), asked + 1, "it is asked behind them, once at a time");
@@ -438,7 +448,7 @@ fn another_key_encryption_key_takes_the_kept_keys_along() {
     assert_ne!((before.kek, &before.wrapped), (after.kek, &after.wrapped));
     assert_eq!(after.kek, new);
     for manager in [&manager, &host.start()] {
-        assert!(manager.get(&one()).unwrap().same_as(&key_of(1)));
+        assert!(get(&manager, &one()).unwrap().same_as(&key_of(1)));
     }
 }
 
@@ -453,7 +463,7 @@ fn without_its_key_encryption_key_the_cache_does_not_open() {
     let manager = CachedKeyManager::new(Box::new(host.script.clone()), cache);
     assert_eq!(refused(&manager), Reason::TimedOut);
     host.script.say(Answer::Key(1));
-    assert!(manager.get(&one()).is_ok(), "the server is there all the same");
+    assert!(get(&manager, &one()).is_ok(), "the server is there all the same");
     assert!(manager.kept().unwrap().fault.is_some());
 }
 
@@ -464,7 +474,7 @@ fn a_cache_that_was_switched_off_may_have_another_key_encryption_key() {
     std::fs::remove_file(host.path().join("kek")).unwrap();
     KeyCache::switch_off(&host.store()).unwrap();
     use_once(&host, &host.start());
-    assert!(host.start().get(&one()).is_ok());
+    assert!(get(&host.start(), &one()).is_ok());
     // But not where that would cost a key.
     let embedded = crate::keys::EmbeddedKeyManager::open(host.store(), None, host.path()).unwrap();
     embedded.make(&"two".parse().unwrap(), 256.try_into().unwrap()).unwrap();
@@ -496,7 +506,7 @@ fn a_backup_has_no_kept_key_in_it_and_a_restored_database_forgets_them() {
         assert!(!holds(&elsewhere.path().join("volcrypt.db")));
         assert!(Store::open(elsewhere.path()).unwrap().cached_keys().unwrap().is_empty());
     }
-    assert!(manager.get(&one()).is_ok(), "those of the host itself stay");
+    assert!(get(&manager, &one()).is_ok(), "those of the host itself stay");
 }
 
 #[test]
@@ -509,15 +519,15 @@ fn a_key_that_was_fetched_ahead_is_there_at_once() {
         };
         let fetch = || {
             host.script.say(Answer::Key(1));
-            manager.fetch_ahead(&one(), key_of(1).check_value(&one()));
+            manager.fetch_ahead(&recorded(&one()));
             assert!(manager.shared.jobs.wait_for(&one(), Duration::from_secs(10)));
         };
         fetch();
         host.script.say(Answer::Hang);
         let asked = host.script.asked();
-        let key = manager.get(&one()).unwrap();
+        let key = get(&manager, &one()).unwrap();
         assert!(key.same_as(&key_of(1)) && key.from_cache().is_none());
-        manager.fetch_ahead(&one(), key_of(1).check_value(&one()));
+        manager.fetch_ahead(&recorded(&one()));
         assert_eq!(host.script.asked(), asked, "neither is it asked for again");
         // Destroyed or retired on this host between the two.
         manager.wipe_copy(&one());
@@ -536,7 +546,7 @@ fn what_is_fetched_ahead_is_bounded_and_hurts_nobody_whatever_the_server_says() 
     let manager = CachedKeyManager::new(Box::new(host.script.clone()), Cache::Off);
     host.script.say(Answer::Hang);
     for number in 0..2000 {
-        manager.fetch_ahead(&format!("v{number}").parse().unwrap(), key_of(1).check_value(&one()));
+        manager.fetch_ahead(&recorded(&format!("v{number}").parse().unwrap()));
     }
     host.script.wait_until_asked(4);
     std::thread::sleep(Duration::from_millis(50));
@@ -544,7 +554,7 @@ fn what_is_fetched_ahead_is_bounded_and_hurts_nobody_whatever_the_server_says() 
     host.script.say(Answer::Key(1));
     host.script.wait_until_asked(1024);
     host.script.say(Answer::No(Reason::NoKey));
-    manager.fetch_ahead(&one(), key_of(1).check_value(&one()));
+    manager.fetch_ahead(&recorded(&one()));
     manager.shared.jobs.wait_for(&one(), Duration::from_secs(10));
     assert_eq!(refused(&manager), Reason::NoKey);
 }
@@ -560,46 +570,46 @@ fn the_server_hears_what_is_in_use() {
 #[test]
 fn a_key_that_is_known_is_asked_for_by_its_check_value() {
     let host = Host::new();
-    let (manager, known) = (host.start(), key_of(1).check_value(&one()));
-    manager.get_enrolled(&one(), known).unwrap();
-    assert_eq!(*host.script.known.lock().unwrap(), [known]);
+    let (manager, known) = (host.start(), recorded(&one()));
+    manager.get_enrolled(&known).unwrap();
+    assert_eq!(*host.script.known.lock().unwrap(), [known.clone()]);
     // Nobody waits for these: ahead of an open, and behind one that the kept key is enough for.
     manager.wipe_copy(&one());
-    manager.fetch_ahead(&one(), known);
+    manager.fetch_ahead(&known);
     host.script.wait_until_asked(2);
-    assert_eq!(*host.script.known.lock().unwrap(), [known; 2]);
+    assert_eq!(*host.script.known.lock().unwrap(), [known.clone(), known]);
 }
 
 #[test]
 fn another_key_is_neither_kept_nor_held() {
     let host = Host::new();
-    let (manager, known) = (host.start(), key_of(1).check_value(&one()));
-    manager.get_enrolled(&one(), known).unwrap();
+    let (manager, known) = (host.start(), recorded(&one()));
+    manager.get_enrolled(&known).unwrap();
     host.script.say(Answer::Key(2));
-    manager.fetch_ahead(&one(), known);
+    manager.fetch_ahead(&known);
     assert!(manager.shared.jobs.wait_for(&one(), Duration::from_secs(10)));
     assert_eq!(host.script.asked(), 2);
     host.script.say(Answer::Key(1));
-    assert!(manager.get_enrolled(&one(), known).unwrap().same_as(&key_of(1)), "the other one is held");
+    assert!(manager.get_enrolled(&known).unwrap().same_as(&key_of(1)), "the other one is held");
 
     host.script.say(Answer::Key(2));
-    assert!(manager.get_enrolled(&one(), known).unwrap().same_as(&key_of(2)), "who asked has to see it");
+    assert!(manager.get_enrolled(&known).unwrap().same_as(&key_of(2)), "who asked has to see it");
     host.script.say(Answer::Silence);
-    assert!(manager.get_enrolled(&one(), known).is_err(), "it took the kept key's place");
+    assert!(manager.get_enrolled(&known).is_err(), "it took the kept key's place");
 }
 
 #[test]
 fn a_kept_key_that_was_wiped_while_it_was_waited_for_is_not_used() {
     let host = Host::new();
     let manager = host.start();
-    manager.get(&one()).unwrap();
+    get(&manager, &one()).unwrap();
     let Cache::On(cache) = &manager.shared.cache else { panic!() };
     // It was silent some time ago, so it is asked and waited for; meanwhile it said no to somebody, and is silent again.
     manager.shared.silence.begin(Instant::now() - Duration::from_secs(20));
     host.script.say(Answer::Hang);
     let shared = Arc::clone(&manager.shared);
     std::thread::scope(|scope| {
-        let waiting = scope.spawn(|| shared.without_server(cache, &one(), None).is_some());
+        let waiting = scope.spawn(|| shared.without_server(cache, &recorded(&one())).is_some());
         host.script.wait_until_asked(2);
         shared.evict(&one());
         host.script.say(Answer::Silence);

@@ -1,7 +1,7 @@
 //! Keys of a key server that are kept on this host are wrapped by the same key-encryption keys.
 
 use super::EmbeddedKeyManager;
-use crate::keys::{CheckValue, Key, KeyEncryptionKey};
+use crate::keys::{CheckValue, Key, KeyEncryptionKey, KeyHandle};
 use crate::refusal::Refusal;
 use crate::store::{CachedKey, Kept, Store};
 use crate::volume::VolumeId;
@@ -12,14 +12,14 @@ impl EmbeddedKeyManager {
         &self.store
     }
 
-    /// Keeps `key`, which `server` gave at `fetched_at`, durably. Returns whether it is kept: not for a volume that was
-    /// retired or destroyed.
+    /// Keeps `key`, the one of `volume` that `handle` names, which `server` gave at `fetched_at`, durably. Returns whether it
+    /// is kept: not for a volume that was retired or destroyed.
     ///
     /// # Errors
     /// When there is no randomness, and when the database cannot be written.
     pub(in crate::keys) fn keep(
         &self,
-        volume: &VolumeId,
+        (volume, handle): (&VolumeId, &KeyHandle),
         server: &str,
         fetched_at: i64,
         key: &Key,
@@ -28,9 +28,10 @@ impl EmbeddedKeyManager {
         let mut ring = self.ring();
         loop {
             let (kek, wrapper) = &ring.current;
-            let wrapped = wrapper.wrap_cached(volume, server, fetched_at, key)?;
+            let wrapped = wrapper.wrap_cached((volume, handle), server, fetched_at, key)?;
             let (volume, server) = (volume.clone(), server.to_owned());
-            match self.store.cache_key(&CachedKey { volume, server, key_size, wrapped, kek: *kek, fetched_at })? {
+            let kept = CachedKey { volume, key: handle.clone(), server, key_size, wrapped, kek: *kek, fetched_at };
+            match self.store.cache_key(&kept)? {
                 Kept::Stored => return Ok(true),
                 Kept::NotEnrolled => return Ok(false),
                 Kept::OtherKek => ring = self.reload()?,
@@ -73,5 +74,5 @@ impl EmbeddedKeyManager {
 
 fn rewrap(old: &KeyEncryptionKey, new: &KeyEncryptionKey, kept: &CachedKey) -> Option<Vec<u8>> {
     let key = old.unwrap_cached(kept).ok()?;
-    new.wrap_cached(&kept.volume, &kept.server, kept.fetched_at, &key).ok()
+    new.wrap_cached((&kept.volume, &kept.key), &kept.server, kept.fetched_at, &key).ok()
 }

@@ -75,7 +75,7 @@ impl EmbeddedKeyManager {
             let records = self.store.keys_wrapped_by(old, place, self.pace.at_a_time)?;
             let Some(last) = records.last() else { break };
             let Some(old_kek) = ring.by(old) else { return Err(self.missing(old)) };
-            after = Some((last.info.volume.clone(), last.info.version));
+            after = Some((last.info.volume.clone(), last.info.key.version));
             // Without the database, so that opens get their turn. What cannot be unwrapped is passed over.
             let rewrapped = records.into_iter().filter_map(|record| rewrap(old_kek, &new.1, record).transpose());
             self.store.rewrap(new.0, &rewrapped.collect::<Result<Vec<_>, _>>()?)?;
@@ -120,16 +120,16 @@ impl EmbeddedKeyManager {
 /// `record` as `new` wraps it; nothing if `old` does not unwrap it.
 fn rewrap(old: &KeyEncryptionKey, new: &KeyEncryptionKey, record: WrappedKey) -> Result<Option<Rewrapped>, Refusal> {
     let (info, Some(wrapped)) = (&record.info, &record.wrapped) else { return Ok(None) };
-    let key = match old.unwrap(&info.volume, info.version, info.key_size, wrapped) {
+    let key = match old.unwrap(&info.volume, info.key.version, info.key_size, wrapped) {
         Ok(key) => key,
         Err(refusal) => {
             tracing::error!(volume = %info.volume, "{refusal}");
             return Ok(None);
         }
     };
-    let wrapped = new.wrap(&info.volume, info.version, &key)?;
+    let wrapped = new.wrap(&info.volume, info.key.version, &key)?;
     // Nothing is stored that does not open.
-    let read = new.unwrap(&info.volume, info.version, info.key_size, &wrapped)?;
+    let read = new.unwrap(&info.volume, info.key.version, info.key_size, &wrapped)?;
     match read.same_as(&key) {
         true => Ok(Some(Rewrapped { record, wrapped })),
         false => Err(Refusal::new(

@@ -84,7 +84,7 @@ fn a_key_is_made_once_and_outlives_the_daemon() {
     }
     let infos = manager.list().unwrap();
     assert_eq!(infos.len(), 3);
-    assert!(infos.iter().all(|info| !info.destroyed && info.version == 1 && info.created_at > 1_700_000_000));
+    assert!(infos.iter().all(|info| !info.destroyed && info.key.version == 1 && info.created_at > 1_700_000_000));
 }
 
 #[test]
@@ -303,8 +303,8 @@ fn a_key_that_reached_the_disk_wrong_is_not_handed_out() {
     let wrapped = ring.current.1.wrap(&id("one"), FIRST_VERSION, &key).unwrap();
     let info = KeyInfo {
         volume: id("one"),
+        key: KeyHandle::first(&id("one")),
         key_size: size(512),
-        version: FIRST_VERSION,
         created_at: seconds_now(),
         destroyed: false,
         hosts: Vec::new(),
@@ -319,7 +319,7 @@ fn a_key_that_reached_the_disk_wrong_is_not_handed_out() {
     starts.into_iter().for_each(|at| content[at] ^= 1);
     // In place: SQLite has the file open.
     fs::write(&log, &content).unwrap();
-    let record = manager.store.wrapped_key_from_disk(&id("one")).unwrap().unwrap();
+    let record = manager.store.wrapped_key_from_disk(&id("one"), None).unwrap().unwrap();
     refused(manager.unwrap(&record), Reason::NoKey);
 }
 

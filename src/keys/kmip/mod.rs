@@ -23,7 +23,10 @@ use self::making::clear_unfinished;
 use self::message::{Failure, Request, State};
 use self::settle::{Found, find, settle};
 use self::ttlv::Malformed;
-use super::{Capabilities, CheckValue, Description, FIRST_VERSION, Imported, Key, KeyInfo, KeyManager, other_key};
+use super::{
+    Capabilities, Description, FIRST_VERSION, Imported, Key, KeyHandle, KeyInfo, KeyManager, RecordedKey,
+    SealedDescription, other_key,
+};
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
@@ -56,6 +59,9 @@ pub enum KeyOrigin {
     /// The server (Create).
     Server,
 }
+
+/// What sentences call it.
+const PLACE: &str = "the KMIP server";
 
 /// Keeps volume keys on a KMIP server.
 pub struct KmipKeyManager {
@@ -190,10 +196,14 @@ impl KeyManager for KmipKeyManager {
     ///
     /// # Errors
     /// As [`get`](KeyManager::get).
-    fn get_enrolled(&self, volume: &VolumeId, check_value: CheckValue) -> Result<Key, Refusal> {
+    fn get_enrolled(&self, key: &RecordedKey) -> Result<Key, Refusal> {
+        let (volume, version) = (&key.volume, key.own_version(PLACE)?);
         let key = self.with_any(&key_of(volume), |talk| {
-            let hand_out = |found: &Found| hand_out(talk, volume, found).map(|(key, _)| key);
-            match settle::find_enrolled(talk, volume, check_value, hand_out)? {
+            let hand_out = |found: &Found| match hand_out(talk, volume, found)? {
+                (found, description) if description.key_version() == version => Ok(found),
+                (_, description) => Err(key.other_version(PLACE, description.key_version()).into()),
+            };
+            match settle::find_enrolled(talk, key, hand_out)? {
                 Some(key) => Ok(Some(key)),
                 None => settle(&[talk], volume)?.as_ref().map(hand_out).transpose(),
             }
@@ -225,7 +235,7 @@ impl KeyManager for KmipKeyManager {
         };
         match kept.same_as(key) && said.reads_as(description) {
             true => Ok(imported),
-            false => Err(other_key(volume, "the KMIP server")),
+            false => Err(other_key(volume, PLACE)),
         }
     }
 
@@ -287,10 +297,13 @@ impl KeyManager for KmipKeyManager {
                 let size = u32::try_from(attributes.bits).ok().and_then(|bits| KeySize::try_from(bits).ok());
                 let (Some(volume), Some(key_size)) = (volume, size) else { continue };
                 let destroyed = matches!(attributes.state, State::Revoked | State::Destroyed);
+                // One of which nothing is said that makes sense is none that could be used.
+                let said = attributes.description.as_deref().map(SealedDescription::parse);
+                let version = said.and_then(Result::ok).map_or(FIRST_VERSION, |said| said.key_version());
                 infos.push(KeyInfo {
+                    key: KeyHandle::of(&volume, version),
                     volume,
                     key_size,
-                    version: FIRST_VERSION,
                     created_at: attributes.initial_date,
                     destroyed,
                     hosts: Vec::new(),

@@ -16,7 +16,7 @@ use super::client::Talk;
 use super::connection::Trouble;
 use super::message::{Attributes, Failure, Request, State};
 use super::{Fault, name_of};
-use crate::keys::{CheckValue, SealedDescription};
+use crate::keys::{RecordedKey, SealedDescription};
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
@@ -63,14 +63,14 @@ pub(super) fn find(talk: &Talk<'_>, volume: &VolumeId) -> Result<Vec<Found>, Fau
     Ok(found)
 }
 
-/// What `hand_out` makes of the active key of `volume` with `check_value`, whatever else has its name. Where it makes
-/// nothing of any that says so, what was wrong with the first is told.
+/// What `hand_out` makes of the active key that a record names, by its version and its check value, whatever else has its
+/// name. Where it makes nothing of any that says so, what was wrong with the first is told.
 pub(super) fn find_enrolled<T>(
     talk: &Talk<'_>,
-    volume: &VolumeId,
-    check_value: CheckValue,
+    key: &RecordedKey,
     hand_out: impl Fn(&Found) -> Result<T, Fault>,
 ) -> Result<Option<T>, Fault> {
+    let volume = &key.volume;
     let name = name_of(volume);
     let mut first = None;
     for identifier in talk.ask(&Request::locate_name(&name))?.identifiers()? {
@@ -96,7 +96,7 @@ pub(super) fn find_enrolled<T>(
                 continue;
             }
         };
-        if found.attributes.state != State::Active || found.sealed.check_value != check_value {
+        if found.attributes.state != State::Active || !found.sealed.is_for(key) {
             continue;
         }
         // Anybody can write the check value beside a key that is another one.

@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex};
 use tempfile::TempDir;
 
 use super::*;
-use crate::keys::{Capabilities, EmbeddedKeyManager, KeyFileManager, KeyInfo, OneKeyForEveryVolume};
+use crate::keys::{
+    Capabilities, EmbeddedKeyManager, KeyFileManager, KeyHandle, KeyInfo, OneKeyForEveryVolume, RecordedKey,
+};
 use crate::policy::{KeySize, Profile};
 use crate::store::tests::private_directory;
 use crate::store::{AuditQuery, EnrolledDevice};
@@ -174,6 +176,14 @@ impl KeyManager for Server {
         self.described(volume)?.map(|(key, _)| key).ok_or_else(|| Refusal::new(Reason::NoKey, "the server has no key"))
     }
 
+    fn get_enrolled(&self, key: &RecordedKey) -> Result<Key, Refusal> {
+        match self.described(&key.volume)? {
+            Some((found, said)) if said.key_version() == key.handle.version => Ok(found),
+            Some(_) => Err(Refusal::new(Reason::WrongKey, "the server has another version")),
+            None => Err(Refusal::new(Reason::NoKey, "the server has no key")),
+        }
+    }
+
     fn create(&self, _: &VolumeId, _: &Description) -> Result<(Key, Description), Refusal> {
         panic!("no key is made by moving")
     }
@@ -222,8 +232,8 @@ impl KeyManager for Server {
         let keys = self.keys.lock().unwrap();
         let info = |(volume, (bytes, _)): (&VolumeId, &(Vec<u8>, Description))| KeyInfo {
             volume: volume.clone(),
+            key: KeyHandle::first(volume),
             key_size: size(bytes.len() as u32 * 8),
-            version: 1,
             created_at: 0,
             destroyed: false,
             hosts: Vec::new(),

@@ -255,8 +255,8 @@ fn a_change_and_its_record_are_one() {
 
     let info = crate::keys::KeyInfo {
         volume: record("one").id,
+        key: record("one").key,
         key_size: 512.try_into().unwrap(),
-        version: 1,
         created_at: 5,
         destroyed: false,
         hosts: Vec::new(),

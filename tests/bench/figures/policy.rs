@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use volcrypt::domain::Nobody;
+use volcrypt::keys::KeyHandle;
 use volcrypt::policy::{Config, Decision};
 use volcrypt::store::{EnrolledDevice, Store, VolumeRecord, VolumeState};
 use volcrypt::volume::Identity;
@@ -99,8 +100,10 @@ fn target(number: usize) -> String {
 }
 
 fn record(number: usize) -> Outcome<VolumeRecord> {
+    let id = format!("volume-{number}").parse().map_err(|error| format!("{error}"))?;
     Ok(VolumeRecord {
-        id: format!("volume-{number}").parse().map_err(|error| format!("{error}"))?,
+        key: KeyHandle::first(&id),
+        id,
         device: EnrolledDevice { iscsi_target: Some(target(number)), lun: Some(1), ..EnrolledDevice::default() },
         size_bytes: 1 << 30,
         profile: "default".to_owned(),

@@ -114,6 +114,10 @@ fn what_is_not_known_of_a_key_is_not_said() {
         fn get(&self, volume: &VolumeId) -> Result<Key, Refusal> {
             self.0.get(volume)
         }
+        fn get_enrolled(&self, key: &RecordedKey) -> Result<Key, Refusal> {
+            self.get(&key.volume)
+        }
+
         fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
             self.0.create(volume, wanted)
         }

@@ -15,6 +15,10 @@ impl KeyManager for Strict {
         self.described(volume)?.map(|(key, _)| key).ok_or_else(|| Refusal::new(Reason::NoKey, "the server has no key"))
     }
 
+    fn get_enrolled(&self, key: &RecordedKey) -> Result<Key, Refusal> {
+        self.get(&key.volume)
+    }
+
     fn create(&self, volume: &VolumeId, wanted: &Description) -> Result<(Key, Description), Refusal> {
         self.server.create(volume, wanted)
     }

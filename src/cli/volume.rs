@@ -133,6 +133,8 @@ fn describe(volume: &VolumeStatus) -> String {
         ("cipher", record.cipher.clone()),
         ("key size", format!("{} bits", record.key_size.bits())),
         ("sector size", format!("{} bytes", record.sector_size)),
+        ("key", record.key.id.to_string()),
+        ("key version", record.key.version.to_string()),
         ("key check value", record.check_value.to_string()),
         ("enrolled", utc(record.enrolled_at)),
         ("owner", record.owner.clone().unwrap_or("everybody".to_owned())),
@@ -197,6 +199,8 @@ mod tests {
              cipher:          aes-xts-plain64\n\
              key size:        512 bits\n\
              sector size:     4096 bytes\n\
+             key:             vol-1\n\
+             key version:     2\n\
              key check value: 000102030405060708090a0b0c0d0e0f\n\
              enrolled:        1970-01-01T00:00:00Z\n\
              owner:           everybody\n\

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::broker::Broker;
-use crate::keys::KeyInfo;
+use crate::keys::{KeyHandle, KeyInfo};
 use crate::protocol::{KeyPage, KeyStatus};
 use crate::refusal::Refusal;
 use crate::store::seconds_now;
@@ -60,9 +60,13 @@ impl Listing {
 /// What is known here of a key that the key manager knows `info` of.
 fn status(broker: &Broker, mut info: KeyInfo) -> Result<KeyStatus, Refusal> {
     let (config, vault) = (broker.config()?, broker.vault()?);
-    let record = vault.store.volume(&info.volume)?;
-    let last_use = vault.store.last_use(&info.volume)?;
-    if let Some(record) = &record {
+    let record = vault.store.volume(&info.volume)?.filter(|record| record.key == info.key);
+    let volumes = vault.store.volumes_with(&info.key)?;
+    let last_use = match &record {
+        Some(record) => vault.store.last_use(&record.id)?,
+        None => None,
+    };
+    if let Some(record) = record.filter(|record| record.key == KeyHandle::first(&record.id)) {
         // One that was moved here is older than its key manager knows.
         info.created_at = info.created_at.min(record.enrolled_at);
     }
@@ -74,5 +78,5 @@ fn status(broker: &Broker, mut info: KeyInfo) -> Result<KeyStatus, Refusal> {
     info.hosts.dedup();
     let age_days = u32::try_from((seconds_now() - info.created_at).max(0) / DAY).unwrap_or(u32::MAX);
     let old = !info.destroyed && config.policy.key_age_days.is_some_and(|most| age_days > most);
-    Ok(KeyStatus { info, manager: config.key_manager.kind(), last_use, age_days, old })
+    Ok(KeyStatus { info, manager: config.key_manager.kind(), volumes, last_use, age_days, old })
 }

@@ -334,6 +334,9 @@ pub struct KeyStatus {
     pub info: KeyInfo,
     /// The key manager.
     pub manager: ManagerKind,
+    /// The volumes, enrolled or retired on this host, whose records name it.
+    #[serde(default)]
+    pub volumes: Vec<VolumeId>,
     /// When this host used it last, in seconds since 1970-01-01 UTC.
     pub last_use: Option<i64>,
     /// How old it is, in days.

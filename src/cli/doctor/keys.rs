@@ -42,6 +42,7 @@ mod tests {
                 hosts: vec![],
             },
             manager: ManagerKind::Embedded,
+            volumes: vec![],
             last_use: None,
             age_days,
             old: age_days > 365,

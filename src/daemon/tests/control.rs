@@ -4,11 +4,13 @@ use std::os::unix::net::UnixStream;
 use super::super::control::Control;
 use super::super::guests::Guests;
 use super::super::identify::identify;
+use super::super::keys::Listing;
 use super::*;
 use crate::audit::Kind;
-use crate::keys::{Aim, KekHome, KekRotation, ManagerKind, MigrationStep, Place, RotationStep, Route};
+use crate::keys::{Aim, KekHome, KekRotation, KeyHandle, ManagerKind, MigrationStep, Place, RotationStep, Route};
 use crate::policy::Outcome;
 use crate::protocol::{GuardStatus, Identification, Reply, Request, Response};
+use crate::store::VolumeRecord;
 
 /// What the control socket of a daemon with `broker` says to `request`.
 fn answer(broker: Broker, request: &[u8]) -> Response {
@@ -251,6 +253,33 @@ fn keys_are_listed_some_at_a_time_with_their_age_and_last_use() {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
     assert_eq!((used.info.hosts.as_slice(), used.manager), (&[host.trim().to_owned()][..], ManagerKind::Embedded));
     assert!((0..60).contains(&(crate::store::seconds_now() - used.last_use.unwrap())));
+    assert_eq!((&used.info.key, used.volumes.as_slice()), (&KeyHandle::first(&record.id), &[record.id][..]));
     let other = keys.iter().find(|key| key.info.volume.as_str() == "other-000059").unwrap();
+    assert_eq!(other.volumes, []);
     assert_eq!((other.age_days, other.old, other.last_use, other.info.hosts.len()), (59, true, None, 0));
+}
+
+#[test]
+fn the_key_that_a_record_names_is_the_one_that_is_used() {
+    let world = World::new();
+    let device = world.add_volume("one", 3);
+    let broker = world.broker(true);
+    let VolumeRecord { id, enrolled_at, .. } = broker.enrol(device, None).unwrap();
+    broker.record_use(Kind::KeyUsed, &id, "opened").unwrap();
+    let kek = broker.vault().unwrap().store.keks().unwrap().current.unwrap();
+    let day = 24 * 3600;
+    rusqlite::Connection::open(world.folder.path().join("state").join("volcrypt.db"))
+        .unwrap()
+        .execute_batch(&format!(
+            "INSERT INTO keys (volume_id, version, key_size, wrapped, created_at, kek)
+                 VALUES ('one', 2, 512, x'00', {enrolled_at} - 3 * {day}, '{kek}');
+             UPDATE volumes SET key_version = 2, enrolled_at = enrolled_at - 100 * {day}"
+        ))
+        .unwrap();
+    let keys = Listing::default().page(&broker, None).unwrap().keys;
+    let [first, second] = keys.as_slice() else { panic!("{keys:?}") };
+    assert_eq!((first.info.key.version, first.volumes.len(), first.last_use, first.age_days), (1, 0, None, 0));
+    assert_eq!((second.info.key.version, second.volumes.as_slice()), (2, &[id][..]));
+    assert!(second.last_use.is_some());
+    assert_eq!(second.age_days, 3, "it is younger than the volume");
 }

@@ -303,6 +303,12 @@ mod tests {
         let read = SealedDescription::parse(&text).unwrap().open(&volume, &key()).unwrap();
         assert_eq!(read, second);
         assert!(!read.reads_as(&description()), "another key");
+        let sealed = SealedDescription::parse(&text).unwrap();
+        let named = |version, check_value| {
+            sealed.is_for(&RecordedKey { volume: volume.clone(), handle: KeyHandle::of(&volume, version), check_value })
+        };
+        assert!(named(u32::MAX, key().check_value(&volume)) && !named(1, key().check_value(&volume)));
+        assert!(!named(u32::MAX, key().check_value(&"other".parse().unwrap())));
         let record = read.clone().record(&volume, &key());
         assert_eq!(record.key, KeyHandle::of(&volume, u32::MAX));
         assert_eq!(Description::of(&record), read);

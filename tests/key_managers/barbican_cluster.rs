@@ -9,7 +9,7 @@ use volcrypt::refusal::Reason;
 
 use super::barbican_faults::{refused, volume, wanted};
 use super::cluster::{Cluster, Turn};
-use super::conformance::recorded;
+use super::conformance::{recorded, recorded_as, second};
 use super::scripted::Reply;
 
 const NEVER: Duration = Duration::from_secs(3600);
@@ -195,4 +195,27 @@ fn a_host_that_has_used_a_key_has_it_whatever_else_has_its_name() {
     cluster.host(0).create(&two, &wanted()).unwrap();
     assert_eq!(refused(cluster.host(0).get_enrolled(&recorded(&two, &other))).0, Reason::WrongKey);
     assert_eq!(refused(cluster.host(0).get_enrolled(&recorded(&volume("three"), &other))).0, Reason::NoKey);
+}
+
+#[test]
+fn of_two_keys_that_a_volume_has_a_record_gets_the_one_that_it_names() {
+    let cluster = Cluster::start(Duration::ZERO, Duration::ZERO);
+    let one = volume("one");
+    let (first, said) = cluster.host(0).create(&one, &wanted()).unwrap();
+    let other = Key::random(512.try_into().unwrap()).unwrap();
+    let text = second(said, &one, &other).to_text(&one, &other).unwrap();
+    let like = cluster.secrets(0).into_iter().next().unwrap().1;
+    cluster.copy(&like, other.bytes(), |metadata| {
+        metadata.retain(|name, _| !name.starts_with("volcrypt-description-"));
+        metadata.insert("volcrypt-description-00".to_owned(), text);
+    });
+    let get = |version, key: &Key| cluster.host(1).get_enrolled(&recorded_as(&one, version, key));
+    assert!(get(1, &first).unwrap().same_as(&first));
+    assert!(get(2, &other).unwrap().same_as(&other));
+    for (version, key) in [(2, &first), (1, &other), (3, &other)] {
+        let (reason, sentence) = refused(get(version, key));
+        assert_eq!(reason, Reason::WrongKey);
+        assert!(sentence.contains(&format!("has used, version {version}:")), "{sentence}");
+    }
+    assert!(cluster.host(1).get(&one).is_err(), "nobody says which one counts");
 }

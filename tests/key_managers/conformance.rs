@@ -43,7 +43,19 @@ pub fn create(manager: &dyn KeyManager, volume: &VolumeId, bits: u32) -> Result<
 
 /// `key` as the record of `volume` names it, if it is its first one.
 pub fn recorded(volume: &VolumeId, key: &Key) -> RecordedKey {
-    RecordedKey { volume: volume.clone(), handle: KeyHandle::first(volume), check_value: key.check_value(volume) }
+    recorded_as(volume, 1, key)
+}
+
+/// The same, if it is the volume's key number `version`.
+pub fn recorded_as(volume: &VolumeId, version: u32, key: &Key) -> RecordedKey {
+    RecordedKey { volume: volume.clone(), handle: KeyHandle::of(volume, version), check_value: key.check_value(volume) }
+}
+
+/// `said` of `volume`, where `key` is its second one.
+pub fn second(said: Description, volume: &VolumeId, key: &Key) -> Description {
+    let mut record = said.record(volume, key);
+    record.key = KeyHandle::of(volume, 2);
+    Description::of(&record)
 }
 
 pub fn reason<T>(outcome: Result<T, Refusal>) -> Reason {
@@ -162,6 +174,36 @@ fn a_key_that_is_brought_is_kept_and_never_replaces_another(host: &Host<'_>, bit
     assert_eq!(reason(other.get(&id)), Reason::NoKey);
     assert_eq!(other.import(&id, &key, &wanted(bits, None)).unwrap(), Imported::Stored);
     assert!(one.get(&id).unwrap().same_as(&key));
+}
+
+fn a_record_gets_the_version_that_it_names(host: &Host<'_>) {
+    let (one, other) = (host(), host());
+    let (id, nowhere) = (volume("re-encrypted"), volume("never-encrypted"));
+    let key = Key::random(size(512)).unwrap();
+    let said = second(wanted(512, None), &id, &key);
+    assert_eq!(one.import(&id, &key, &said).unwrap(), Imported::Stored);
+    for manager in [&one, &other, &host()] {
+        assert!(manager.get_enrolled(&recorded_as(&id, 2, &key)).unwrap().same_as(&key));
+        for version in [1, 3] {
+            let refusal =
+                manager.get_enrolled(&recorded_as(&id, version, &key)).err().expect("another version was used");
+            assert_eq!(refusal.reason(), Reason::WrongKey, "{refusal}");
+            assert!(refusal.to_string().contains(&format!("version {version}")), "{refusal}");
+        }
+        let foreign = KeyHandle { id: "0b1f7c1e-1111-4222-8333-444455556666".parse().unwrap(), version: 2 };
+        let foreign = RecordedKey { handle: foreign, ..recorded(&id, &key) };
+        assert_eq!(reason(manager.get_enrolled(&foreign)), Reason::WrongKey);
+        assert_eq!(reason(manager.get_enrolled(&recorded(&nowhere, &key))), Reason::NoKey);
+        assert_eq!(manager.import(&id, &key, &said).unwrap(), Imported::Present);
+        assert_eq!(reason(manager.import(&id, &key, &wanted(512, None))), Reason::WrongKey, "it is the second one");
+        let (found, kept) = manager.create(&id, &wanted(512, None)).unwrap();
+        assert!(found.same_as(&key) && kept.key_version() == 2);
+    }
+    if one.capabilities().describes {
+        assert_eq!(other.described(&id).unwrap().unwrap().1, said);
+    }
+    let listed = other.list().unwrap().into_iter().filter(|info| info.volume == id).map(|info| info.key);
+    assert_eq!(listed.collect::<Vec<_>>(), [KeyHandle::of(&id, 2)]);
 }
 
 fn hosts_that_bring_the_same_key_at_once_have_it_once(host: &Host<'_>, rounds: usize) {
@@ -285,6 +327,7 @@ fn kmip() {
     two_hosts_that_make_a_key_at_once_have_the_same(&host, 5, 512);
     what_is_said_of_a_volume_is_what_the_first_host_said(&host);
     a_key_that_is_brought_is_kept_and_never_replaces_another(&host, 512);
+    a_record_gets_the_version_that_it_names(&host);
     hosts_that_bring_the_same_key_at_once_have_it_once(&host, 2);
     of_hosts_that_bring_different_keys_at_once_one_has_its_way(&host);
     // PyKMIP forgets what it destroyed.
@@ -308,6 +351,7 @@ fn kmip_with_a_cache_on_every_host() {
     another_size_is_refused(&host);
     two_hosts_that_make_a_key_at_once_have_the_same(&host, 1, 256);
     what_is_said_of_a_volume_is_what_the_first_host_said(&host);
+    a_record_gets_the_version_that_it_names(&host);
     what_was_destroyed_is_gone_for_everybody(&host, Reason::NoKey);
 }
 
@@ -342,6 +386,7 @@ fn barbican() {
     two_hosts_that_make_a_key_at_once_have_the_same(&host, 2, 512);
     what_is_said_of_a_volume_is_what_the_first_host_said(&host);
     a_key_that_is_brought_is_kept_and_never_replaces_another(&host, 512);
+    a_record_gets_the_version_that_it_names(&host);
     hosts_that_bring_the_same_key_at_once_have_it_once(&host, 2);
     of_hosts_that_bring_different_keys_at_once_one_has_its_way(&host);
     // Barbican forgets what it deleted.

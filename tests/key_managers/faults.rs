@@ -10,7 +10,7 @@ use volcrypt::store::EnrolledDevice;
 use volcrypt::volume::VolumeId;
 
 use super::authority::Authority;
-use super::conformance::recorded;
+use super::conformance::{recorded, recorded_as, second};
 use super::many::copy_in_pykmip;
 use super::proxy::{Fault, Proxy};
 use super::pykmip::{PyKmip, config};
@@ -260,6 +260,27 @@ fn a_host_that_has_used_a_key_has_it_whatever_else_has_its_name() {
     let (reason, sentence) = refused(enrolled());
     assert_eq!(reason, Reason::WrongKey);
     assert!(sentence.contains("have its administrator restore the key that was made"), "{sentence}");
+}
+
+#[test]
+fn of_two_keys_that_a_volume_has_a_record_gets_the_one_that_it_names() {
+    let server = PyKmip::start();
+    let id = volume("one");
+    let (first, other) = (create(&server.manager(), &id).unwrap(), Key::random(512.try_into().unwrap()).unwrap());
+    let text = second(wanted(), &id, &other).to_text(&id, &other).unwrap();
+    let data = format!("CASE application_namespace WHEN 'volcrypt' THEN application_data ELSE '{text}' END");
+    copy_in_pykmip(&server, 1, "name", &data);
+    let database = rusqlite::Connection::open(server.authority().path("pykmip.db")).unwrap();
+    database.execute("UPDATE managed_objects SET value = ?1 WHERE uid = 2", [other.bytes()]).unwrap();
+    let get = |version, key: &Key| server.manager().get_enrolled(&recorded_as(&id, version, key));
+    assert!(get(1, &first).unwrap().same_as(&first));
+    assert!(get(2, &other).unwrap().same_as(&other));
+    for (version, key) in [(2, &first), (1, &other), (3, &other)] {
+        assert!(get(version, key).is_err());
+    }
+    let versions = server.manager().list().unwrap().into_iter().map(|info| info.key.version).collect::<Vec<_>>();
+    assert_eq!(versions, [1, 2]);
+    assert_eq!(refused(server.manager().get(&id)).0, Reason::KeyManager, "nobody says which one counts");
 }
 
 #[test]

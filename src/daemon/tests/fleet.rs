@@ -6,8 +6,8 @@ use super::super::broker::Verdict;
 use super::*;
 use crate::audit::{Entry, Kind};
 use crate::keys::cached::{Cache, CachedKeyManager};
-use crate::keys::{Capabilities, Description, Imported, KeyInfo, KeyManager, RecordedKey};
-use crate::store::VolumeState;
+use crate::keys::{Capabilities, Description, Imported, KeyHandle, KeyInfo, KeyManager, RecordedKey};
+use crate::store::{VolumeRecord, VolumeState};
 use crate::volume::VolumeId;
 
 /// A key manager of both.
@@ -172,6 +172,32 @@ fn another_hosts_key_is_not_destroyed_because_the_key_manager_does_not_say_whose
         assert_eq!(one.volume(&"one".parse().unwrap()).unwrap().state, VolumeState::Enrolled);
         assert_eq!(destruction(&one), [""; 0]);
     }
+}
+
+#[test]
+fn a_volume_whose_record_names_another_version_than_there_is_does_not_open() {
+    let [(world, here, one), (_, there, other)] = hosts();
+    let record = one.enrol(here, None).unwrap();
+    assert_eq!(record.key, KeyHandle::first(&record.id));
+    let set_version = |version: u32| {
+        let path = one.vault().unwrap().store.path().to_owned();
+        let change = format!("UPDATE volumes SET key_version = {version}");
+        rusqlite::Connection::open(path).unwrap().execute_batch(&change).unwrap();
+    };
+    set_version(2);
+    let refusal = one.open(here, true, OFlags::RDWR, &vm()).unwrap_err();
+    assert_eq!(refusal.errno(), libc::EKEYREJECTED, "{refusal}");
+    assert!(world.opened().is_empty());
+    set_version(1);
+    assert!(matches!(one.open(here, true, OFlags::RDWR, &vm()), Ok(Verdict::Mapping(..))));
+
+    // Another host takes the version over that is kept beside the key.
+    let (key, _) = one.vault().unwrap().keys.described(&record.id).unwrap().unwrap();
+    let second = VolumeRecord { key: KeyHandle::of(&record.id, 2), ..record.clone() };
+    one.vault().unwrap().keys.import(&record.id, &key, &Description::of(&second)).unwrap();
+    assert!(matches!(other.open(there, true, OFlags::RDWR, &vm()), Ok(Verdict::Mapping(..))));
+    assert_eq!(other.volume(&record.id).unwrap(), second);
+    assert_eq!(one.open(here, true, OFlags::RDWR, &vm()).unwrap_err().errno(), libc::EKEYREJECTED);
 }
 
 #[test]

@@ -204,7 +204,7 @@ fn a_kept_key_is_used_while_nobody_answers_also_after_a_restart() {
     assert_eq!(refused(&manager), Reason::TimedOut, "it was never used here");
     use_once(&host, &manager);
     for manager in [&manager, &host.start(), &host.start()] {
-        let key = get(&manager, &one()).unwrap();
+        let key = get(manager, &one()).unwrap();
         assert!(key.same_as(&key_of(1)));
         assert_eq!(key.from_cache(), Some(NOW));
     }
@@ -321,12 +321,14 @@ fn a_changed_row_does_not_open() {
     let connection = rusqlite::Connection::open(host.path().join("volcrypt.db")).unwrap();
     for change in [
         "UPDATE key_cache SET fetched_at = fetched_at + 1",
+        "UPDATE key_cache SET key_version = 2",
         "UPDATE key_cache SET fetched_at = fetched_at - 1, volume_id = 'two', key_id = 'two'",
-        "UPDATE key_cache SET volume_id = 'one', key_id = 'one', wrapped = zeroblob(length(wrapped))",
+        "UPDATE key_cache SET volume_id = 'one', key_id = 'one', key_version = 1, wrapped = zeroblob(length(wrapped))",
     ] {
         connection.execute(change, []).unwrap();
-        let id = host.store().cached_keys().unwrap()[0].volume.clone();
-        let refusal = get(&manager, &id).err().expect(change);
+        let row = host.store().cached_keys().unwrap().remove(0);
+        let wanted = RecordedKey { handle: row.key, ..recorded(&row.volume) };
+        let refusal = manager.get_enrolled(&wanted).err().expect(change);
         assert!(refusal.to_string().contains("its cached key does not open"), "{refusal}");
     }
 }
@@ -448,7 +450,7 @@ fn another_key_encryption_key_takes_the_kept_keys_along() {
     assert_ne!((before.kek, &before.wrapped), (after.kek, &after.wrapped));
     assert_eq!(after.kek, new);
     for manager in [&manager, &host.start()] {
-        assert!(get(&manager, &one()).unwrap().same_as(&key_of(1)));
+        assert!(get(manager, &one()).unwrap().same_as(&key_of(1)));
     }
 }
 
@@ -572,7 +574,7 @@ fn a_key_that_is_known_is_asked_for_by_its_check_value() {
     let host = Host::new();
     let (manager, known) = (host.start(), recorded(&one()));
     manager.get_enrolled(&known).unwrap();
-    assert_eq!(*host.script.known.lock().unwrap(), [known.clone()]);
+    assert_eq!(*host.script.known.lock().unwrap(), std::slice::from_ref(&known));
     // Nobody waits for these: ahead of an open, and behind one that the kept key is enough for.
     manager.wipe_copy(&one());
     manager.fetch_ahead(&known);
@@ -615,4 +617,85 @@ fn a_kept_key_that_was_wiped_while_it_was_waited_for_is_not_used() {
         host.script.say(Answer::Silence);
         assert!(!waiting.join().unwrap());
     });
+}
+
+/// The key of volume one that is all twos, as a record names it that was re-encrypted.
+fn second() -> RecordedKey {
+    let check_value = key_of(2).check_value(&one());
+    RecordedKey { handle: KeyHandle::of(&one(), 2), check_value, ..recorded(&one()) }
+}
+
+#[test]
+fn a_kept_key_is_used_for_the_version_that_it_was_kept_as() {
+    let host = Host::new();
+    let manager = host.start();
+    use_once(&host, &manager);
+    // Also if it is the same key by its check value.
+    for wanted in [second(), RecordedKey { handle: second().handle, ..recorded(&one()) }] {
+        for manager in [&manager, &host.start()] {
+            let refusal = manager.get_enrolled(&wanted).err().expect("version 1 was used");
+            assert_eq!(
+                refusal.to_string(),
+                "nobody answers; this host's cache has another key of it (one, version 1, and not one, version 2)"
+            );
+            assert_eq!(refusal.reason(), Reason::TimedOut);
+        }
+    }
+    assert!(get(&manager, &one()).is_ok(), "the kept one stays for whoever needs it");
+    let record = wanted().record(&one(), &key_of(1));
+    let starts_until = |version| {
+        let record = crate::store::VolumeRecord { key: KeyHandle::of(&one(), version), ..record.clone() };
+        host.start().kept().unwrap().until(&record)
+    };
+    assert!(starts_until(1).is_some() && starts_until(2).is_none());
+
+    host.script.say(Answer::Key(2));
+    let manager = host.start();
+    assert!(manager.get_enrolled(&second()).unwrap().same_as(&key_of(2)));
+    host.script.say(Answer::Silence);
+    for manager in [&manager, &host.start()] {
+        assert!(manager.get_enrolled(&second()).unwrap().same_as(&key_of(2)));
+        assert_eq!(refused(manager), Reason::TimedOut, "the second one was kept in its place");
+    }
+    assert!(starts_until(1).is_none() && starts_until(2).is_some());
+}
+
+#[test]
+fn a_key_that_is_held_is_not_another_version_of_it() {
+    let host = Host::new();
+    let manager = CachedKeyManager::new(Box::new(host.script.clone()), Cache::Off);
+    manager.fetch_ahead(&recorded(&one()));
+    assert!(manager.shared.jobs.wait_for(&one(), Duration::from_secs(10)));
+    host.script.say(Answer::Key(2));
+    assert!(manager.get_enrolled(&second()).unwrap().same_as(&key_of(2)));
+    let same = RecordedKey { handle: second().handle, ..recorded(&one()) };
+    host.script.say(Answer::Silence);
+    assert!(manager.get_enrolled(&same).is_err());
+    assert!(get(&manager, &one()).unwrap().same_as(&key_of(1)), "it is held");
+}
+
+#[test]
+fn who_names_no_version_hears_what_the_server_says_now() {
+    let host = Host::new();
+    let manager = host.start();
+    assert!(manager.get(&one()).unwrap().same_as(&key_of(1)));
+    assert!(host.store().cached_keys().unwrap().is_empty(), "which one it is nobody has said");
+    use_once(&host, &manager);
+    assert!(manager.get(&one()).is_err());
+    host.script.say(Answer::No(Reason::NoKey));
+    assert!(manager.get(&one()).is_err());
+    host.script.say(Answer::Silence);
+    assert_eq!(refused(&manager), Reason::TimedOut, "a no is a no");
+}
+
+#[test]
+fn what_is_described_is_kept_as_the_version_that_was_described() {
+    let host = Host::new();
+    let manager = host.start();
+    let wanted = wanted().with_key_version(2);
+    host.script.say(Answer::Key(2));
+    manager.create(&one(), &wanted).unwrap();
+    host.script.say(Answer::Silence);
+    assert!(manager.get_enrolled(&second()).unwrap().same_as(&key_of(2)));
+    assert_eq!(refused(&manager), Reason::TimedOut);
 }

@@ -357,3 +357,110 @@ fn a_read_only_database_still_hands_out_its_keys() {
     refused(manager.make(&id("two"), size(512)), Reason::StoreUnavailable);
     refused(manager.destroy(&id("one")), Reason::StoreUnavailable);
 }
+
+/// The key number `version` of volume one, as a record of that names it.
+fn recorded(version: u32, key: &Key) -> RecordedKey {
+    RecordedKey {
+        volume: id("one"),
+        handle: KeyHandle::of(&id("one"), version),
+        check_value: key.check_value(&id("one")),
+    }
+}
+
+impl EmbeddedKeyManager {
+    /// Another key of volume one, beside those that are there.
+    fn add_version(&self, version: u32) -> Key {
+        let (volume, key, ring) = (id("one"), Key::random(size(512)).unwrap(), self.ring());
+        let wrapped = ring.current.1.wrap(&volume, version, &key).unwrap();
+        let row = rusqlite::params![volume.as_str(), version, wrapped, ring.current.0.to_string()];
+        let insert =
+            "INSERT INTO keys (volume_id, version, key_size, wrapped, created_at, kek) VALUES (?1, ?2, 512, ?3, 5, ?4)";
+        Connection::open(self.store.path()).unwrap().execute(insert, row).unwrap();
+        key
+    }
+}
+
+#[test]
+fn a_record_gets_the_version_that_it_names_and_no_other() {
+    let place = Place::new();
+    let manager = place.open();
+    let first = manager.make(&id("one"), size(512)).unwrap();
+    let sentence = refused(manager.get_enrolled(&recorded(2, &first)), Reason::WrongKey);
+    assert!(
+        sentence.contains("volume one names version 2 of its key") && sentence.contains("has version 1"),
+        "{sentence}"
+    );
+    let second = manager.add_version(2);
+    for manager in [manager, place.open()] {
+        assert!(manager.get_enrolled(&recorded(1, &first)).unwrap().same_as(&first));
+        assert!(manager.get_enrolled(&recorded(2, &second)).unwrap().same_as(&second));
+        refused(manager.get_enrolled(&recorded(3, &second)), Reason::WrongKey);
+        let foreign = KeyHandle { id: "another".parse().unwrap(), version: 1 };
+        let sentence =
+            refused(manager.get_enrolled(&RecordedKey { handle: foreign, ..recorded(1, &first) }), Reason::WrongKey);
+        assert!(sentence.contains("names the key another"), "{sentence}");
+        let nowhere = RecordedKey { volume: id("two"), handle: KeyHandle::first(&id("two")), ..recorded(1, &first) };
+        refused(manager.get_enrolled(&nowhere), Reason::NoKey);
+    }
+    let manager = place.open();
+    let versions = manager.list().unwrap().into_iter().map(|info| info.key.to_string()).collect::<Vec<_>>();
+    assert_eq!(versions, ["one, version 1", "one, version 2"]);
+    manager.destroy(&id("one")).unwrap();
+    for version in [1, 2] {
+        refused(manager.get_enrolled(&recorded(version, &first)), Reason::KeyDestroyed);
+    }
+}
+
+#[test]
+fn a_key_that_was_rewrapped_since_it_was_looked_for_is_the_same_version() {
+    let place = Place::new();
+    let manager = place.open();
+    let first = manager.make(&id("one"), size(512)).unwrap();
+    manager.add_version(2);
+    let before = manager.store.wrapped_key_of(&id("one"), 1).unwrap().unwrap();
+    let other = place.open();
+    let mut step = RotationStep::Begin;
+    while let KekRotation::UnderWay { after, .. } = other.rotate_kek(&step).unwrap() {
+        step = RotationStep::GoOn { after };
+    }
+    assert!(manager.unwrap(&before).unwrap().same_as(&first));
+}
+
+#[test]
+fn a_key_that_is_brought_keeps_its_version() {
+    let place = Place::new();
+    let manager = place.open();
+    let device = crate::store::EnrolledDevice { wwid: Some("naa.6".to_owned()), ..Default::default() };
+    let said = Description::new(device, 4096, ("default", &crate::policy::Profile::default()), None, 7);
+    let key = Key::random(size(512)).unwrap();
+    let second = said.clone().with_key_version(2);
+    assert_eq!(manager.import(&id("one"), &key, &second), Ok(Imported::Stored));
+    assert_eq!(manager.import(&id("one"), &key, &second), Ok(Imported::Present));
+    refused(manager.import(&id("one"), &key, &said), Reason::WrongKey);
+    assert!(manager.get_enrolled(&recorded(2, &key)).unwrap().same_as(&key));
+    refused(manager.get_enrolled(&recorded(1, &key)), Reason::WrongKey);
+    // Whoever enrols the volume anew names the key that there is.
+    let (found, kept) = manager.create(&id("one"), &said).unwrap();
+    assert!(found.same_as(&key));
+    assert_eq!(kept.record(&id("one"), &found).key, KeyHandle::of(&id("one"), 2));
+    manager.destroy(&id("one")).unwrap();
+    refused(manager.import(&id("one"), &key, &said), Reason::KeyDestroyed);
+}
+
+#[test]
+fn all_versions_are_checked_and_the_record_has_the_one_that_it_names() {
+    let place = Place::new();
+    let manager = place.open();
+    let first = manager.make(&id("one"), size(512)).unwrap();
+    manager.add_version(2);
+    let device = crate::store::EnrolledDevice { wwid: Some("naa.6".to_owned()), ..Default::default() };
+    let said = Description::new(device, 4096, ("default", &crate::policy::Profile::default()), None, 7);
+    manager.store.enrol(&said.record(&id("one"), &first)).unwrap();
+    assert_eq!(manager.check_all(), Ok(2));
+    place.sql("UPDATE volumes SET key_version = 2");
+    assert!(refused(manager.check_all(), Reason::WrongKey).contains("not the one it was enrolled with"));
+    place.sql("UPDATE volumes SET key_version = 3");
+    assert!(refused(manager.check_all(), Reason::WrongKey).contains("names version 3 of its key"));
+    place.sql("UPDATE volumes SET key_version = 1; UPDATE keys SET wrapped = zeroblob(93) WHERE version = 1");
+    refused(manager.check_all(), Reason::NoKey);
+}

@@ -557,3 +557,38 @@ fn what_cannot_be_moved_is_refused() {
 }
 
 mod whose;
+
+#[test]
+fn a_key_moves_as_the_version_that_its_record_names() {
+    let host = Host::with_volumes(0);
+    let (old, new, volume) = (host.embedded(), Server::default(), id("volume"));
+    let key = Key::random(size(512)).unwrap();
+    let second = description("volume", 512, None).with_key_version(2);
+    old.import(&volume, &key, &second).unwrap();
+    let record = second.clone().record(&volume, &key);
+    host.store.enrol(&record).unwrap();
+    let sum = host.migrate(ROUTE, Aim::Copy, (&old, &new)).unwrap();
+    assert_eq!(sum, Sum { stored: 1, ..Sum::default() });
+    assert_eq!(new.described(&volume).unwrap().unwrap().1, second);
+    assert!(new.get_enrolled(&record.recorded_key()).unwrap().same_as(&key));
+    // The same key as another version is not what opens ask for, so the old one stays.
+    new.put("volume", key.bytes(), description("volume", 512, None));
+    for aim in [Aim::DestroyOld, Aim::Copy] {
+        let sum = host.migrate(ROUTE, aim, (&old, &new)).unwrap();
+        assert_eq!((sum.refused, sum.removed), (vec!["the server has another version".to_owned()], 0));
+        assert!(old.get_enrolled(&record.recorded_key()).unwrap().same_as(&key));
+    }
+}
+
+#[test]
+fn a_key_that_volcrypt_did_not_make_is_not_moved() {
+    let host = Host::with_volumes(1);
+    let (old, new) = (host.embedded(), Server::default());
+    let change = "UPDATE volumes SET key_id = '0b1f7c1e-1111-4222-8333-444455556666'";
+    rusqlite::Connection::open(host.store.path()).unwrap().execute_batch(change).unwrap();
+    let sum = host.migrate(ROUTE, Aim::Copy, (&old, &new)).unwrap();
+    let said = "the key 0b1f7c1e-1111-4222-8333-444455556666 of volume volume-000 was not made by volcrypt, and stays in \
+                embedded";
+    assert_eq!(sum, Sum { skipped: vec![said.to_owned()], ..Sum::default() });
+    assert!(new.keys.lock().unwrap().is_empty());
+}

@@ -223,3 +223,69 @@ fn a_database_of_the_first_version_keeps_its_volumes_and_keys() {
     assert_eq!(store.set_owner(&record("one").id, None), Ok(true));
     assert_eq!(store.verify_audit(Default::default()).unwrap().end.seq, 1);
 }
+
+/// The rows of each table, without those of SQLite's own.
+fn rows(store: &Store) -> BTreeMap<String, Vec<Vec<rusqlite::types::Value>>> {
+    let connection = store.connection();
+    let query = "SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite_%'";
+    let mut names = connection.prepare(query).unwrap();
+    let names: Vec<String> = names.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect();
+    let all = |name: &String| {
+        let mut statement = connection.prepare(&format!("SELECT * FROM {name} ORDER BY 1, 2")).unwrap();
+        let columns = statement.column_count();
+        let rows = statement.query_map([], |row| (0..columns).map(|column| row.get(column)).collect()).unwrap();
+        rows.map(Result::unwrap).collect()
+    };
+    names.iter().map(|name| (name.clone(), all(name))).collect()
+}
+
+#[test]
+fn what_was_enrolled_before_keys_had_names_has_the_first_key_of_its_volume_and_nothing_else_changes() {
+    let directory = private_directory();
+    let older = &schema::MIGRATIONS[..6];
+    let store = Store::open_with(directory.path(), older).unwrap();
+    let check_value = "00112233445566778899aabbccddeeff";
+    store
+        .connection()
+        .execute_batch(&format!(
+            "INSERT INTO keks VALUES ('{check_value}', 'current', 5);
+             INSERT INTO volumes VALUES ('one', 'iqn.2026-11.org.lab:one', 1, 'naa.one', 1073741824, 'default', 'plain',
+                     'aes-xts-plain64', 512, 4096, '{check_value}', 1790000000, 'enrolled', NULL, NULL),
+                 ('two.b_c-d', NULL, NULL, NULL, 512, 'p', 'plain', 'aes-xts-plain64', 256, 512, '{check_value}', 7,
+                     'retired', 'p1', 'LVM-x'),
+                 ('three', NULL, NULL, 'naa.3', 512, 'p', 'plain', 'aes-xts-plain64', 256, 512, '{check_value}', 7,
+                     'destroyed', NULL, NULL);
+             INSERT INTO grants VALUES ('one', 'web', 8, 7);
+             INSERT INTO keys VALUES ('one', 1, 512, x'0102', 5, NULL, '{check_value}'), ('three', 1, 256, NULL, 5, 6, NULL);
+             INSERT INTO key_cache VALUES ('one', hex(zeroblob(32)), 512, x'0304', '{check_value}', 9);
+             INSERT INTO key_moves VALUES ('one', 'embedded', 'kmip', 'copied', 9);
+             INSERT INTO key_uses VALUES ('one', 9);
+             INSERT INTO meta VALUES ('key_cache_seen_at', '9');"
+        ))
+        .unwrap();
+    store.append_audit(crate::audit::Event::of_the_host(crate::audit::Kind::KekRotated, "x")).unwrap();
+    let before = rows(&store);
+    drop(store);
+
+    let store = Store::open(directory.path()).unwrap();
+    let mut after = rows(&store);
+    for (table, named) in [("volumes", 0), ("key_cache", 0)] {
+        for row in after.get_mut(table).unwrap() {
+            let (version, id) = (row.pop().unwrap(), row.pop().unwrap());
+            assert_eq!((&id, version), (&row[named], 1.into()), "{table}");
+        }
+    }
+    assert!(before.values().all(|rows| !rows.is_empty()), "{before:?}");
+    assert_eq!(after, before);
+    let records = store.volumes().unwrap();
+    assert!(records.iter().all(|record| record.key == KeyHandle::first(&record.id)));
+    assert_eq!(records[0], record("one"));
+    let kept = store.cached_key(&record("one").id).unwrap().unwrap();
+    assert_eq!((kept.key, kept.wrapped), (record("one").key, vec![3, 4]));
+    drop(store);
+
+    let newest = schema::MIGRATIONS.len();
+    let sentence = refused(Store::open_with(directory.path(), older));
+    assert!(sentence.contains(&format!("by a newer volcrypt (version {newest}, this one knows 6)")), "{sentence}");
+    assert_eq!(Store::open(directory.path()).unwrap().volumes().unwrap(), records, "and it was left as it is");
+}

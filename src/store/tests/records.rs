@@ -29,7 +29,7 @@ fn the_same_record_may_be_repeated_and_no_other() {
     store.enrol(&record("one")).unwrap();
     store.enrol(&VolumeRecord { enrolled_at: 5, ..record("one") }).unwrap();
     type Change = fn(&mut VolumeRecord);
-    let changes: [(&str, Change); 9] = [
+    let changes: [(&str, Change); 11] = [
         ("device", |record| record.device.lun = Some(2)),
         ("device", |record| record.device.wwid = None),
         ("size_bytes", |record| record.size_bytes += 512),
@@ -37,6 +37,8 @@ fn the_same_record_may_be_repeated_and_no_other() {
         ("cipher", |record| record.cipher = "aes-cbc-essiv:sha256".to_owned()),
         ("key_size", |record| record.key_size = 256.try_into().unwrap()),
         ("sector_size", |record| record.sector_size = 512),
+        ("key", |record| record.key.version = 2),
+        ("key", |record| record.key.id = "0b1f7c1e-1111-4222-8333-444455556666".parse().unwrap()),
         ("check_value", |record| record.check_value = "0".repeat(32).try_into().unwrap()),
         ("size_bytes, sector_size", |record| (record.size_bytes, record.sector_size) = (512, 512)),
     ];
@@ -153,11 +155,41 @@ fn the_tables_refuse_what_makes_no_sense() {
         "check_value = 'x'",
         "cipher = ''",
         "profile = NULL",
+        "key_id = ''",
+        "key_id = '../one'",
+        "key_version = 0",
+        "key_version = 4294967296",
+        "key_version = NULL",
     ] {
         assert!(store.connection().execute_batch(&format!("UPDATE volumes SET {change}")).is_err(), "{change}");
     }
     let too_large = VolumeRecord { size_bytes: u64::MAX, ..record("two") };
     assert!(refused(store.enrol(&too_large)).contains("size_bytes"));
+    // A volume of which nobody says which key it has gets none.
+    for id in ["NULL", "'-one'"] {
+        store.connection().execute_batch(&format!("UPDATE volumes SET key_id = {id}")).unwrap();
+        assert!(refused(store.volume(&record("one").id)).contains("the record of volume \"one\" cannot be understood"));
+    }
+}
+
+#[test]
+fn a_record_names_a_key_and_a_key_the_volumes_that_have_it() {
+    let directory = private_directory();
+    let store = Store::open(directory.path()).unwrap();
+    let foreign = KeyHandle { id: "0b1f7c1e-1111-4222-8333-444455556666".parse().unwrap(), version: 1 };
+    let with = |name: &str, key: &KeyHandle| VolumeRecord { key: key.clone(), ..record(name) };
+    let second = KeyHandle::of(&record("one").id, 2);
+    for record in [with("one", &second), with("two", &foreign), with("three", &foreign), with("four", &foreign)] {
+        store.enrol(&record).unwrap();
+        assert_eq!(store.volume(&record.id).unwrap(), Some(record));
+    }
+    let destroyed = VolumeState::Destroyed;
+    store.change_state(&record("four").id, &[VolumeState::Enrolled], destroyed, None).unwrap();
+    store.change_state(&record("two").id, &[VolumeState::Enrolled], VolumeState::Retired, None).unwrap();
+    let with = |key: &KeyHandle| store.volumes_with(key).unwrap().into_iter().map(String::from).collect::<Vec<_>>();
+    assert_eq!(with(&second), ["one"]);
+    assert_eq!(with(&foreign), ["three", "two"]);
+    assert_eq!(with(&record("one").key), [""; 0], "the first one is nobody's any more");
 }
 
 #[test]

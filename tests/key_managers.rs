@@ -12,6 +12,7 @@ mod key_managers {
     mod conformance;
     mod faults;
     mod kmip_create;
+    mod kmip_versions;
     mod many;
     mod migration;
     pub mod proxy;

@@ -105,10 +105,11 @@ impl Config {
                 format!("Keys are kept in the database in {}.{more}", directory.display())
             }
             KeyManagerConfig::Kmip { directory, kmip } => format!(
-                "Keys are {} the KMIP servers {}, which have {} seconds to answer; what is known of volumes is in the \
-                 database in {}.{more}",
+                "Keys are {} the KMIP servers {}, which are asked in KMIP {} or older and have {} seconds to answer; \
+                 what is known of volumes is in the database in {}.{more}",
                 if kmip.key_origin == KeyOrigin::Server { "made by and kept on" } else { "kept on" },
                 kmip.servers.join(", "),
+                kmip.newest_version,
                 kmip.deadline.as_secs(),
                 directory.display()
             ),

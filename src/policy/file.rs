@@ -41,6 +41,7 @@ pub(super) struct KmipTable {
     pub(super) certificate: Option<Spanned<String>>,
     pub(super) key: Option<Spanned<String>>,
     pub(super) key_origin: Option<Spanned<String>>,
+    pub(super) newest_version: Option<Spanned<String>>,
     pub(super) deadline_seconds: Option<Spanned<i64>>,
 }
 

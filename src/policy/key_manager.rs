@@ -8,6 +8,7 @@ use super::error::Fault;
 use super::file::{BarbicanTable, KeyCacheTable, KeyManagerTable, KmipTable};
 use crate::keys::ManagerKind;
 use crate::keys::barbican::{BarbicanConfig, Credential, check_url};
+use crate::keys::kmip::message::Version;
 use crate::keys::kmip::{KeyOrigin, KmipConfig, split_address};
 
 /// Where the database and the key-encryption key are, unless the configuration says otherwise.
@@ -207,7 +208,7 @@ impl KeyServers {
 
 fn new_kmip(table: Spanned<KmipTable>) -> Result<KmipConfig, Fault> {
     let span = table.span();
-    let KmipTable { servers, ca, certificate, key, key_origin, deadline_seconds } = table.into_inner();
+    let KmipTable { servers, ca, certificate, key, key_origin, newest_version, deadline_seconds } = table.into_inner();
     let missing = |what: &str| Fault::new(span.clone(), format!("the section [kmip] needs {what}; add it"));
     let servers = servers.ok_or_else(|| missing("servers = [\"HOST:5696\"]"))?;
     if servers.get_ref().is_empty() {
@@ -227,12 +228,23 @@ fn new_kmip(table: Spanned<KmipTable>) -> Result<KmipConfig, Fault> {
             return Err(Fault::new(key_origin.map_or(span, |origin| origin.span()), sentence));
         }
     };
+    let newest_version = match newest_version {
+        None => Version::NEWEST,
+        Some(version) => version.get_ref().parse().map_err(|_| {
+            let sentence = format!(
+                "{:?} is no version of KMIP that is spoken here; use \"1.0\" to \"1.4\" or \"2.0\"",
+                version.get_ref()
+            );
+            Fault::new(version.span(), sentence)
+        })?,
+    };
     Ok(KmipConfig {
         servers: servers.into_inner().into_iter().map(Spanned::into_inner).collect(),
         ca: absolute(ca.ok_or_else(|| missing("ca = \"/path\", the authorities that vouch for the servers"))?)?,
         certificate: absolute(certificate.ok_or_else(|| missing("certificate = \"/path\", this host's own"))?)?,
         key: absolute(key.ok_or_else(|| missing("key = \"/path\", the private key of its certificate"))?)?,
         key_origin,
+        newest_version,
         deadline: seconds("deadline_seconds", deadline_seconds, DEFAULT_KMIP_DEADLINE, 1..=60)?,
     })
 }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
 use std::time::Duration;
 
@@ -314,10 +315,38 @@ fn what_is_said_of_a_volume_is_what_the_first_host_said(host: &Host<'_>) {
     }
 }
 
+/// Hosts that speak these versions of KMIP with `server`, one after the other.
+fn speaking<'a>(
+    server: &'a PyKmip,
+    versions: &'a [&'a str],
+    key_origin: KeyOrigin,
+) -> impl Fn() -> Box<dyn KeyManager> + Sync + 'a {
+    let made = AtomicUsize::new(0);
+    move || {
+        let newest_version = versions[made.fetch_add(1, Ordering::Relaxed) % versions.len()].parse().unwrap();
+        let config = server.config("client", vec![server.address()]);
+        Box::new(KmipKeyManager::new(KmipConfig { newest_version, key_origin, ..config }))
+    }
+}
+
 #[test]
-fn kmip() {
+fn kmip_2_0() {
+    kmip(&["2.0"]);
+}
+
+#[test]
+fn kmip_1_4() {
+    kmip(&["1.4"]);
+}
+
+#[test]
+fn kmip_2_0_and_1_4() {
+    kmip(&["2.0", "1.4"]);
+}
+
+fn kmip(versions: &[&str]) {
     let server = PyKmip::start();
-    let host = || -> Box<dyn KeyManager> { Box::new(server.manager()) };
+    let host = speaking(&server, versions, KeyOrigin::Host);
     a_key_is_the_same_for_all_and_for_ever(&host, 256);
     a_key_is_the_same_for_all_and_for_ever(&host, 512);
     keys_of_two_volumes_differ(&host);
@@ -357,9 +386,17 @@ fn kmip_with_a_cache_on_every_host() {
 
 #[test]
 fn kmip_with_keys_of_the_servers_making() {
+    kmip_that_makes_keys(&["2.0"]);
+}
+
+#[test]
+fn kmip_with_keys_of_the_servers_making_in_two_versions() {
+    kmip_that_makes_keys(&["1.4", "2.0"]);
+}
+
+fn kmip_that_makes_keys(versions: &[&str]) {
     let server = PyKmip::start();
-    let config = KmipConfig { key_origin: KeyOrigin::Server, ..server.config("client", vec![server.address()]) };
-    let host = || -> Box<dyn KeyManager> { Box::new(KmipKeyManager::new(config.clone())) };
+    let host = speaking(&server, versions, KeyOrigin::Server);
     a_key_is_the_same_for_all_and_for_ever(&host, 256);
     a_key_is_the_same_for_all_and_for_ever(&host, 512);
     keys_of_two_volumes_differ(&host);

@@ -42,6 +42,8 @@ fn a_key_whose_making_breaks_off_at_any_step_is_made_once_and_nothing_is_left() 
         // It was described, and then named; the answers are lost.
         (MODIFY_ATTRIBUTE, Fault::CutAfter(0)),
         (MODIFY_ATTRIBUTE, Fault::CutAfter(1)),
+        // It was described, the answer is lost, and the server is asked for the same once more.
+        (MODIFY_ATTRIBUTE, Fault::CutOnce),
         (ACTIVATE, Fault::CutAfter(0)),
         // After it was activated.
         (GET, Fault::CutAfter(1)),
@@ -121,7 +123,7 @@ fn what_a_server_refuses_to_finish_is_undone() {
             item.text(tag::RESULT_MESSAGE, "not for you");
         });
     });
-    proxy.spoil(MODIFY_ATTRIBUTE, Fault::Instead(refused));
+    proxy.spoil(MODIFY_ATTRIBUTE, Fault::Refused(refused));
     let refusal = create(&host(&server, &proxy, Duration::from_secs(20)), &volume("refused")).err().unwrap();
     assert_eq!(refusal.reason(), Reason::NotAllowed);
     assert!(refusal.to_string().contains("not for you"), "{refusal}");

@@ -29,8 +29,12 @@ pub enum Fault {
     LateOnce(Duration),
     /// It never comes.
     Hang,
+    /// The server has done one request, and the connection ends before it is answered.
+    CutOnce,
     /// These bytes come instead.
     Instead(Vec<u8>),
+    /// These bytes come instead, and the server is not asked.
+    Refused(Vec<u8>),
     /// The byte at a place of it is another one.
     Byte(usize, u8),
 }
@@ -41,6 +45,8 @@ pub struct Proxy {
     fault: Arc<Mutex<(u8, Fault)>>,
     connections: Arc<AtomicUsize>,
     longest: Arc<AtomicUsize>,
+    /// The versions of the requests, in order.
+    versions: Arc<Mutex<Vec<(u8, u8)>>>,
     /// How many of the first connections get no answer any more.
     forgotten: Arc<AtomicUsize>,
 }
@@ -54,19 +60,28 @@ impl Proxy {
             fault: Arc::new(Mutex::new((0, Fault::None))),
             connections: Arc::default(),
             longest: Arc::default(),
+            versions: Arc::default(),
             forgotten: Arc::default(),
         };
         let (inside, outside) = (server_side(authority, name), client_side(authority));
         let (fault, connections) = (Arc::clone(&proxy.fault), Arc::clone(&proxy.connections));
         let (longest, forgotten) = (Arc::clone(&proxy.longest), Arc::clone(&proxy.forgotten));
+        let versions = Arc::clone(&proxy.versions);
         std::thread::spawn(move || {
             for socket in listener.incoming().flatten() {
                 let number = connections.fetch_add(1, Ordering::Relaxed);
                 let (inside, outside, server) = (Arc::clone(&inside), Arc::clone(&outside), server.clone());
                 let (fault, longest, forgotten) = (Arc::clone(&fault), Arc::clone(&longest), Arc::clone(&forgotten));
-                let is_forgotten = move || number < forgotten.load(Ordering::Relaxed);
+                let versions = Arc::clone(&versions);
+                // What every request has to pass before it is handed on.
+                let seen = move |request: &[u8]| {
+                    versions.lock().unwrap().push(version(request));
+                    if number < forgotten.load(Ordering::Relaxed) {
+                        std::thread::sleep(Duration::from_secs(600));
+                    }
+                };
                 // What breaks off ends that connection.
-                std::thread::spawn(move || relay(socket, inside, outside, &server, &fault, &longest, is_forgotten));
+                std::thread::spawn(move || relay(socket, inside, outside, &server, &fault, &longest, seen));
             }
         });
         proxy
@@ -90,6 +105,13 @@ impl Proxy {
     /// How many connections there were.
     pub fn connections(&self) -> usize {
         self.connections.load(Ordering::Relaxed)
+    }
+
+    /// The versions of KMIP in which it was asked since this was called last, each time another one as `(major, minor)`.
+    pub fn versions(&self) -> Vec<(u8, u8)> {
+        let mut versions = std::mem::take(&mut *self.versions.lock().unwrap());
+        versions.dedup();
+        versions
     }
 
     /// The length of the longest answer to the operation that is spoilt, in bytes.
@@ -123,7 +145,7 @@ fn relay(
     server: &str,
     fault: &Mutex<(u8, Fault)>,
     longest: &AtomicUsize,
-    is_forgotten: impl Fn() -> bool,
+    seen: impl Fn(&[u8]),
 ) -> io::Result<()> {
     let mut client = StreamOwned::new(ServerConnection::new(inside).unwrap(), socket);
     // Only what has a TLS connection is a client.
@@ -131,13 +153,17 @@ fn relay(
     let name = ServerName::try_from("localhost").unwrap();
     let mut server = StreamOwned::new(ClientConnection::new(outside, name).unwrap(), TcpStream::connect(server)?);
     loop {
-        if is_forgotten() {
-            std::thread::sleep(Duration::from_secs(600));
-        }
+        seen(&request);
         let is_spoilt = fault.lock().unwrap().0 == operation(&request);
         let fault = if is_spoilt { next(&mut fault.lock().unwrap().1) } else { Fault::None };
         if let Fault::Late(pause) = fault {
             std::thread::sleep(pause);
+        }
+        if let Fault::Refused(bytes) = &fault {
+            client.write_all(bytes)?;
+            client.flush()?;
+            request = message(&mut client)?;
+            continue;
         }
         server.write_all(&request)?;
         let mut answer = message(&mut server)?;
@@ -150,7 +176,7 @@ fn relay(
                 client.write_all(&answer[..length.min(answer.len())])?;
                 return client.flush();
             }
-            Fault::CutAfter(_) => return Ok(()),
+            Fault::CutAfter(_) | Fault::CutOnce => return Ok(()),
             Fault::Slow(pause) => {
                 for byte in answer {
                     std::thread::sleep(pause);
@@ -159,7 +185,7 @@ fn relay(
                 }
             }
             Fault::Hang => std::thread::sleep(Duration::from_secs(600)),
-            Fault::Instead(bytes) => client.write_all(&bytes)?,
+            Fault::Instead(bytes) | Fault::Refused(bytes) => client.write_all(&bytes)?,
             Fault::Byte(place, value) => {
                 answer[place] = value;
                 client.write_all(&answer)?;
@@ -182,6 +208,7 @@ fn next(fault: &mut Fault) -> Fault {
             *fault = Fault::None;
             late
         }
+        Fault::CutOnce => std::mem::replace(fault, Fault::None),
         fault => fault.clone(),
     }
 }
@@ -198,6 +225,16 @@ fn message(stream: &mut impl Read) -> io::Result<Vec<u8>> {
 
 /// The operation of a request: the value of the item with the tag 0x42005c.
 fn operation(request: &[u8]) -> u8 {
-    let place = request.windows(4).position(|bytes| bytes == [0x42, 0, 0x5c, 5]).unwrap();
+    last_byte(request, [0x42, 0, 0x5c, 5])
+}
+
+/// The version of a request: the values of the items with the tags 0x42006a and 0x42006b.
+fn version(request: &[u8]) -> (u8, u8) {
+    (last_byte(request, [0x42, 0, 0x6a, 2]), last_byte(request, [0x42, 0, 0x6b, 2]))
+}
+
+/// The last byte of the first value of 32 bits that has this tag and type.
+fn last_byte(request: &[u8], header: [u8; 4]) -> u8 {
+    let place = request.windows(4).position(|bytes| bytes == header).unwrap();
     request[place + 11]
 }

@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use rusqlite::Connection;
+use volcrypt::keys::kmip::message::Version;
 use volcrypt::keys::kmip::{KeyOrigin, KmipConfig, KmipKeyManager};
 
 use super::authority::Authority;
@@ -77,6 +78,7 @@ pub fn config(authority: &Authority, name: &str, servers: Vec<String>) -> KmipCo
         certificate: authority.path(&format!("{name}.pem")),
         key: authority.path(&format!("{name}.key")),
         key_origin: KeyOrigin::Host,
+        newest_version: Version::NEWEST,
         deadline: Duration::from_secs(20),
     }
 }

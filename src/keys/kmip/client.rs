@@ -122,7 +122,7 @@ impl Talk<'_> {
     ///
     /// # Errors
     /// [`Trouble`].
-    pub fn ask(&self, request: &Request) -> Result<Answer, Trouble> {
+    pub fn ask(&self, request: &Request<'_>) -> Result<Answer, Trouble> {
         let (client, until) = (self.client, self.until.get());
         let identity = client.identity();
         if let Some(mut connection) = client.take(self.server, &identity) {
@@ -135,7 +135,7 @@ impl Talk<'_> {
         }
         let KmipConfig { ca, certificate, key, .. } = &client.config;
         let tls = tls::mutual_client(ca, certificate, key, "the KMIP client").map_err(Trouble::Local)?;
-        let mut connection = Connection::open(self.name(), &tls, until)?;
+        let mut connection = Connection::open(self.name(), &tls, client.config.newest_version, until)?;
         let outcome = connection.ask(request, until);
         self.done(identity, connection, outcome)
     }

@@ -72,11 +72,11 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects to `server`, `HOST:PORT`, and agrees on a version of the protocol, until `deadline`.
+    /// Connects to `server`, `HOST:PORT`, and agrees on a version of the protocol up to `newest`, until `deadline`.
     ///
     /// # Errors
     /// [`Trouble`].
-    pub fn open(server: &str, client: &Arc<ClientConfig>, deadline: Instant) -> Result<Self, Trouble> {
+    pub fn open(server: &str, client: &Arc<ClientConfig>, newest: Version, deadline: Instant) -> Result<Self, Trouble> {
         let (host, _) = split_address(server).ok_or_else(|| Trouble::Tls(format!("{server:?} is no HOST:PORT")))?;
         let name = ServerName::try_from(host.to_owned()).map_err(|error| Trouble::Tls(error.to_string()))?;
         let socket = connect(server, deadline)?;
@@ -84,22 +84,22 @@ impl Connection {
         let session =
             ClientConnection::new(Arc::clone(client), name).map_err(|error| Trouble::Tls(tls::fault(&error)))?;
         let stream = StreamOwned::new(session, Timed { socket, deadline });
-        let mut connection = Connection { stream, version: VERSIONS[0] };
-        connection.agree()?;
+        let mut connection = Connection { stream, version: newest };
+        connection.agree(newest)?;
         Ok(connection)
     }
 
-    /// Finds the newest version that both sides speak. A server that does not know the question, which is one of
-    /// KMIP 1.1, or the version it is asked in, speaks an older one.
-    fn agree(&mut self) -> Result<(), Trouble> {
+    /// Finds the newest version up to `newest` that both sides speak. A server that does not know the question, which is
+    /// one of KMIP 1.1, or the version it is asked in, speaks an older one.
+    fn agree(&mut self, newest: Version) -> Result<(), Trouble> {
         let deadline = self.stream.sock.deadline;
-        for version in VERSIONS.into_iter().filter(|version| version.minor > 0) {
+        for version in asked_in(newest) {
             self.version = version;
-            match self.ask(&Request::discover_versions(), deadline) {
+            match self.ask(&Request::discover_versions(newest), deadline) {
                 Ok(answer) => {
                     let theirs = answer.versions()?;
-                    let common = VERSIONS.into_iter().find(|ours| theirs.contains(ours));
-                    self.version = common.ok_or(Malformed("the server speaks no version of KMIP from 1.0 to 1.4"))?;
+                    let mut ours = VERSIONS.into_iter().filter(|ours| *ours <= newest);
+                    self.version = ours.find(|ours| theirs.contains(ours)).ok_or(NO_COMMON_VERSION)?;
                     return Ok(());
                 }
                 Err(Trouble::Refused(failure)) if failure.reason != Failure::AUTHENTICATION_NOT_SUCCESSFUL => {}
@@ -115,7 +115,7 @@ impl Connection {
     ///
     /// # Errors
     /// [`Trouble`].
-    pub fn ask(&mut self, request: &Request, deadline: Instant) -> Result<Answer, Trouble> {
+    pub fn ask(&mut self, request: &Request<'_>, deadline: Instant) -> Result<Answer, Trouble> {
         self.stream.sock.deadline = deadline;
         let sent = self.stream.write_all(&request.encode(self.version)).and_then(|()| self.stream.flush());
         if let Err(error) = sent {
@@ -133,7 +133,7 @@ impl Connection {
             message = grown(message, more);
             self.stream.read_exact(&mut message[start..])?;
         }
-        let answer = Answer::new(message);
+        let answer = Answer::new(message, self.version);
         match answer.outcome(request.operation)? {
             Ok(()) => Ok(answer),
             Err(failure) => Err(Trouble::Refused(failure)),
@@ -153,6 +153,16 @@ impl Connection {
         }
         None
     }
+}
+
+const NO_COMMON_VERSION: Malformed = Malformed("it speaks no version of KMIP that this host may speak with it");
+
+/// The versions in which a server is asked for those that it speaks, up to `newest`: those first that most servers speak.
+/// An old one may take a 2 for something else than KMIP, and end the connection.
+fn asked_in(newest: Version) -> impl Iterator<Item = Version> {
+    let known = VERSIONS.into_iter().filter(move |version| (Version::WITH_DISCOVERY..=newest).contains(version));
+    let (old, new): (Vec<_>, Vec<_>) = known.partition(|version| !version.has_tagged_attributes());
+    old.into_iter().chain(new)
 }
 
 /// `bytes` with `more` zeros behind them; what had to be moved for it is wiped.

@@ -121,11 +121,37 @@ fn have_made(talk: &Talk<'_>, volume: &VolumeId, wanted: &Description) -> Result
         Err(fault) => return undo(talk, volume, identifier, fault),
     };
     let text = describe(volume, wanted, &key)?;
-    let described = talk.ask(&Request::describe_anew(identifier, &text));
-    match described.and_then(|_| talk.ask(&Request::rename(identifier, &name_of(volume)))) {
-        Ok(_) => Ok(Some(key)),
+    let finished = Label { name: &name_of(volume), volume: volume.as_str(), description: &text };
+    let described = change(talk, &Request::describe_anew(identifier, &label, &finished), identifier, |now| {
+        now.description.as_deref() == Some(&text)
+    });
+    let named = described.and_then(|()| {
+        let is_named = |now: &Attributes| now.names == [finished.name];
+        change(talk, &Request::rename(identifier, &label, &finished), identifier, is_named)
+    });
+    match named {
+        Ok(()) => Ok(Some(key)),
         Err(trouble @ Trouble::Refused(_)) => undo(talk, volume, identifier, trouble.into()),
         Err(trouble) => unless_offered(talk, volume, trouble).map(|()| Some(key)),
+    }
+}
+
+/// Has an attribute changed. What takes another one's place by its value (KMIP 2.0) can do so once; if the server gets the
+/// request twice because its answer was lost, the second time finds it `done`.
+fn change(
+    talk: &Talk<'_>,
+    request: &Request<'_>,
+    identifier: &str,
+    done: impl Fn(&Attributes) -> bool,
+) -> Result<(), Trouble> {
+    let refused = match talk.ask(request) {
+        Ok(_) => return Ok(()),
+        Err(trouble @ Trouble::Refused(_)) => trouble,
+        Err(trouble) => return Err(trouble),
+    };
+    match talk.ask(&Request::get_attributes(identifier)).map(|answer| answer.attributes(identifier)) {
+        Ok(Ok(now)) if done(&now) => Ok(()),
+        _ => Err(refused),
     }
 }
 

@@ -1,38 +1,25 @@
-//! Requests and answers: KMIP 1.4, sections 4 (operations), 7 (messages) and 9.1.3 (numbers).
+//! Requests and answers: KMIP 1.4, sections 4 (operations), 7 (messages) and 9.1.3 (numbers), and what KMIP 2.0 has
+//! changed, which is how attributes are written.
 
 mod answer;
+mod attribute;
 mod request;
 pub mod tag;
+mod version;
 
 pub use answer::{Answer, Attributes, Failure};
 pub use request::{Label, Request};
+pub use version::{InvalidVersion, VERSIONS, Version};
 
 const SYMMETRIC_KEY_OBJECT: u32 = 2;
 const AES: u32 = 3;
 const RAW: u32 = 1;
-/// The attribute that applications keep what they like in (section 3.36).
-const APPLICATION: &str = "Application Specific Information";
+/// Encrypt and Decrypt.
+const USAGE: i32 = 4 | 8;
 
-/// The group that all of volcrypt's keys are in.
+/// The group that all of volcrypt's keys are in, and the namespace of what is kept beside them: see
+/// [`crate::keys::Description`].
 const GROUP: &str = "volcrypt";
-/// The namespace of what is kept beside a key: see [`crate::keys::Description`].
-const DESCRIPTION: &str = "volcrypt-volume";
-
-/// A version of the protocol. 1.0 to 1.4 are alike in what is used here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Version {
-    /// 1.
-    pub major: i32,
-    /// 0 to 4.
-    pub minor: i32,
-}
-
-/// The versions that are spoken here, the preferred one first.
-pub const VERSIONS: [Version; 5] = [version(4), version(3), version(2), version(1), version(0)];
-
-const fn version(minor: i32) -> Version {
-    Version { major: 1, minor }
-}
 
 /// An operation (section 9.1.3.2.27).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,4 +1,4 @@
-//! A KMIP server as the key manager: OASIS Key Management Interoperability Protocol 1.0 to 1.4.
+//! A KMIP server as the key manager: OASIS Key Management Interoperability Protocol 1.0 to 1.4 and 2.0.
 //!
 //! A volume's key is a symmetric key with the name `volcrypt/<volume id>`, which is made here and handed over
 //! (Register) or made by the server (see [`making`]), and has beside it what other hosts have to know of the volume, and
@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use self::client::{Client, Talk};
 use self::connection::Trouble;
 use self::making::clear_unfinished;
-use self::message::{Failure, Request, State};
+use self::message::{Failure, Request, State, Version};
 use self::settle::{Found, find, settle};
 use self::ttlv::Malformed;
 use super::{
@@ -46,6 +46,8 @@ pub struct KmipConfig {
     pub key: PathBuf,
     /// Who makes keys.
     pub key_origin: KeyOrigin,
+    /// The newest version of the protocol that is spoken with the servers.
+    pub newest_version: Version,
     /// How long all that is asked for one key may take, of all servers together: 1 to 60 seconds.
     pub deadline: Duration,
 }
@@ -335,7 +337,7 @@ fn hand_out(talk: &Talk<'_>, volume: &VolumeId, found: &Found) -> Result<(Key, D
     Ok((key, description))
 }
 
-fn unless_gone(talk: &Talk<'_>, request: &Request) -> Result<(), Fault> {
+fn unless_gone(talk: &Talk<'_>, request: &Request<'_>) -> Result<(), Fault> {
     match talk.ask(request) {
         Ok(_) => Ok(()),
         Err(Trouble::Refused(failure)) if failure.reason == Failure::ITEM_NOT_FOUND => Ok(()),

@@ -5,12 +5,13 @@
 
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
-use volcrypt::keys::kmip::message::{Answer, Operation, tag};
+use volcrypt::keys::kmip::message::{Answer, Operation, VERSIONS, tag};
 use volcrypt::keys::kmip::ttlv::{HEADER, Writer, message_length};
 
 #[derive(Arbitrary, Debug)]
 struct Input<'a> {
     framed: bool,
+    version: u8,
     operation: u8,
     bytes: &'a [u8],
 }
@@ -30,6 +31,7 @@ const OPERATIONS: [Operation; 10] = [
 
 fuzz_target!(|input: Input<'_>| {
     let operation = OPERATIONS[usize::from(input.operation) % OPERATIONS.len()];
+    let version = VERSIONS[usize::from(input.version) % VERSIONS.len()];
     let mut message = input.bytes.to_vec();
     if input.framed {
         message.clear();
@@ -47,7 +49,7 @@ fuzz_target!(|input: Input<'_>| {
         assert!((HEADER..=1 << 20).contains(&length));
     }
     let longest = message.len();
-    let answer = Answer::new(message.into());
+    let answer = Answer::new(message.into(), version);
     let _ = (answer.outcome(operation), answer.versions());
     if let Ok(identifiers) = answer.identifiers() {
         assert!(identifiers.iter().map(String::len).sum::<usize>() <= longest);

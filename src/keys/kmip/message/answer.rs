@@ -2,7 +2,8 @@
 
 use zeroize::Zeroizing;
 
-use super::{AES, APPLICATION, DESCRIPTION, GROUP, Operation, RAW, SYMMETRIC_KEY_OBJECT, State, Version, tag};
+use super::attribute::{self, Kind};
+use super::{AES, GROUP, Operation, RAW, SYMMETRIC_KEY_OBJECT, State, Version, tag};
 use crate::keys::kmip::ttlv::{Item, Malformed};
 
 /// The longest of what a server says in words, in characters.
@@ -49,12 +50,13 @@ const NO_SYMMETRIC_KEY: Malformed = Malformed("it is no symmetric key");
 /// A server's answer, wiped when dropped.
 pub struct Answer {
     message: Zeroizing<Vec<u8>>,
+    version: Version,
 }
 
 impl Answer {
-    /// An answer that was received whole.
-    pub fn new(message: Zeroizing<Vec<u8>>) -> Self {
-        Answer { message }
+    /// An answer in the protocol's `version` that was received whole.
+    pub fn new(message: Zeroizing<Vec<u8>>, version: Version) -> Self {
+        Answer { message, version }
     }
 
     /// Whether the server did what `operation` asks for, or why not.
@@ -115,33 +117,27 @@ impl Answer {
     pub fn attributes(&self, identifier: &str) -> Result<Attributes, Malformed> {
         let (mut state, mut initial_date, mut bits) = (None, None, None);
         let (mut volume, mut description, mut names) = (None, None, Vec::new());
-        if self.payload()?.get(tag::UNIQUE_IDENTIFIER)?.text()? != identifier {
+        let payload = self.payload()?;
+        if payload.get(tag::UNIQUE_IDENTIFIER)?.text()? != identifier {
             return Err(ANOTHER_OBJECT);
         }
-        for item in self.payload()?.items()? {
-            let item = item?;
-            if item.tag != tag::ATTRIBUTE {
-                continue;
-            }
-            // An attribute that was asked for and is not set may come without a value.
-            let Some(value) = item.find(tag::ATTRIBUTE_VALUE)? else { continue };
-            match item.get(tag::ATTRIBUTE_NAME)?.text()? {
-                "Name" => names.push(value.get(tag::NAME_VALUE)?.text()?.to_owned()),
-                "Object Type" if value.enumeration()? != SYMMETRIC_KEY_OBJECT => return Err(NO_SYMMETRIC_KEY),
-                "State" => state = Some(read_state(value.enumeration()?)?),
-                "Initial Date" => initial_date = Some(value.date_time()?),
-                "Cryptographic Length" => bits = Some(value.integer()?),
-                APPLICATION => {
-                    let data = value.get(tag::APPLICATION_DATA)?.text()?;
-                    match value.get(tag::APPLICATION_NAMESPACE)?.text()? {
-                        GROUP => volume = Some(data.to_owned()),
-                        DESCRIPTION => description = Some(data.to_owned()),
-                        _ => {}
-                    }
+        attribute::read(payload, self.version, |kind, value| {
+            match kind {
+                Kind::Name => names.push(value.get(tag::NAME_VALUE)?.text()?.to_owned()),
+                Kind::ObjectType if value.enumeration()? != SYMMETRIC_KEY_OBJECT => return Err(NO_SYMMETRIC_KEY),
+                Kind::State => state = Some(read_state(value.enumeration()?)?),
+                Kind::InitialDate => initial_date = Some(value.date_time()?),
+                Kind::Length => bits = Some(value.integer()?),
+                Kind::Application if value.get(tag::APPLICATION_NAMESPACE)?.text()? == GROUP => {
+                    let kept = value.get(tag::APPLICATION_DATA)?.text()?;
+                    // No volume has a space in its id.
+                    let (of, said) = kept.split_once(' ').map_or((kept, None), |(of, said)| (of, Some(said)));
+                    (volume, description) = (Some(of.to_owned()), said.map(str::to_owned));
                 }
                 _ => {}
             }
-        }
+            Ok(())
+        })?;
         match (state, initial_date, bits) {
             (Some(state), Some(initial_date), Some(bits)) => {
                 Ok(Attributes { names, state, initial_date, bits, volume, description })

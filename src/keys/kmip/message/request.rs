@@ -2,7 +2,8 @@
 
 use zeroize::Zeroizing;
 
-use super::{AES, APPLICATION, DESCRIPTION, GROUP, Operation, RAW, SYMMETRIC_KEY_OBJECT, VERSIONS, Version, tag};
+use super::attribute::{self, Attribute, Kind};
+use super::{AES, Operation, RAW, SYMMETRIC_KEY_OBJECT, VERSIONS, Version, tag};
 use crate::keys::Key;
 use crate::keys::kmip::ttlv::Writer;
 use crate::policy::KeySize;
@@ -16,9 +17,6 @@ pub(super) const REQUEST_SPACE: usize = 8192;
 
 /// On-line and archival storage: what was archived is no reason to make another key.
 const ANYWHERE: i32 = 1 | 2;
-const UNINTERPRETED_TEXT: u32 = 1;
-/// Encrypt and Decrypt.
-const USAGE: i32 = 4 | 8;
 const CESSATION_OF_OPERATION: u32 = 6;
 
 /// What a new key is to be called, and what is to be kept beside it.
@@ -31,25 +29,33 @@ pub struct Label<'a> {
     pub description: &'a str,
 }
 
-/// An encoded request, wiped when dropped.
-pub struct Request {
+impl<'a> Label<'a> {
+    fn attributes(&self) -> [Attribute<'a>; 4] {
+        let Label { name, volume, description } = *self;
+        [Attribute::Usage, Attribute::Name(name), Attribute::Group, Attribute::Kept { volume, description }]
+    }
+}
+
+/// Writes what a request says, in a version of the protocol.
+type Fill<'a> = Box<dyn Fn(&mut Writer<'_>, Version) + 'a>;
+
+/// A request. It is written when it is known which version of the protocol the server speaks.
+pub struct Request<'a> {
     /// What it asks for.
     pub operation: Operation,
     /// The longest answer that is taken, in bytes.
     pub longest_answer: usize,
-    pub(super) payload: Zeroizing<Vec<u8>>,
+    fill: Fill<'a>,
 }
 
-impl Request {
-    fn new(operation: Operation, fill: impl FnOnce(&mut Writer<'_>)) -> Self {
-        let mut payload = Zeroizing::new(Vec::with_capacity(REQUEST_SPACE));
-        Writer::new(&mut payload).structure(tag::REQUEST_PAYLOAD, fill);
-        Request { operation, longest_answer: LONGEST_ANSWER, payload }
+impl<'a> Request<'a> {
+    fn new(operation: Operation, fill: impl Fn(&mut Writer<'_>, Version) + 'a) -> Self {
+        Request { operation, longest_answer: LONGEST_ANSWER, fill: Box::new(fill) }
     }
 
-    /// The whole message in the protocol's `version`.
+    /// The whole message in the protocol's `version`, wiped when dropped.
     pub fn encode(&self, version: Version) -> Zeroizing<Vec<u8>> {
-        let mut message = Zeroizing::new(Vec::with_capacity(REQUEST_SPACE + self.payload.len()));
+        let mut message = Zeroizing::new(Vec::with_capacity(REQUEST_SPACE));
         Writer::new(&mut message).structure(tag::REQUEST_MESSAGE, |message| {
             message.structure(tag::REQUEST_HEADER, |header| {
                 protocol_version(header, version);
@@ -59,107 +65,106 @@ impl Request {
             });
             message.structure(tag::BATCH_ITEM, |item| {
                 item.enumeration(tag::OPERATION, self.operation as u32);
-                item.encoded(&self.payload);
+                item.structure(tag::REQUEST_PAYLOAD, |payload| (self.fill)(payload, version));
             });
         });
         message
     }
 
-    /// Asks for the versions that the server speaks, of those that are spoken here.
-    pub fn discover_versions() -> Self {
-        Request::new(Operation::DiscoverVersions, |payload| {
-            VERSIONS.into_iter().for_each(|version| protocol_version(payload, version));
+    /// Asks for the versions that the server speaks, of those up to `newest` that are spoken here.
+    pub fn discover_versions(newest: Version) -> Self {
+        Request::new(Operation::DiscoverVersions, move |payload, _| {
+            let ours = VERSIONS.into_iter().filter(|version| *version <= newest);
+            ours.for_each(|version| protocol_version(payload, version));
         })
     }
 
     /// Hands `key` to the server.
-    pub fn register(label: &Label<'_>, size: KeySize, key: &Key) -> Self {
-        Request::new(Operation::Register, |payload| {
+    pub fn register(label: &'a Label<'_>, size: KeySize, key: &'a Key) -> Self {
+        Request::new(Operation::Register, move |payload, version| {
             payload.enumeration(tag::OBJECT_TYPE, SYMMETRIC_KEY_OBJECT);
-            payload.structure(tag::TEMPLATE_ATTRIBUTE, |template| describe(template, label));
+            attribute::set(payload, version, &label.attributes());
             payload.structure(tag::SYMMETRIC_KEY, |object| {
                 object.structure(tag::KEY_BLOCK, |block| {
                     block.enumeration(tag::KEY_FORMAT_TYPE, RAW);
                     block.structure(tag::KEY_VALUE, |value| value.bytes(tag::KEY_MATERIAL, key.bytes()));
                     block.enumeration(tag::CRYPTOGRAPHIC_ALGORITHM, AES);
-                    block.integer(tag::CRYPTOGRAPHIC_LENGTH, bits(size));
+                    // 512 at most.
+                    block.integer(tag::CRYPTOGRAPHIC_LENGTH, size.bits() as i32);
                 });
             });
         })
     }
 
     /// Has the server make a key of `size`.
-    pub fn create(label: &Label<'_>, size: KeySize) -> Self {
-        Request::new(Operation::Create, |payload| {
+    pub fn create(label: &'a Label<'_>, size: KeySize) -> Self {
+        Request::new(Operation::Create, move |payload, version| {
             payload.enumeration(tag::OBJECT_TYPE, SYMMETRIC_KEY_OBJECT);
-            payload.structure(tag::TEMPLATE_ATTRIBUTE, |template| {
-                attribute(template, "Cryptographic Algorithm", |value| value.enumeration(tag::ATTRIBUTE_VALUE, AES));
-                attribute(template, "Cryptographic Length", |value| value.integer(tag::ATTRIBUTE_VALUE, bits(size)));
-                describe(template, label);
-            });
+            let [usage, name, group, kept] = label.attributes();
+            attribute::set(payload, version, &[Attribute::Aes, Attribute::Length(size), usage, name, group, kept]);
         })
     }
 
-    /// Replaces what is kept beside a key of the volume.
-    pub fn describe_anew(identifier: &str, description: &str) -> Self {
-        Request::new(Operation::ModifyAttribute, |payload| {
-            payload.text(tag::UNIQUE_IDENTIFIER, identifier);
-            application(payload, 1, DESCRIPTION, description);
-        })
+    /// Replaces what is kept beside a key, which is what `old` says, by what `new` says.
+    pub fn describe_anew(identifier: &'a str, old: &'a Label<'_>, new: &'a Label<'_>) -> Self {
+        let kept = |label: &Label<'a>| Attribute::Kept { volume: label.volume, description: label.description };
+        Request::replace(identifier, kept(old), kept(new))
     }
 
-    /// Replaces a key's name.
-    pub fn rename(identifier: &str, name: &str) -> Self {
-        Request::new(Operation::ModifyAttribute, |payload| {
+    /// Replaces a key's name, which is that of `old`, by that of `new`.
+    pub fn rename(identifier: &'a str, old: &'a Label<'_>, new: &'a Label<'_>) -> Self {
+        Request::replace(identifier, Attribute::Name(old.name), Attribute::Name(new.name))
+    }
+
+    fn replace(identifier: &'a str, old: Attribute<'a>, new: Attribute<'a>) -> Self {
+        Request::new(Operation::ModifyAttribute, move |payload, version| {
             payload.text(tag::UNIQUE_IDENTIFIER, identifier);
-            attribute(payload, "Name", |value| name_value(value, name));
+            attribute::replace(payload, version, &old, &new);
         })
     }
 
     /// Looks for the keys called `name`.
-    pub fn locate_name(name: &str) -> Self {
-        Request::new(Operation::Locate, |payload| {
-            payload.integer(tag::STORAGE_STATUS_MASK, ANYWHERE);
-            attribute(payload, "Object Type", |value| value.enumeration(tag::ATTRIBUTE_VALUE, SYMMETRIC_KEY_OBJECT));
-            attribute(payload, "Name", |value| name_value(value, name));
-        })
+    pub fn locate_name(name: &'a str) -> Self {
+        Request::locate(vec![Attribute::SymmetricKey, Attribute::Name(name)])
     }
 
     /// Looks for all of volcrypt's keys.
     pub fn locate_all() -> Self {
-        let request = Request::new(Operation::Locate, |payload| {
+        Request { longest_answer: LONGEST_LIST, ..Request::locate(vec![Attribute::Group]) }
+    }
+
+    fn locate(attributes: Vec<Attribute<'a>>) -> Self {
+        Request::new(Operation::Locate, move |payload, version| {
             payload.integer(tag::STORAGE_STATUS_MASK, ANYWHERE);
-            attribute(payload, "Object Group", |value| value.text(tag::ATTRIBUTE_VALUE, GROUP));
-        });
-        Request { longest_answer: LONGEST_LIST, ..request }
+            attribute::search(payload, version, &attributes);
+        })
     }
 
     /// Has an object handed out.
-    pub fn get(identifier: &str) -> Self {
-        Request::new(Operation::Get, |payload| {
+    pub fn get(identifier: &'a str) -> Self {
+        Request::new(Operation::Get, move |payload, _| {
             payload.text(tag::UNIQUE_IDENTIFIER, identifier);
             payload.enumeration(tag::KEY_FORMAT_TYPE, RAW);
         })
     }
 
-    /// Asks for all that [`Attributes`] holds.
-    pub fn get_attributes(identifier: &str) -> Self {
-        Request::new(Operation::GetAttributes, |payload| {
+    /// Asks for all that [`Attributes`](super::Attributes) holds.
+    pub fn get_attributes(identifier: &'a str) -> Self {
+        Request::new(Operation::GetAttributes, move |payload, version| {
             payload.text(tag::UNIQUE_IDENTIFIER, identifier);
-            for name in ["Name", "Object Type", "State", "Initial Date", "Cryptographic Length", APPLICATION] {
-                payload.text(tag::ATTRIBUTE_NAME, name);
-            }
+            let asked = [Kind::Name, Kind::ObjectType, Kind::State, Kind::InitialDate, Kind::Length, Kind::Application];
+            asked.into_iter().for_each(|kind| kind.refer(payload, version));
         })
     }
 
     /// Allows a key's use.
-    pub fn activate(identifier: &str) -> Self {
-        Request::new(Operation::Activate, |payload| payload.text(tag::UNIQUE_IDENTIFIER, identifier))
+    pub fn activate(identifier: &'a str) -> Self {
+        Request::about(Operation::Activate, identifier)
     }
 
     /// Ends a key's use.
-    pub fn revoke(identifier: &str) -> Self {
-        Request::new(Operation::Revoke, |payload| {
+    pub fn revoke(identifier: &'a str) -> Self {
+        Request::new(Operation::Revoke, move |payload, _| {
             payload.text(tag::UNIQUE_IDENTIFIER, identifier);
             payload.structure(tag::REVOCATION_REASON, |reason| {
                 reason.enumeration(tag::REVOCATION_REASON_CODE, CESSATION_OF_OPERATION);
@@ -168,53 +173,18 @@ impl Request {
     }
 
     /// Ends a key.
-    pub fn destroy(identifier: &str) -> Self {
-        Request::new(Operation::Destroy, |payload| payload.text(tag::UNIQUE_IDENTIFIER, identifier))
+    pub fn destroy(identifier: &'a str) -> Self {
+        Request::about(Operation::Destroy, identifier)
     }
-}
 
-fn bits(size: KeySize) -> i32 {
-    // 512 at most.
-    size.bits() as i32
+    fn about(operation: Operation, identifier: &'a str) -> Self {
+        Request::new(operation, move |payload, _| payload.text(tag::UNIQUE_IDENTIFIER, identifier))
+    }
 }
 
 fn protocol_version(writer: &mut Writer<'_>, version: Version) {
     writer.structure(tag::PROTOCOL_VERSION, |writer| {
         writer.integer(tag::PROTOCOL_VERSION_MAJOR, version.major);
         writer.integer(tag::PROTOCOL_VERSION_MINOR, version.minor);
-    });
-}
-
-pub(super) fn attribute(writer: &mut Writer<'_>, name: &str, value: impl FnOnce(&mut Writer<'_>)) {
-    writer.structure(tag::ATTRIBUTE, |attribute| {
-        attribute.text(tag::ATTRIBUTE_NAME, name);
-        value(attribute);
-    });
-}
-
-pub(super) fn name_value(writer: &mut Writer<'_>, name: &str) {
-    writer.structure(tag::ATTRIBUTE_VALUE, |value| {
-        value.text(tag::NAME_VALUE, name);
-        value.enumeration(tag::NAME_TYPE, UNINTERPRETED_TEXT);
-    });
-}
-
-/// What every key of volcrypt's says of itself, beside what it is.
-fn describe(template: &mut Writer<'_>, label: &Label<'_>) {
-    attribute(template, "Cryptographic Usage Mask", |value| value.integer(tag::ATTRIBUTE_VALUE, USAGE));
-    attribute(template, "Name", |value| name_value(value, label.name));
-    attribute(template, "Object Group", |value| value.text(tag::ATTRIBUTE_VALUE, GROUP));
-    application(template, 0, GROUP, label.volume);
-    application(template, 1, DESCRIPTION, label.description);
-}
-
-/// What an application keeps beside an object. What can be there more than once is numbered (section 2.1.1).
-fn application(writer: &mut Writer<'_>, index: i32, namespace: &str, data: &str) {
-    attribute(writer, APPLICATION, |value| {
-        value.integer(tag::ATTRIBUTE_INDEX, index);
-        value.structure(tag::ATTRIBUTE_VALUE, |value| {
-            value.text(tag::APPLICATION_NAMESPACE, namespace);
-            value.text(tag::APPLICATION_DATA, data);
-        });
     });
 }

@@ -1,25 +1,29 @@
-//! The tags that are used here (KMIP 1.4, section 9.1.3.1).
+//! The tags that are used here (KMIP 1.4, section 9.1.3.1); those from `ATTRIBUTES` on came with KMIP 2.0.
 
 #![allow(missing_docs)]
 
 pub const APPLICATION_DATA: u32 = 0x42_0002;
 pub const APPLICATION_NAMESPACE: u32 = 0x42_0003;
+pub const APPLICATION_SPECIFIC_INFORMATION: u32 = 0x42_0004;
 pub const ATTRIBUTE: u32 = 0x42_0008;
-pub const ATTRIBUTE_INDEX: u32 = 0x42_0009;
 pub const ATTRIBUTE_NAME: u32 = 0x42_000a;
 pub const ATTRIBUTE_VALUE: u32 = 0x42_000b;
 pub const BATCH_COUNT: u32 = 0x42_000d;
 pub const BATCH_ITEM: u32 = 0x42_000f;
 pub const CRYPTOGRAPHIC_ALGORITHM: u32 = 0x42_0028;
 pub const CRYPTOGRAPHIC_LENGTH: u32 = 0x42_002a;
+pub const CRYPTOGRAPHIC_USAGE_MASK: u32 = 0x42_002c;
+pub const INITIAL_DATE: u32 = 0x42_0039;
 pub const KEY_BLOCK: u32 = 0x42_0040;
 pub const KEY_FORMAT_TYPE: u32 = 0x42_0042;
 pub const KEY_MATERIAL: u32 = 0x42_0043;
 pub const KEY_VALUE: u32 = 0x42_0045;
 pub const KEY_WRAPPING_DATA: u32 = 0x42_0046;
 pub const MAXIMUM_RESPONSE_SIZE: u32 = 0x42_0050;
+pub const NAME: u32 = 0x42_0053;
 pub const NAME_TYPE: u32 = 0x42_0054;
 pub const NAME_VALUE: u32 = 0x42_0055;
+pub const OBJECT_GROUP: u32 = 0x42_0056;
 pub const OBJECT_TYPE: u32 = 0x42_0057;
 pub const OPERATION: u32 = 0x42_005c;
 pub const PROTOCOL_VERSION: u32 = 0x42_0069;
@@ -35,7 +39,12 @@ pub const RESULT_REASON: u32 = 0x42_007e;
 pub const RESULT_STATUS: u32 = 0x42_007f;
 pub const REVOCATION_REASON: u32 = 0x42_0081;
 pub const REVOCATION_REASON_CODE: u32 = 0x42_0082;
+pub const STATE: u32 = 0x42_008d;
 pub const STORAGE_STATUS_MASK: u32 = 0x42_008e;
 pub const SYMMETRIC_KEY: u32 = 0x42_008f;
 pub const TEMPLATE_ATTRIBUTE: u32 = 0x42_0091;
 pub const UNIQUE_IDENTIFIER: u32 = 0x42_0094;
+pub const ATTRIBUTES: u32 = 0x42_0125;
+pub const ATTRIBUTE_REFERENCE: u32 = 0x42_013b;
+pub const CURRENT_ATTRIBUTE: u32 = 0x42_013c;
+pub const NEW_ATTRIBUTE: u32 = 0x42_013d;

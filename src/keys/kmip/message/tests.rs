@@ -1,14 +1,21 @@
 use zeroize::Zeroizing;
 
-use super::request::{REQUEST_SPACE, attribute, name_value};
+use super::request::REQUEST_SPACE;
 use super::*;
 use crate::keys::Key;
-use crate::keys::kmip::ttlv::Writer;
+use crate::keys::kmip::ttlv::{Malformed, Writer};
+
+const OLD: Version = VERSIONS[1];
+const NEW: Version = Version::NEWEST;
 
 fn answer(fill: impl FnOnce(&mut Writer<'_>)) -> Answer {
+    Answer::new(Zeroizing::new(message(fill)), OLD)
+}
+
+fn message(fill: impl FnOnce(&mut Writer<'_>)) -> Vec<u8> {
     let mut message = Vec::new();
     Writer::new(&mut message).structure(tag::RESPONSE_MESSAGE, |message| message.structure(tag::BATCH_ITEM, fill));
-    Answer::new(Zeroizing::new(message))
+    message
 }
 
 fn done(operation: Operation, payload: impl FnOnce(&mut Writer<'_>)) -> Answer {
@@ -70,26 +77,97 @@ fn only_a_raw_aes_key_that_was_asked_for_is_one() {
     assert!(refused(triple_des).contains("another algorithm"));
 }
 
-#[test]
-fn a_state_that_is_not_known_lets_no_key_be_used() {
-    let with_state = |state| {
-        done(Operation::GetAttributes, |payload| {
-            payload.text(tag::UNIQUE_IDENTIFIER, "7");
-            attribute(payload, "Name", |value| name_value(value, "volcrypt/x"));
-            attribute(payload, "State", |value| value.enumeration(tag::ATTRIBUTE_VALUE, state));
-            attribute(payload, "Cryptographic Length", |value| value.integer(tag::ATTRIBUTE_VALUE, 512));
-            attribute(payload, "Initial Date", |value| value.date_time(tag::ATTRIBUTE_VALUE, 1_800_000_000));
-            attribute(payload, "Vendor Thing", |value| value.text(tag::ATTRIBUTE_VALUE, "x"));
-        })
-    };
-    for (number, state) in [(1, State::PreActive), (2, State::Active), (4, State::Revoked), (6, State::Destroyed)] {
-        let names = vec!["volcrypt/x".to_owned()];
-        let expected =
-            Attributes { names, state, initial_date: 1_800_000_000, bits: 512, volume: None, description: None };
-        assert_eq!(with_state(number).attributes("7"), Ok(expected));
+/// What is said of a key: its state, and the text that is kept beside it. `unknown` writes what nobody asked for.
+struct Said<'a> {
+    state: u32,
+    kept: &'a str,
+    unknown: fn(&mut Writer<'_>),
+}
+
+impl Said<'_> {
+    /// As it was written up to KMIP 1.4.
+    fn named(&self, payload: &mut Writer<'_>) {
+        let mut attribute = |name: &str, value: &dyn Fn(&mut Writer<'_>)| {
+            payload.structure(tag::ATTRIBUTE, |attribute| {
+                attribute.text(tag::ATTRIBUTE_NAME, name);
+                value(attribute);
+            });
+        };
+        attribute("Name", &|value| self.name(value, tag::ATTRIBUTE_VALUE));
+        attribute("State", &|value| value.enumeration(tag::ATTRIBUTE_VALUE, self.state));
+        attribute("Cryptographic Length", &|value| value.integer(tag::ATTRIBUTE_VALUE, 512));
+        attribute("Initial Date", &|value| value.date_time(tag::ATTRIBUTE_VALUE, 1_800_000_000));
+        attribute("Application Specific Information", &|value| self.application(value, tag::ATTRIBUTE_VALUE));
+        attribute("Object Group", &|_| {});
+        attribute("Vendor Thing", &|value| value.text(tag::ATTRIBUTE_VALUE, "x"));
     }
-    assert!(with_state(7).attributes("7").is_err());
-    assert!(with_state(2).attributes("8").is_err());
+
+    /// As it is since KMIP 2.0.
+    fn tagged(&self, payload: &mut Writer<'_>) {
+        payload.structure(tag::ATTRIBUTES, |all| {
+            self.name(all, tag::NAME);
+            all.enumeration(tag::STATE, self.state);
+            all.integer(tag::CRYPTOGRAPHIC_LENGTH, 512);
+            all.date_time(tag::INITIAL_DATE, 1_800_000_000);
+            self.application(all, tag::APPLICATION_SPECIFIC_INFORMATION);
+            (self.unknown)(all);
+        });
+    }
+
+    fn name(&self, writer: &mut Writer<'_>, tag: u32) {
+        writer.structure(tag, |value| value.text(tag::NAME_VALUE, "volcrypt/x"));
+    }
+
+    fn application(&self, writer: &mut Writer<'_>, tag: u32) {
+        writer.structure(tag, |value| {
+            value.text(tag::APPLICATION_NAMESPACE, GROUP);
+            value.text(tag::APPLICATION_DATA, self.kept);
+        });
+    }
+
+    fn read(&self, written: Version, read: Version) -> Result<Attributes, Malformed> {
+        let message = message(|item| {
+            item.enumeration(tag::OPERATION, Operation::GetAttributes as u32);
+            item.enumeration(tag::RESULT_STATUS, 0);
+            item.structure(tag::RESPONSE_PAYLOAD, |payload| {
+                payload.text(tag::UNIQUE_IDENTIFIER, "7");
+                if written == OLD { self.named(payload) } else { self.tagged(payload) }
+            });
+        });
+        let answer = Answer::new(Zeroizing::new(message), read);
+        assert!(answer.attributes("8").is_err(), "another object");
+        answer.attributes("7")
+    }
+}
+
+fn said(state: u32, kept: &str) -> Said<'_> {
+    // A vendor's attribute has the tag that every attribute had before.
+    let unknown = |all: &mut Writer<'_>| all.structure(tag::ATTRIBUTE, |own| own.text(tag::ATTRIBUTE_NAME, "Name"));
+    Said { state, kept, unknown }
+}
+
+#[test]
+fn attributes_are_read_as_their_version_writes_them_and_an_unknown_state_lets_no_key_be_used() {
+    for version in [OLD, NEW] {
+        for (number, state) in [(1, State::PreActive), (2, State::Active), (4, State::Revoked), (6, State::Destroyed)] {
+            let expected = Attributes {
+                names: vec!["volcrypt/x".to_owned()],
+                state,
+                initial_date: 1_800_000_000,
+                bits: 512,
+                volume: Some("x".to_owned()),
+                description: Some("{} 7f".to_owned()),
+            };
+            assert_eq!(said(number, "x {} 7f").read(version, version), Ok(expected));
+        }
+        assert!(said(7, "x {} 7f").read(version, version).is_err());
+        let without = said(2, "x").read(version, version).unwrap();
+        assert_eq!((without.volume.as_deref(), without.description), (Some("x"), None));
+    }
+    assert!(said(2, "x {} 7f").read(OLD, NEW).is_err());
+    assert!(said(2, "x {} 7f").read(NEW, OLD).is_err());
+    let twice = |all: &mut Writer<'_>| all.text(tag::STATE, "Active");
+    assert!(Said { unknown: twice, ..said(2, "x {} 7f") }.read(NEW, NEW).is_err(), "of another type");
     assert!(done(Operation::GetAttributes, |_| {}).attributes("7").is_err());
 }
 
@@ -100,18 +178,49 @@ fn a_request_never_outgrows_the_space_that_is_set_aside_for_its_key() {
     let name = format!("volcrypt/{longest}");
     let label = Label { name: &name, volume: &longest, description: &"d".repeat(1024) };
     let request = Request::register(&label, 512.try_into().unwrap(), &key);
-    assert!(request.payload.len() < REQUEST_SPACE, "{}", request.payload.len());
-    let message = request.encode(VERSIONS[0]);
-    assert!(message.len() < REQUEST_SPACE);
-    assert!(message.windows(64).any(|bytes| bytes == key.bytes()));
+    for version in VERSIONS {
+        let message = request.encode(version);
+        assert!(message.len() < REQUEST_SPACE, "{}", message.len());
+        assert_eq!(message.capacity(), REQUEST_SPACE, "it was moved");
+        assert!(message.windows(64).any(|bytes| bytes == key.bytes()));
+    }
+}
+
+fn is_in(request: &Request<'_>, version: Version, bytes: &[u8]) -> bool {
+    request.encode(version).windows(bytes.len()).any(|part| part == bytes)
 }
 
 #[test]
 fn a_key_that_is_to_be_made_has_no_description_yet() {
     let label = Label { name: "volcrypt/x (unfinished)", volume: "x", description: "unfinished" };
     let request = Request::create(&label, 256.try_into().unwrap());
-    let is_in = |text: &[u8]| request.payload.windows(text.len()).any(|bytes| bytes == text);
-    assert!(is_in(b"volcrypt/x (unfinished)") && is_in(b"Cryptographic Length"));
-    // The length in bits, as an integer of KMIP's.
-    assert!(is_in(&[0x42, 0, 0x0b, 2, 0, 0, 0, 4, 0, 0, 1, 0, 0, 0, 0, 0]));
+    let is_in = |version, bytes: &[u8]| is_in(&request, version, bytes);
+    for version in [OLD, NEW] {
+        assert!(is_in(version, b"volcrypt/x (unfinished)") && is_in(version, b"x unfinished"));
+    }
+    // The length in bits, as an integer of KMIP's, by its name and by its tag.
+    assert!(is_in(OLD, b"Cryptographic Length") && is_in(OLD, &[0x42, 0, 0x0b, 2, 0, 0, 0, 4, 0, 0, 1, 0, 0, 0, 0, 0]));
+    assert!(is_in(NEW, &[0x42, 0, 0x2a, 2, 0, 0, 0, 4, 0, 0, 1, 0, 0, 0, 0, 0]));
+    assert!(!is_in(NEW, b"Cryptographic Length"));
+}
+
+#[test]
+fn what_is_replaced_is_named_by_its_value_since_kmip_2() {
+    let [old, new] = ["old", "new"].map(|name| Label { name, volume: "x", description: name });
+    for request in [Request::rename("7", &old, &new), Request::describe_anew("7", &old, &new)] {
+        assert!(is_in(&request, NEW, b"old") && is_in(&request, NEW, b"new"));
+        assert!(!is_in(&request, OLD, b"old") && is_in(&request, OLD, b"new"));
+        let current = [0x42, 0x01, 0x3c, 1];
+        assert!(is_in(&request, NEW, &current) && !is_in(&request, OLD, &current));
+    }
+}
+
+#[test]
+fn a_server_is_asked_for_no_version_that_is_not_to_be_spoken() {
+    let newest = |version: Version, two: bool| {
+        let major = [0x42, 0, 0x6a, 2, 0, 0, 0, 4, 0, 0, 0, 2];
+        assert_eq!(is_in(&Request::discover_versions(version), OLD, &major), two);
+    };
+    newest(NEW, true);
+    newest(OLD, false);
 }

@@ -53,6 +53,16 @@ impl Config {
                     .to_owned(),
             );
         }
+        if let KeyManagerConfig::Kmip { kmip, .. } = &self.key_manager
+            && kmip.wrapping_key.is_some()
+            && kmip.key_origin == KeyOrigin::Host
+        {
+            warnings.push(
+                "a new key goes to the KMIP servers in clear within TLS, although it comes back wrapped; set \
+                 key_origin = \"server\" to have them make it"
+                    .to_owned(),
+            );
+        }
         let slow = match &self.key_manager {
             KeyManagerConfig::Kmip { kmip, .. } => Some(("the KMIP servers have", kmip.deadline, "[kmip]")),
             KeyManagerConfig::Barbican { barbican, .. } => {
@@ -106,12 +116,17 @@ impl Config {
             }
             KeyManagerConfig::Kmip { directory, kmip } => format!(
                 "Keys are {} the KMIP servers {}, which are asked in KMIP {} or older and have {} seconds to answer; \
-                 what is known of volumes is in the database in {}.{more}",
+                 what is known of volumes is in the database in {}.{}{more}",
                 if kmip.key_origin == KeyOrigin::Server { "made by and kept on" } else { "kept on" },
                 kmip.servers.join(", "),
                 kmip.newest_version,
                 kmip.deadline.as_secs(),
-                directory.display()
+                directory.display(),
+                kmip.wrapping_key.as_ref().map_or(String::new(), |wrapping| format!(
+                    " Keys come wrapped by the servers' key {}, and {} unwraps them.",
+                    wrapping.identifier,
+                    wrapping.file.display()
+                ))
             ),
             KeyManagerConfig::Barbican { directory, barbican } => format!(
                 "Keys are kept in the Barbican that Keystone at {} names, both of which have {} seconds to answer; what is \

@@ -42,6 +42,8 @@ pub(super) struct KmipTable {
     pub(super) key: Option<Spanned<String>>,
     pub(super) key_origin: Option<Spanned<String>>,
     pub(super) newest_version: Option<Spanned<String>>,
+    pub(super) wrapping_key: Option<Spanned<String>>,
+    pub(super) wrapping_key_file: Option<Spanned<String>>,
     pub(super) deadline_seconds: Option<Spanned<i64>>,
 }
 

@@ -9,7 +9,7 @@ use super::file::{BarbicanTable, KeyCacheTable, KeyManagerTable, KmipTable};
 use crate::keys::ManagerKind;
 use crate::keys::barbican::{BarbicanConfig, Credential, check_url};
 use crate::keys::kmip::message::Version;
-use crate::keys::kmip::{KeyOrigin, KmipConfig, split_address};
+use crate::keys::kmip::{KeyOrigin, KmipConfig, WrappingKey, split_address};
 
 /// Where the database and the key-encryption key are, unless the configuration says otherwise.
 pub const DEFAULT_DIRECTORY: &str = "/var/lib/volcrypt";
@@ -208,7 +208,8 @@ impl KeyServers {
 
 fn new_kmip(table: Spanned<KmipTable>) -> Result<KmipConfig, Fault> {
     let span = table.span();
-    let KmipTable { servers, ca, certificate, key, key_origin, newest_version, deadline_seconds } = table.into_inner();
+    let table = table.into_inner();
+    let KmipTable { servers, ca, certificate, key, key_origin, newest_version, deadline_seconds, .. } = table;
     let missing = |what: &str| Fault::new(span.clone(), format!("the section [kmip] needs {what}; add it"));
     let servers = servers.ok_or_else(|| missing("servers = [\"HOST:5696\"]"))?;
     if servers.get_ref().is_empty() {
@@ -238,6 +239,24 @@ fn new_kmip(table: Spanned<KmipTable>) -> Result<KmipConfig, Fault> {
             Fault::new(version.span(), sentence)
         })?,
     };
+    let wrapping_key = match (table.wrapping_key, table.wrapping_key_file) {
+        (None, None) => None,
+        (Some(identifier), _) if identifier.get_ref().is_empty() => {
+            let sentence = "wrapping_key is empty; write what the KMIP servers call the key, its unique identifier";
+            return Err(Fault::new(identifier.span(), sentence));
+        }
+        (Some(identifier), Some(file)) => {
+            Some(WrappingKey { identifier: identifier.into_inner(), file: absolute(file)? })
+        }
+        (Some(identifier), None) => {
+            let sentence = "wrapping_key needs wrapping_key_file = \"/path\", the same key on this host; add it";
+            return Err(Fault::new(identifier.span(), sentence));
+        }
+        (None, Some(file)) => {
+            let sentence = "wrapping_key_file needs wrapping_key, what the KMIP servers call that key; add it";
+            return Err(Fault::new(file.span(), sentence));
+        }
+    };
     Ok(KmipConfig {
         servers: servers.into_inner().into_iter().map(Spanned::into_inner).collect(),
         ca: absolute(ca.ok_or_else(|| missing("ca = \"/path\", the authorities that vouch for the servers"))?)?,
@@ -245,6 +264,7 @@ fn new_kmip(table: Spanned<KmipTable>) -> Result<KmipConfig, Fault> {
         key: absolute(key.ok_or_else(|| missing("key = \"/path\", the private key of its certificate"))?)?,
         key_origin,
         newest_version,
+        wrapping_key,
         deadline: seconds("deadline_seconds", deadline_seconds, DEFAULT_KMIP_DEADLINE, 1..=60)?,
     })
 }

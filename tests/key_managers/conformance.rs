@@ -18,6 +18,7 @@ use volcrypt::volume::VolumeId;
 
 use super::barbican::Barbican;
 use super::cache;
+use super::kmip_wrapped::Wrapping;
 use super::pykmip::PyKmip;
 
 /// Makes a key manager as another host or another start of the daemon would.
@@ -381,6 +382,28 @@ fn kmip_with_a_cache_on_every_host() {
     two_hosts_that_make_a_key_at_once_have_the_same(&host, 1, 256);
     what_is_said_of_a_volume_is_what_the_first_host_said(&host);
     a_record_gets_the_version_that_it_names(&host);
+    what_was_destroyed_is_gone_for_everybody(&host, Reason::NoKey);
+}
+
+#[test]
+fn kmip_with_keys_that_are_wrapped_for_some_hosts() {
+    let server = PyKmip::start();
+    let wrapping = Wrapping::active(&server);
+    let made = AtomicUsize::new(0);
+    let host = || -> Box<dyn KeyManager> {
+        let number = made.fetch_add(1, Ordering::Relaxed);
+        let servers = vec![server.address()];
+        let config = if number % 3 == 2 { server.config("client", servers) } else { wrapping.config(servers) };
+        let key_origin = if number % 3 == 1 { KeyOrigin::Server } else { KeyOrigin::Host };
+        Box::new(KmipKeyManager::new(KmipConfig { key_origin, ..config }))
+    };
+    a_key_is_the_same_for_all_and_for_ever(&host, 256);
+    a_key_is_the_same_for_all_and_for_ever(&host, 512);
+    keys_of_two_volumes_differ(&host);
+    another_size_is_refused(&host);
+    two_hosts_that_make_a_key_at_once_have_the_same(&host, 2, 512);
+    what_is_said_of_a_volume_is_what_the_first_host_said(&host);
+    a_key_that_is_brought_is_kept_and_never_replaces_another(&host, 512);
     what_was_destroyed_is_gone_for_everybody(&host, Reason::NoKey);
 }
 

@@ -47,6 +47,8 @@ pub struct Proxy {
     longest: Arc<AtomicUsize>,
     /// The versions of the requests, in order.
     versions: Arc<Mutex<Vec<(u8, u8)>>>,
+    /// All that was handed on, in both directions.
+    traffic: Arc<Mutex<Vec<u8>>>,
     /// How many of the first connections get no answer any more.
     forgotten: Arc<AtomicUsize>,
 }
@@ -61,21 +63,26 @@ impl Proxy {
             connections: Arc::default(),
             longest: Arc::default(),
             versions: Arc::default(),
+            traffic: Arc::default(),
             forgotten: Arc::default(),
         };
         let (inside, outside) = (server_side(authority, name), client_side(authority));
         let (fault, connections) = (Arc::clone(&proxy.fault), Arc::clone(&proxy.connections));
         let (longest, forgotten) = (Arc::clone(&proxy.longest), Arc::clone(&proxy.forgotten));
-        let versions = Arc::clone(&proxy.versions);
+        let (versions, traffic) = (Arc::clone(&proxy.versions), Arc::clone(&proxy.traffic));
         std::thread::spawn(move || {
             for socket in listener.incoming().flatten() {
                 let number = connections.fetch_add(1, Ordering::Relaxed);
                 let (inside, outside, server) = (Arc::clone(&inside), Arc::clone(&outside), server.clone());
                 let (fault, longest, forgotten) = (Arc::clone(&fault), Arc::clone(&longest), Arc::clone(&forgotten));
-                let versions = Arc::clone(&versions);
-                // What every request has to pass before it is handed on.
-                let seen = move |request: &[u8]| {
-                    versions.lock().unwrap().push(version(request));
+                let (versions, traffic) = (Arc::clone(&versions), Arc::clone(&traffic));
+                // What every message has to pass before it is handed on.
+                let seen = move |message: &[u8]| {
+                    traffic.lock().unwrap().extend_from_slice(message);
+                    if message[2] == RESPONSE_MESSAGE {
+                        return;
+                    }
+                    versions.lock().unwrap().push(version(message));
                     if number < forgotten.load(Ordering::Relaxed) {
                         std::thread::sleep(Duration::from_secs(600));
                     }
@@ -107,7 +114,13 @@ impl Proxy {
         self.connections.load(Ordering::Relaxed)
     }
 
-    /// The versions of KMIP in which it was asked since this was called last, each time another one as `(major, minor)`.
+    /// Whether `bytes` were in anything that it has handed on.
+    pub fn has_carried(&self, bytes: &[u8]) -> bool {
+        self.traffic.lock().unwrap().windows(bytes.len()).any(|part| part == bytes)
+    }
+
+    /// The versions of KMIP in which it was asked since this was called last, each time another one as `(major,
+    /// minor)`.
     pub fn versions(&self) -> Vec<(u8, u8)> {
         let mut versions = std::mem::take(&mut *self.versions.lock().unwrap());
         versions.dedup();
@@ -118,6 +131,18 @@ impl Proxy {
     pub fn longest_answer(&self) -> usize {
         self.longest.load(Ordering::Relaxed)
     }
+}
+
+/// The last byte of the tag of an answer.
+const RESPONSE_MESSAGE: u8 = 0x7b;
+
+/// Has `server` answer one request of the client that `authority` has issued a certificate for.
+pub fn exchange(authority: &Authority, server: &str, request: &[u8]) -> Vec<u8> {
+    let name = ServerName::try_from("localhost").unwrap();
+    let session = ClientConnection::new(client_side(authority), name).unwrap();
+    let mut stream = StreamOwned::new(session, TcpStream::connect(server).unwrap());
+    stream.write_all(request).unwrap();
+    message(&mut stream).unwrap()
 }
 
 fn server_side(authority: &Authority, name: &str) -> Arc<ServerConfig> {
@@ -167,6 +192,7 @@ fn relay(
         }
         server.write_all(&request)?;
         let mut answer = message(&mut server)?;
+        seen(&answer);
         if is_spoilt {
             longest.fetch_max(answer.len(), Ordering::Relaxed);
         }

@@ -79,6 +79,7 @@ pub fn config(authority: &Authority, name: &str, servers: Vec<String>) -> KmipCo
         key: authority.path(&format!("{name}.key")),
         key_origin: KeyOrigin::Host,
         newest_version: Version::NEWEST,
+        wrapping_key: None,
         deadline: Duration::from_secs(20),
     }
 }

@@ -1,4 +1,4 @@
-//! Whether the certificates of a KMIP client will hold.
+//! Whether the certificates of a KMIP client will hold, and whether it can unwrap keys.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -7,9 +7,10 @@ use x509_cert::Certificate;
 use x509_cert::der::Decode;
 
 use super::Finding;
-use crate::keys::kmip::KmipConfig;
+use crate::keys::kmip::{KmipConfig, WrappingKey};
 use crate::keys::tls::certificates;
 
+const SUBJECT: &str = "KMIP";
 /// How long ahead a certificate's end is warned of.
 const AHEAD: Duration = Duration::from_secs(30 * 24 * 3600);
 const DAY: u64 = 24 * 3600;
@@ -20,9 +21,27 @@ pub(super) fn certificates_hold(config: &KmipConfig) -> Vec<Finding> {
     vec![judge(&config.certificate, now, Iterator::min), judge(&config.ca, now, Iterator::max)]
 }
 
+/// Looks at the file that unwraps keys. Whether it is the key that the servers wrap by shows with the first one.
+pub(super) fn unwraps(wrapping: &WrappingKey) -> Finding {
+    match wrapping.read() {
+        Ok(_) => Finding::ok(
+            SUBJECT,
+            format!(
+                "keys come wrapped by the servers' key {}, and {} can be read",
+                wrapping.identifier,
+                wrapping.file.display()
+            ),
+        ),
+        Err(sentence) => Finding::fail(
+            SUBJECT,
+            sentence,
+            "no key can be unwrapped without it; volcryptd reads it anew for every key",
+        ),
+    }
+}
+
 /// Judges the certificate in `path` whose end `which` picks.
 fn judge(path: &Path, now: SystemTime, which: fn(std::vec::IntoIter<Duration>) -> Option<Duration>) -> Finding {
-    const SUBJECT: &str = "KMIP";
     let remedy = "have its authority issue another one and put it there; volcryptd reads it at its next connection";
     let ends = certificates(path).and_then(|certificates| {
         let ends = certificates.iter().map(|certificate| end(certificate));
@@ -78,5 +97,19 @@ mod tests {
         std::fs::write(&path, "nothing").unwrap();
         assert_eq!(judge(&path, end, Iterator::min).verdict(), Verdict::Fail);
         assert_eq!(judge(&folder.path().join("nowhere"), end, Iterator::max).verdict(), Verdict::Fail);
+    }
+
+    #[test]
+    fn a_file_that_unwraps_nothing_is_told_of() {
+        let folder = tempfile::tempdir().unwrap();
+        let wrapping = WrappingKey { identifier: "4711".to_owned(), file: folder.path().join("wrapping.key") };
+        assert_eq!(unwraps(&wrapping).verdict(), Verdict::Fail);
+        for (length, verdict) in [(32, Verdict::Ok), (33, Verdict::Fail)] {
+            std::fs::write(&wrapping.file, vec![7; length]).unwrap();
+            std::fs::set_permissions(&wrapping.file, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+            let finding = unwraps(&wrapping);
+            assert_eq!(finding.verdict(), verdict, "{finding}");
+            assert!(finding.sentence.contains("wrapping.key"), "{finding}");
+        }
     }
 }

@@ -43,7 +43,10 @@ pub(super) fn examine(config: &Path, daemon: &Daemon<'_>, survey: Survey) -> Out
         service::descriptor_store(),
     ];
     match Config::load(config).map(|config| config.key_manager) {
-        Ok(KeyManagerConfig::Kmip { kmip, .. }) => findings.extend(kmip::certificates_hold(&kmip)),
+        Ok(KeyManagerConfig::Kmip { kmip, .. }) => {
+            findings.extend(kmip::certificates_hold(&kmip));
+            findings.extend(kmip.wrapping_key.as_ref().map(kmip::unwraps));
+        }
         Ok(KeyManagerConfig::Barbican { barbican, .. }) => findings.push(barbican::gives_a_token(*barbican)),
         _ => {}
     }

@@ -101,6 +101,11 @@ impl Talk<'_> {
         &self.client.config.servers[self.server]
     }
 
+    /// What the servers are asked by.
+    pub fn config(&self) -> &KmipConfig {
+        self.client.config()
+    }
+
     /// Waits; the conversation has as much time left as before.
     pub fn wait(&self, time: Duration) {
         std::thread::sleep(time);

@@ -29,6 +29,10 @@ pub enum Trouble {
     Malformed(Malformed),
     /// The server said no.
     Refused(Failure),
+    /// The server speaks none of the versions since this one, which what is asked for takes.
+    Older(Version),
+    /// The server does not wrap keys as it is to, or this host cannot unwrap them: one sentence.
+    Unwrapped(String),
 }
 
 impl From<io::Error> for Trouble {
@@ -58,7 +62,8 @@ impl fmt::Display for Trouble {
             }
             Trouble::Io(error) => write!(f, "{error}"),
             Trouble::Tls(fault) | Trouble::TurnedAway(fault) => write!(f, "no TLS connection ({fault})"),
-            Trouble::Local(sentence) => f.write_str(sentence),
+            Trouble::Older(version) => write!(f, "it speaks no KMIP {version} or newer"),
+            Trouble::Local(sentence) | Trouble::Unwrapped(sentence) => f.write_str(sentence),
             Trouble::Malformed(what) => write!(f, "its answer makes no sense ({what})"),
             Trouble::Refused(failure) => write!(f, "it refuses (reason {}: {})", failure.reason, failure.message),
         }
@@ -89,8 +94,8 @@ impl Connection {
         Ok(connection)
     }
 
-    /// Finds the newest version up to `newest` that both sides speak. A server that does not know the question, which is
-    /// one of KMIP 1.1, or the version it is asked in, speaks an older one.
+    /// Finds the newest version up to `newest` that both sides speak. A server that does not know the question, which
+    /// is one of KMIP 1.1, or the version it is asked in, speaks an older one.
     fn agree(&mut self, newest: Version) -> Result<(), Trouble> {
         let deadline = self.stream.sock.deadline;
         for version in asked_in(newest) {
@@ -106,7 +111,7 @@ impl Connection {
                 Err(trouble) => return Err(trouble),
             }
         }
-        self.version = VERSIONS[VERSIONS.len() - 1];
+        self.version = Version::OLDEST;
         Ok(())
     }
 
@@ -116,6 +121,9 @@ impl Connection {
     /// # Errors
     /// [`Trouble`].
     pub fn ask(&mut self, request: &Request<'_>, deadline: Instant) -> Result<Answer, Trouble> {
+        if self.version < request.since {
+            return Err(Trouble::Older(request.since));
+        }
         self.stream.sock.deadline = deadline;
         let sent = self.stream.write_all(&request.encode(self.version)).and_then(|()| self.stream.flush());
         if let Err(error) = sent {
@@ -157,8 +165,8 @@ impl Connection {
 
 const NO_COMMON_VERSION: Malformed = Malformed("it speaks no version of KMIP that this host may speak with it");
 
-/// The versions in which a server is asked for those that it speaks, up to `newest`: those first that most servers speak.
-/// An old one may take a 2 for something else than KMIP, and end the connection.
+/// The versions in which a server is asked for those that it speaks, up to `newest`: those first that most servers
+/// speak. An old one may take a 2 for something else than KMIP, and end the connection.
 fn asked_in(newest: Version) -> impl Iterator<Item = Version> {
     let known = VERSIONS.into_iter().filter(move |version| (Version::WITH_DISCOVERY..=newest).contains(version));
     let (old, new): (Vec<_>, Vec<_>) = known.partition(|version| !version.has_tagged_attributes());

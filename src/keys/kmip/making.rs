@@ -12,7 +12,7 @@ use super::connection::Trouble;
 use super::message::{Attributes, Failure, Label, Request, State};
 use super::settle::{Found, MOST, find, settle};
 use super::ttlv::Malformed;
-use super::{Fault, KeyOrigin, KmipKeyManager, hand_out, name_of, no_key, unless_gone};
+use super::{Fault, KeyOrigin, KmipKeyManager, hand_out, name_of, no_key, unless_gone, wrapping};
 use crate::keys::{CheckValue, Description, Key};
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
@@ -136,8 +136,8 @@ fn have_made(talk: &Talk<'_>, volume: &VolumeId, wanted: &Description) -> Result
     }
 }
 
-/// Has an attribute changed. What takes another one's place by its value (KMIP 2.0) can do so once; if the server gets the
-/// request twice because its answer was lost, the second time finds it `done`.
+/// Has an attribute changed. What takes another one's place by its value (KMIP 2.0) can do so once; if the server gets
+/// the request twice because its answer was lost, the second time finds it `done`.
 fn change(
     talk: &Talk<'_>,
     request: &Request<'_>,
@@ -157,21 +157,17 @@ fn change(
 
 /// The key that the server has just made.
 fn taken(talk: &Talk<'_>, volume: &VolumeId, identifier: &str, wanted: &Description) -> Result<Key, Fault> {
-    let answer = talk.ask(&Request::get(identifier))?;
-    let bytes = answer.key(identifier)?;
-    if bytes.len() != wanted.key_size.bytes() {
+    let key = wrapping::take(talk, volume, identifier)?;
+    if key.bits() != wanted.key_size.bits() as usize {
         let sentence = format!(
             "the KMIP server has made a key of {} bits for volume {volume}, and was asked for {}: use a profile with a key_size \
              that it can make, or key_origin = \"host\"",
-            bytes.len() * 8,
+            key.bits(),
             wanted.key_size.bits()
         );
         return Err(Refusal::new(Reason::KeyManager, sentence).into());
     }
-    Ok(Key::filled(bytes.len(), |room| {
-        room.copy_from_slice(bytes);
-        Ok(())
-    })?)
+    Ok(key)
 }
 
 /// Ends a key that was not offered, if the server can still be asked for that. That it was not is a fault only if no

@@ -16,6 +16,14 @@ const AES: u32 = 3;
 const RAW: u32 = 1;
 /// Encrypt and Decrypt.
 const USAGE: i32 = 4 | 8;
+/// The usage of a key that wraps others.
+const WRAP_KEY: i32 = 0x10;
+/// The method by which a key is wrapped: it is encrypted.
+const ENCRYPT: u32 = 1;
+/// The mode in which it is: AES key wrap, RFC 3394.
+const NIST_KEY_WRAP: u32 = 0x0d;
+/// What is wrapped: the key's bytes themselves, and not an encoding of them.
+const NO_ENCODING: u32 = 1;
 
 /// The group that all of volcrypt's keys are in, and the namespace of what is kept beside them: see
 /// [`crate::keys::Description`].

@@ -13,6 +13,7 @@ mod making;
 pub mod message;
 mod settle;
 pub mod ttlv;
+mod wrapping;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -32,6 +33,7 @@ use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
 pub use connection::split_address;
+pub use wrapping::WrappingKey;
 
 /// How a KMIP server is reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +48,8 @@ pub struct KmipConfig {
     pub key: PathBuf,
     /// Who makes keys.
     pub key_origin: KeyOrigin,
+    /// The key that the servers are to wrap others by; nothing if keys are handed out in clear within TLS.
+    pub wrapping_key: Option<WrappingKey>,
     /// The newest version of the protocol that is spoken with the servers.
     pub newest_version: Version,
     /// How long all that is asked for one key may take, of all servers together: 1 to 60 seconds.
@@ -146,6 +150,7 @@ impl KmipKeyManager {
         for (_, trouble) in &troubles {
             match trouble {
                 Trouble::Local(sentence) => return Refusal::new(Reason::Configuration, sentence),
+                Trouble::Unwrapped(sentence) => return Refusal::new(Reason::KeyManager, sentence),
                 Trouble::Refused(failure) if is_right(failure) => {
                     let sentence = format!(
                         "the KMIP server does not let this host have {what} ({all}): have its administrator look at the rights \
@@ -321,12 +326,7 @@ impl KeyManager for KmipKeyManager {
 /// Has a key handed out that was found, if it is the one that its description was written for.
 fn hand_out(talk: &Talk<'_>, volume: &VolumeId, found: &Found) -> Result<(Key, Description), Fault> {
     let identifier = &found.identifier;
-    let answer = talk.ask(&Request::get(identifier))?;
-    let bytes = answer.key(identifier)?;
-    let key = Key::filled(bytes.len(), |room| {
-        room.copy_from_slice(bytes);
-        Ok(())
-    })?;
+    let key = wrapping::take(talk, volume, identifier)?;
     let description = found.sealed.open(volume, &key).map_err(|what| {
         let sentence = format!(
             "the KMIP server's key of volume {volume} (object {identifier}) {what}: have its administrator restore the key \

@@ -106,7 +106,9 @@ pub(super) fn find_enrolled<T>(
         };
         match &fault {
             Fault::Final(refusal) => passed_over(refusal),
-            Fault::Server(trouble @ (Trouble::Refused(_) | Trouble::Malformed(_))) => passed_over(trouble),
+            Fault::Server(trouble @ (Trouble::Refused(_) | Trouble::Malformed(_) | Trouble::Unwrapped(_))) => {
+                passed_over(trouble);
+            }
             // That is the server's, whichever key it is asked for.
             Fault::Server(_) => return Err(fault),
         }

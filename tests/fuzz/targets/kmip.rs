@@ -55,7 +55,14 @@ fuzz_target!(|input: Input<'_>| {
         assert!(identifiers.iter().map(String::len).sum::<usize>() <= longest);
     }
     let _ = answer.attributes("");
-    if let Ok(key) = answer.key("") {
+    let _ = answer.usage("");
+    // No key is both.
+    let (key, wrapped) = (answer.key(""), answer.wrapped_key("", ""));
+    assert!(key.is_err() || wrapped.is_err());
+    if let Ok(key) = key {
         assert!(key.len() <= longest);
+    }
+    if let Ok(wrapped) = wrapped {
+        assert!([24, 40, 72].contains(&wrapped.len()));
     }
 });

@@ -3,7 +3,10 @@
 use zeroize::Zeroizing;
 
 use super::attribute::{self, Kind};
-use super::{AES, GROUP, Operation, RAW, SYMMETRIC_KEY_OBJECT, State, Version, tag};
+use super::{
+    AES, ENCRYPT, GROUP, NIST_KEY_WRAP, NO_ENCODING, Operation, RAW, SYMMETRIC_KEY_OBJECT, State, Version, WRAP_KEY,
+    tag,
+};
 use crate::keys::kmip::ttlv::{Item, Malformed};
 
 /// The longest of what a server says in words, in characters.
@@ -45,6 +48,8 @@ impl Failure {
 }
 
 const ANOTHER_OBJECT: Malformed = Malformed("it is another object than was asked for");
+/// The lengths of wrapped keys of 128, 256 and 512 bits, in bytes.
+const WRAPPED_LENGTHS: [usize; 3] = [16 + 8, 32 + 8, 64 + 8];
 const NO_SYMMETRIC_KEY: Malformed = Malformed("it is no symmetric key");
 
 /// A server's answer, wiped when dropped.
@@ -117,10 +122,7 @@ impl Answer {
     pub fn attributes(&self, identifier: &str) -> Result<Attributes, Malformed> {
         let (mut state, mut initial_date, mut bits) = (None, None, None);
         let (mut volume, mut description, mut names) = (None, None, Vec::new());
-        let payload = self.payload()?;
-        if payload.get(tag::UNIQUE_IDENTIFIER)?.text()? != identifier {
-            return Err(ANOTHER_OBJECT);
-        }
+        let payload = self.payload_about(identifier)?;
         attribute::read(payload, self.version, |kind, value| {
             match kind {
                 Kind::Name => names.push(value.get(tag::NAME_VALUE)?.text()?.to_owned()),
@@ -146,22 +148,80 @@ impl Answer {
         }
     }
 
+    /// Whether the key `identifier` can be used, and whether others may be wrapped by it.
+    ///
+    /// # Errors
+    /// When it is another object or no symmetric key, or its state or usage is missing or makes no sense.
+    pub fn usage(&self, identifier: &str) -> Result<(State, bool), Malformed> {
+        let payload = self.payload_about(identifier)?;
+        let (mut state, mut wraps) = (None, None);
+        attribute::read(payload, self.version, |kind, value| {
+            match kind {
+                Kind::ObjectType if value.enumeration()? != SYMMETRIC_KEY_OBJECT => return Err(NO_SYMMETRIC_KEY),
+                Kind::State => state = Some(read_state(value.enumeration()?)?),
+                Kind::Usage => wraps = Some(value.integer()? & WRAP_KEY != 0),
+                _ => {}
+            }
+            Ok(())
+        })?;
+        state.zip(wraps).ok_or(Malformed("the key's state or usage is missing"))
+    }
+
     /// The bytes of the symmetric key `identifier`, as they stand in the answer.
     ///
     /// # Errors
     /// When it is another object, is wrapped, or is not in the raw format.
     pub fn key(&self, identifier: &str) -> Result<&[u8], Malformed> {
-        let payload = self.payload()?;
-        if payload.get(tag::UNIQUE_IDENTIFIER)?.text()? != identifier {
-            return Err(ANOTHER_OBJECT);
+        let block = self.key_block(identifier)?;
+        match block.find(tag::KEY_WRAPPING_DATA)? {
+            Some(_) => Err(Malformed("the key is wrapped by another one, which nobody has asked for")),
+            None => block.get(tag::KEY_VALUE)?.get(tag::KEY_MATERIAL)?.bytes(),
         }
+    }
+
+    /// The bytes of the symmetric key `identifier`, wrapped by the key `wrapping_key`, as they stand in the answer.
+    ///
+    /// # Errors
+    /// When it is another object, is not wrapped or in another way than by AES key wrap of its bytes alone, or has a
+    /// length that no wrapped key has.
+    pub fn wrapped_key(&self, identifier: &str, wrapping_key: &str) -> Result<&[u8], Malformed> {
+        let block = self.key_block(identifier)?;
+        let wrapping = block.find(tag::KEY_WRAPPING_DATA)?.ok_or(Malformed("the key came in clear"))?;
+        if wrapping.get(tag::WRAPPING_METHOD)?.enumeration()? != ENCRYPT {
+            return Err(Malformed("the key is protected in another way than by encryption"));
+        }
+        let by = wrapping.get(tag::ENCRYPTION_KEY_INFORMATION)?;
+        if by.get(tag::UNIQUE_IDENTIFIER)?.text()? != wrapping_key {
+            return Err(Malformed("the key is wrapped by another one than was asked for"));
+        }
+        // The server need not repeat it. What is wrapped in another way without a word cannot be unwrapped.
+        if let Some(parameters) = by.find(tag::CRYPTOGRAPHIC_PARAMETERS)?
+            && let Some(mode) = parameters.find(tag::BLOCK_CIPHER_MODE)?
+            && mode.enumeration()? != NIST_KEY_WRAP
+        {
+            return Err(Malformed("the key is wrapped in another way than was asked for"));
+        }
+        // Without a word of it, it would be an encoding of the key that is wrapped.
+        let encoding = wrapping.find(tag::ENCODING_OPTION)?.map(|option| option.enumeration()).transpose()?;
+        if encoding != Some(NO_ENCODING) {
+            return Err(Malformed("the key was encoded before it was wrapped"));
+        }
+        // By the specification it is the value itself (section 2.1.4). PyKMIP leaves it where one in clear would be.
+        let value = block.get(tag::KEY_VALUE)?;
+        let wrapped = value.bytes().or_else(|_| value.get(tag::KEY_MATERIAL)?.bytes())?;
+        match WRAPPED_LENGTHS.contains(&wrapped.len()) {
+            true => Ok(wrapped),
+            false => Err(Malformed("the key has a length that no wrapped one has")),
+        }
+    }
+
+    /// What holds the symmetric key `identifier`, which is for AES and in the raw format.
+    fn key_block(&self, identifier: &str) -> Result<Item<'_>, Malformed> {
+        let payload = self.payload_about(identifier)?;
         if payload.get(tag::OBJECT_TYPE)?.enumeration()? != SYMMETRIC_KEY_OBJECT {
             return Err(NO_SYMMETRIC_KEY);
         }
         let block = payload.get(tag::SYMMETRIC_KEY)?.get(tag::KEY_BLOCK)?;
-        if block.find(tag::KEY_WRAPPING_DATA)?.is_some() {
-            return Err(Malformed("the key is wrapped by another one"));
-        }
         if block.get(tag::KEY_FORMAT_TYPE)?.enumeration()? != RAW {
             return Err(Malformed("the key is not in the raw format"));
         }
@@ -170,7 +230,16 @@ impl Answer {
         {
             return Err(Malformed("the key is for another algorithm than AES"));
         }
-        block.get(tag::KEY_VALUE)?.get(tag::KEY_MATERIAL)?.bytes()
+        Ok(block)
+    }
+
+    /// The payload, if it is about the object `identifier`.
+    fn payload_about(&self, identifier: &str) -> Result<Item<'_>, Malformed> {
+        let payload = self.payload()?;
+        match payload.get(tag::UNIQUE_IDENTIFIER)?.text()? == identifier {
+            true => Ok(payload),
+            false => Err(ANOTHER_OBJECT),
+        }
     }
 
     fn payload(&self) -> Result<Item<'_>, Malformed> {

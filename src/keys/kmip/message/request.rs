@@ -3,7 +3,7 @@
 use zeroize::Zeroizing;
 
 use super::attribute::{self, Attribute, Kind};
-use super::{AES, Operation, RAW, SYMMETRIC_KEY_OBJECT, VERSIONS, Version, tag};
+use super::{AES, ENCRYPT, NIST_KEY_WRAP, NO_ENCODING, Operation, RAW, SYMMETRIC_KEY_OBJECT, VERSIONS, Version, tag};
 use crate::keys::Key;
 use crate::keys::kmip::ttlv::Writer;
 use crate::policy::KeySize;
@@ -45,12 +45,14 @@ pub struct Request<'a> {
     pub operation: Operation,
     /// The longest answer that is taken, in bytes.
     pub longest_answer: usize,
+    /// The first version of the protocol that has what it asks for.
+    pub since: Version,
     fill: Fill<'a>,
 }
 
 impl<'a> Request<'a> {
     fn new(operation: Operation, fill: impl Fn(&mut Writer<'_>, Version) + 'a) -> Self {
-        Request { operation, longest_answer: LONGEST_ANSWER, fill: Box::new(fill) }
+        Request { operation, longest_answer: LONGEST_ANSWER, since: Version::OLDEST, fill: Box::new(fill) }
     }
 
     /// The whole message in the protocol's `version`, wiped when dropped.
@@ -148,12 +150,41 @@ impl<'a> Request<'a> {
         })
     }
 
+    /// Has an object handed out, wrapped by the key `wrapping_key` and by nothing else. That what is wrapped is not
+    /// encoded before can be said since KMIP 1.1.
+    pub fn get_wrapped(identifier: &'a str, wrapping_key: &'a str) -> Self {
+        let request = Request::new(Operation::Get, move |payload, _| {
+            payload.text(tag::UNIQUE_IDENTIFIER, identifier);
+            payload.enumeration(tag::KEY_FORMAT_TYPE, RAW);
+            payload.structure(tag::KEY_WRAPPING_SPECIFICATION, |wrapping| {
+                wrapping.enumeration(tag::WRAPPING_METHOD, ENCRYPT);
+                wrapping.structure(tag::ENCRYPTION_KEY_INFORMATION, |key| {
+                    key.text(tag::UNIQUE_IDENTIFIER, wrapping_key);
+                    key.structure(tag::CRYPTOGRAPHIC_PARAMETERS, |parameters| {
+                        parameters.enumeration(tag::BLOCK_CIPHER_MODE, NIST_KEY_WRAP);
+                    });
+                });
+                wrapping.enumeration(tag::ENCODING_OPTION, NO_ENCODING);
+            });
+        });
+        Request { since: Version::WITH_ENCODING_OPTION, ..request }
+    }
+
+    /// Asks whether a key can be used and what for: see [`Answer::usage`](super::Answer::usage).
+    pub fn get_usage(identifier: &'a str) -> Self {
+        Request::get_some(identifier, &[Kind::ObjectType, Kind::State, Kind::Usage])
+    }
+
     /// Asks for all that [`Attributes`](super::Attributes) holds.
     pub fn get_attributes(identifier: &'a str) -> Self {
+        let all = &[Kind::Name, Kind::ObjectType, Kind::State, Kind::InitialDate, Kind::Length, Kind::Application];
+        Request::get_some(identifier, all)
+    }
+
+    fn get_some(identifier: &'a str, kinds: &'static [Kind]) -> Self {
         Request::new(Operation::GetAttributes, move |payload, version| {
             payload.text(tag::UNIQUE_IDENTIFIER, identifier);
-            let asked = [Kind::Name, Kind::ObjectType, Kind::State, Kind::InitialDate, Kind::Length, Kind::Application];
-            asked.into_iter().for_each(|kind| kind.refer(payload, version));
+            kinds.iter().for_each(|kind| kind.refer(payload, version));
         })
     }
 

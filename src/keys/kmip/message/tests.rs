@@ -77,6 +77,104 @@ fn only_a_raw_aes_key_that_was_asked_for_is_one() {
     assert!(refused(triple_des).contains("another algorithm"));
 }
 
+/// How a key is said to be wrapped.
+#[derive(Clone, Copy)]
+struct Wrapped<'a> {
+    method: u32,
+    by: &'a str,
+    mode: Option<u32>,
+    encoding: Option<u32>,
+    length: usize,
+    /// Whether it stands where one in clear would.
+    in_structure: bool,
+}
+
+const WRAPPED: Wrapped<'_> = Wrapped {
+    method: ENCRYPT,
+    by: "1",
+    mode: Some(NIST_KEY_WRAP),
+    encoding: Some(NO_ENCODING),
+    length: 72,
+    in_structure: false,
+};
+
+impl Wrapped<'_> {
+    fn answer(self) -> Answer {
+        done(Operation::Get, |payload| {
+            payload.enumeration(tag::OBJECT_TYPE, SYMMETRIC_KEY_OBJECT);
+            payload.text(tag::UNIQUE_IDENTIFIER, "7");
+            payload.structure(tag::SYMMETRIC_KEY, |object| object.structure(tag::KEY_BLOCK, |block| self.write(block)));
+        })
+    }
+
+    fn write(self, block: &mut Writer<'_>) {
+        block.enumeration(tag::KEY_FORMAT_TYPE, RAW);
+        let bytes = vec![9; self.length];
+        match self.in_structure {
+            true => block.structure(tag::KEY_VALUE, |value| value.bytes(tag::KEY_MATERIAL, &bytes)),
+            false => block.bytes(tag::KEY_VALUE, &bytes),
+        }
+        block.structure(tag::KEY_WRAPPING_DATA, |data| {
+            data.enumeration(tag::WRAPPING_METHOD, self.method);
+            data.structure(tag::ENCRYPTION_KEY_INFORMATION, |key| {
+                key.text(tag::UNIQUE_IDENTIFIER, self.by);
+                key.structure(tag::CRYPTOGRAPHIC_PARAMETERS, |parameters| {
+                    self.mode.into_iter().for_each(|mode| parameters.enumeration(tag::BLOCK_CIPHER_MODE, mode));
+                });
+            });
+            self.encoding.into_iter().for_each(|encoding| data.enumeration(tag::ENCODING_OPTION, encoding));
+        });
+    }
+}
+
+#[test]
+fn only_a_key_that_is_wrapped_as_was_asked_for_is_one() {
+    for length in [24, 40, 72] {
+        for wrapped in [Wrapped { length, ..WRAPPED }, Wrapped { length, in_structure: true, mode: None, ..WRAPPED }] {
+            assert_eq!(wrapped.answer().wrapped_key("7", "1").unwrap(), vec![9; length]);
+            assert!(wrapped.answer().key("7").unwrap_err().0.contains("nobody has asked for"));
+        }
+    }
+    let refused = |wrapped: Wrapped<'_>| wrapped.answer().wrapped_key("7", "1").unwrap_err().0;
+    assert!(refused(Wrapped { method: 2, ..WRAPPED }).contains("in another way than by encryption"));
+    assert!(refused(Wrapped { by: "2", ..WRAPPED }).contains("by another one"));
+    assert!(refused(Wrapped { mode: Some(1), ..WRAPPED }).contains("in another way"));
+    for encoding in [None, Some(2)] {
+        assert!(refused(Wrapped { encoding, ..WRAPPED }).contains("encoded before"));
+    }
+    for length in (0..=96).filter(|length| ![24, 40, 72].contains(length)) {
+        assert!(refused(Wrapped { length, ..WRAPPED }).contains("a length that no wrapped one has"), "{length}");
+    }
+    let clear = handed_out("7", SYMMETRIC_KEY_OBJECT, RAW, |_| {});
+    assert!(clear.wrapped_key("7", "1").unwrap_err().0.contains("came in clear"));
+    let nothing = handed_out("7", SYMMETRIC_KEY_OBJECT, RAW, |block| block.structure(tag::KEY_WRAPPING_DATA, |_| {}));
+    assert!(nothing.wrapped_key("7", "1").is_err());
+    assert!(WRAPPED.answer().wrapped_key("8", "1").unwrap_err().0.contains("another object"));
+}
+
+#[test]
+fn what_a_key_may_be_used_for_is_read_with_its_state() {
+    let usage = |state: u32, usage: i32| {
+        let answer = done(Operation::GetAttributes, |payload| {
+            payload.text(tag::UNIQUE_IDENTIFIER, "1");
+            for (name, write) in [
+                ("State", &|value: &mut Writer<'_>| value.enumeration(tag::ATTRIBUTE_VALUE, state)),
+                ("Cryptographic Usage Mask", &|value: &mut Writer<'_>| value.integer(tag::ATTRIBUTE_VALUE, usage)),
+            ] as [(&str, &dyn Fn(&mut Writer<'_>)); 2]
+            {
+                payload.structure(tag::ATTRIBUTE, |attribute| {
+                    attribute.text(tag::ATTRIBUTE_NAME, name);
+                    write(attribute);
+                });
+            }
+        });
+        answer.usage("1")
+    };
+    assert_eq!(usage(2, WRAP_KEY | USAGE), Ok((State::Active, true)));
+    assert_eq!(usage(4, USAGE), Ok((State::Revoked, false)));
+    assert!(usage(7, USAGE).is_err());
+}
+
 /// What is said of a key: its state, and the text that is kept beside it. `unknown` writes what nobody asked for.
 struct Said<'a> {
     state: u32,

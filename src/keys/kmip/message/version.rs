@@ -14,7 +14,7 @@ pub struct Version {
 
 /// The versions that are spoken here, the newest first.
 pub const VERSIONS: [Version; 6] =
-    [Version::NEWEST, version(1, 4), version(1, 3), version(1, 2), version(1, 1), version(1, 0)];
+    [Version::NEWEST, version(1, 4), version(1, 3), version(1, 2), version(1, 1), Version::OLDEST];
 
 const fn version(major: i32, minor: i32) -> Version {
     Version { major, minor }
@@ -23,6 +23,12 @@ const fn version(major: i32, minor: i32) -> Version {
 impl Version {
     /// The newest one that is spoken here.
     pub const NEWEST: Version = version(2, 0);
+
+    /// The oldest one that is spoken here.
+    pub const OLDEST: Version = version(1, 0);
+
+    /// The first one that says how a wrapped key is encoded.
+    pub const WITH_ENCODING_OPTION: Version = version(1, 1);
 
     /// The first one in which a server can be asked for those that it speaks.
     pub const WITH_DISCOVERY: Version = version(1, 1);

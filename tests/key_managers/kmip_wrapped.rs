@@ -250,8 +250,10 @@ fn what_is_not_wrapped_as_it_was_asked_for_is_no_key_and_another_server_is_asked
         assert!(both().get(&id).unwrap().same_as(&key), "{words}");
     }
     // A right that is missing is one all the same.
-    proxy.spoil(GET, says_no(0x0c, "not for you"));
-    refused(alone().get(&id), Reason::NotAllowed, &["not for you"]);
+    for reason in [0x03, 0x0c, 0x39] {
+        proxy.spoil(GET, says_no(reason, "not for you"));
+        refused(alone().get(&id), Reason::NotAllowed, &["not for you"]);
+    }
     // And who has not asked for a wrapped key takes none.
     proxy.spoil(GET, handed_out("1", &[9; 72], Some(by)));
     let raw = KmipKeyManager::new(server.config("client", vec![proxy.address()]));

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use super::client::Talk;
 use super::connection::Trouble;
-use super::message::{Attributes, Failure, Label, Request, State};
+use super::message::{Attributes, Label, Request, State};
 use super::settle::{Found, MOST, find, settle};
 use super::ttlv::Malformed;
 use super::{Fault, KeyOrigin, KmipKeyManager, hand_out, name_of, no_key, unless_gone, wrapping};
@@ -222,7 +222,7 @@ pub(super) fn clear_unfinished(talk: &Talk<'_>, volume: &VolumeId) -> Result<(),
     for identifier in identifiers.iter().take(MOST) {
         let attributes = match talk.ask(&Request::get_attributes(identifier)) {
             Ok(answer) => answer.attributes(identifier)?,
-            Err(Trouble::Refused(failure)) if failure.reason == Failure::ITEM_NOT_FOUND => continue,
+            Err(Trouble::Refused(failure)) if failure.is_not_found() => continue,
             Err(trouble) => return Err(trouble.into()),
         };
         let Attributes { names, state, volume: of, .. } = attributes;

@@ -144,14 +144,11 @@ impl KmipKeyManager {
     fn refusal(&self, what: &str, troubles: Vec<(String, Trouble)>, answered: bool) -> Refusal {
         let said = |(name, trouble): &(String, Trouble)| format!("{name}: {trouble}");
         let all = troubles.iter().map(said).collect::<Vec<_>>().join("; ");
-        let is_right = |failure: &Failure| {
-            matches!(failure.reason, Failure::AUTHENTICATION_NOT_SUCCESSFUL | Failure::PERMISSION_DENIED)
-        };
         for (_, trouble) in &troubles {
             match trouble {
                 Trouble::Local(sentence) => return Refusal::new(Reason::Configuration, sentence),
                 Trouble::Unwrapped(sentence) => return Refusal::new(Reason::KeyManager, sentence),
-                Trouble::Refused(failure) if is_right(failure) => {
+                Trouble::Refused(failure) if failure.is_not_allowed() => {
                     let sentence = format!(
                         "the KMIP server does not let this host have {what} ({all}): have its administrator look at the rights \
                          of the certificate {}",
@@ -293,7 +290,7 @@ impl KeyManager for KmipKeyManager {
                 talk.renew();
                 let attributes = match talk.ask(&Request::get_attributes(&identifier)) {
                     Ok(answer) => answer.attributes(&identifier),
-                    Err(Trouble::Refused(failure)) if failure.reason == Failure::ITEM_NOT_FOUND => continue,
+                    Err(Trouble::Refused(failure)) if failure.is_not_found() => continue,
                     Err(trouble) => return Err(trouble.into()),
                 };
                 // Whatever else somebody put into that group is none of ours.
@@ -340,7 +337,9 @@ fn hand_out(talk: &Talk<'_>, volume: &VolumeId, found: &Found) -> Result<(Key, D
 fn unless_gone(talk: &Talk<'_>, request: &Request<'_>) -> Result<(), Fault> {
     match talk.ask(request) {
         Ok(_) => Ok(()),
-        Err(Trouble::Refused(failure)) if failure.reason == Failure::ITEM_NOT_FOUND => Ok(()),
+        Err(Trouble::Refused(failure)) if failure.is_not_found() || failure.reason == Failure::OBJECT_DESTROYED => {
+            Ok(())
+        }
         Err(trouble) => Err(trouble.into()),
     }
 }

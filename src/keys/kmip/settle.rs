@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use super::client::Talk;
 use super::connection::Trouble;
-use super::message::{Attributes, Failure, Request, State};
+use super::message::{Attributes, Request, State};
 use super::{Fault, name_of};
 use crate::keys::{RecordedKey, SealedDescription};
 use crate::refusal::{Reason, Refusal};
@@ -55,7 +55,7 @@ pub(super) fn find(talk: &Talk<'_>, volume: &VolumeId) -> Result<Vec<Found>, Fau
         let attributes = match talk.ask(&Request::get_attributes(&identifier)) {
             Ok(answer) => answer.attributes(&identifier)?,
             // It was destroyed since.
-            Err(Trouble::Refused(failure)) if failure.reason == Failure::ITEM_NOT_FOUND => continue,
+            Err(Trouble::Refused(failure)) if failure.is_not_found() => continue,
             Err(trouble) => return Err(trouble.into()),
         };
         found.push(read(volume, &name, identifier, attributes)?);

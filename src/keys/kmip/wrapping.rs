@@ -119,10 +119,7 @@ fn unwrap(
 /// the same words where it is the volume's key that this host may not have.
 fn why_refused(talk: &Talk<'_>, volume: &VolumeId, wrapping: &WrappingKey, refused: Failure) -> Trouble {
     let other = &wrapping.identifier;
-    let is_right = |failure: &Failure| {
-        let rights = [Failure::ITEM_NOT_FOUND, Failure::AUTHENTICATION_NOT_SUCCESSFUL, Failure::PERMISSION_DENIED];
-        rights.contains(&failure.reason)
-    };
+    let is_right = |failure: &Failure| failure.is_not_found() || failure.is_not_allowed();
     let fault = match talk.ask(&Request::get_usage(other)) {
         Ok(answer) => match answer.usage(other) {
             Ok((State::Active, true)) if is_right(&refused) => return Trouble::Refused(refused),

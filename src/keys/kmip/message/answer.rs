@@ -45,6 +45,25 @@ impl Failure {
     pub const AUTHENTICATION_NOT_SUCCESSFUL: u32 = 0x03;
     /// The client may not do that.
     pub const PERMISSION_DENIED: u32 = 0x0c;
+    /// There was such an object, and it was destroyed; since KMIP 2.0.
+    pub const OBJECT_DESTROYED: u32 = 0x36;
+    /// There is no such object; since KMIP 2.0.
+    pub const OBJECT_NOT_FOUND: u32 = 0x37;
+    /// The client may not do that; since KMIP 2.0.
+    pub const NOT_AUTHORISED: u32 = 0x39;
+
+    /// Whether there is no such object. One that was destroyed and is remembered is none of these.
+    pub fn is_not_found(&self) -> bool {
+        matches!(self.reason, Failure::ITEM_NOT_FOUND | Failure::OBJECT_NOT_FOUND)
+    }
+
+    /// Whether this host may not do what it has asked for.
+    pub fn is_not_allowed(&self) -> bool {
+        matches!(
+            self.reason,
+            Failure::AUTHENTICATION_NOT_SUCCESSFUL | Failure::PERMISSION_DENIED | Failure::NOT_AUTHORISED
+        )
+    }
 }
 
 const ANOTHER_OBJECT: Malformed = Malformed("it is another object than was asked for");

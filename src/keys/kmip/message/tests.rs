@@ -46,6 +46,15 @@ fn an_answer_is_to_the_question_that_was_asked() {
     assert_eq!(refused.outcome(Operation::Get), Ok(Err(failure)));
 }
 
+#[test]
+fn a_server_says_in_two_ways_that_there_is_nothing_and_in_three_that_this_host_may_not() {
+    let failure = |reason| Failure { reason, message: String::new() };
+    for reason in 0..0x60 {
+        assert_eq!(failure(reason).is_not_found(), [0x01, 0x37].contains(&reason), "{reason:#x}");
+        assert_eq!(failure(reason).is_not_allowed(), [0x03, 0x0c, 0x39].contains(&reason), "{reason:#x}");
+    }
+}
+
 /// The payload of an answer to Get; `fill` may write into the key block first.
 fn handed_out(identifier: &str, kind: u32, format: u32, fill: fn(&mut Writer<'_>)) -> Answer {
     done(Operation::Get, |payload| {

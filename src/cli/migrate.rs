@@ -120,8 +120,7 @@ fn question(route: Route) -> String {
     let Route { from, to } = route;
     format!(
         "Every key in {from} that was copied to {to} is compared once more and destroyed in {from}. A host that still uses \
-         {from} opens none of these volumes any more. Do this in one direction only, on one host at a time: if another host \
-         destroys keys in {to} meanwhile, a key may be lost in both. Type {from} to go on: "
+         {from} opens none of these volumes any more. Type {from} to go on: "
     )
 }
 
@@ -165,7 +164,7 @@ mod tests {
     #[test]
     fn the_question_before_keys_are_destroyed_warns_of_other_hosts() {
         let question = question(ROUTE);
-        assert!(question.contains("in one direction only, on one host at a time"), "{question}");
+        assert!(question.contains("A host that still uses embedded opens none of these volumes"), "{question}");
         assert!(question.ends_with("Type embedded to go on: "), "{question}");
     }
 

@@ -8,6 +8,7 @@
 //! 3. The operator names the new key manager in the configuration, and restarts the daemon.
 //! 4. Only then, and only when asked to, each old key that was noted as copied is compared once more with the new
 //!    one and destroyed, which is recorded before and after. Broken off before that is noted, the next run finds it gone.
+//!    [`leaving`] says how other hosts are kept from destroying the new one at the same time.
 //!
 //! A volume that is retired is moved as the others are, since its key may be needed again. One that was destroyed is passed
 //! over; what is left of its key goes in step 4. The key of a volume that only other hosts have enrolled stays where it is,
@@ -18,12 +19,14 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Description, Imported, Key, KeyManager, ManagerKind};
+use super::{Description, Host, Imported, Key, KeyManager, ManagerKind};
 use crate::audit::{Asker, Event, Kind};
 use crate::encryptor::VolumeLocks;
 use crate::refusal::{Reason, Refusal};
 use crate::store::{MoveState, Planned, Store, VolumeRecord, VolumeState};
 use crate::volume::VolumeId;
+
+mod leaving;
 
 /// How many keys are worked on at once: a key manager that several hosts ask waits for seconds before it takes one.
 const AT_ONCE: usize = 16;
@@ -100,6 +103,7 @@ pub struct KeyMigration<'a> {
     route: Route,
     source: &'a dyn KeyManager,
     target: &'a dyn KeyManager,
+    host: Host,
     step: Duration,
     is_switched: bool,
 }
@@ -112,8 +116,8 @@ enum Done {
 }
 
 impl<'a> KeyMigration<'a> {
-    /// Moves keys from `source` to `target`, as `route` calls them, for the volumes of `store`. On one volume nobody else
-    /// works meanwhile, as `locks` have it.
+    /// Moves keys from `source` to `target`, as `route` calls them, for the volumes of `store` of `host`. On one volume
+    /// nobody else works meanwhile, as `locks` have it.
     ///
     /// # Errors
     /// [`Reason::Configuration`] when one of the two cannot do that.
@@ -122,6 +126,7 @@ impl<'a> KeyMigration<'a> {
         locks: &'a VolumeLocks,
         route: Route,
         (source, target): (&'a dyn KeyManager, &'a dyn KeyManager),
+        host: Host,
     ) -> Result<Self, Refusal> {
         let cannot = |kind: ManagerKind, what: &str| {
             Refusal::new(
@@ -139,7 +144,7 @@ impl<'a> KeyMigration<'a> {
         if !to.imports {
             return Err(cannot(route.to, "has one key for all volumes, and takes no other"));
         }
-        Ok(KeyMigration { store, locks, route, source, target, step: STEP, is_switched: false })
+        Ok(KeyMigration { store, locks, route, source, target, host, step: STEP, is_switched: false })
     }
 
     /// The same, where the target is the key manager in use if `is_switched`: the source is told then that this host uses
@@ -378,6 +383,9 @@ impl<'a> KeyMigration<'a> {
             Err(refusal) if refusal.reason() == Reason::WrongKey => return Err(self.differing(volume, &key, &refusal)),
             imported => imported?,
         };
+        if imported == Imported::Present {
+            self.keep(volume)?;
+        }
         // As every open will read it.
         if !one_key(self.target, volume, record.as_ref())?.same_as(&key) {
             return Err(self.differing(volume, &key, &format!("{to} handed out another one than it was given")));
@@ -420,6 +428,7 @@ impl<'a> KeyMigration<'a> {
     fn is_there_alone(&self, record: &VolumeRecord) -> Result<Done, Refusal> {
         let key = self.target.get_enrolled(&record.recorded_key())?;
         self.check_enrolled_with(record, self.route.to, &key)?;
+        self.keep(&record.id)?;
         self.store.note_move(self.route, &record.id, MoveState::Moved, None)?;
         Ok(Done::Imported(Imported::Present))
     }
@@ -464,7 +473,11 @@ impl<'a> KeyMigration<'a> {
                     "volume {volume} was destroyed, and the key of that id in {from} is not the one it had: it stays there"
                 )));
             }
-            Ok(_) => self.forget_recorded(volume, &format!("in {from}; the volume was destroyed"))?,
+            Ok(_) => {
+                let detail = format!("in {from}; the volume was destroyed");
+                self.store.append_audit(Event::new(Kind::DestructionStarted, volume, &detail))?;
+                self.forget(volume, detail)?;
+            }
             Err(refusal) if refusal.reason() == Reason::NoKey && !self.lists(volume)? => self.forget_gone(volume)?,
             Err(refusal) if refusal.reason() == Reason::KeyDestroyed => self.forget_gone(volume)?,
             Err(refusal) => return Err(refusal),
@@ -481,23 +494,14 @@ impl<'a> KeyMigration<'a> {
         if let Some(word) = self.stays(volume, record.as_ref().map(|record| record.state)) {
             return Ok(Done::Skipped(word));
         }
-        let Route { from, to } = self.route;
-        let new = one_key(self.target, volume, record.as_ref()).map_err(|refusal| match refusal.reason() {
-            Reason::NoKey | Reason::KeyDestroyed => Refusal::new(
-                refusal.reason(),
-                format!(
-                    "{to} has no key of volume {volume} any more, so that in {from} was not destroyed: run 'volcrypt key migrate \
-                     --from {from} --to {to}' again ({refusal})"
-                ),
-            ),
-            _ => refusal,
-        })?;
+        let new = one_key(self.target, volume, record.as_ref())
+            .map_err(|refusal| self.not_there_any_more(volume, refusal))?;
         if let Some(record) = &record {
-            self.check_enrolled_with(record, to, &new)?;
+            self.check_enrolled_with(record, self.route.to, &new)?;
         }
         match self.source.get(volume) {
             Ok(old) if !old.same_as(&new) => return Err(self.differing(volume, &old, &"nothing was destroyed")),
-            Ok(_) => self.forget_recorded(volume, &format!("in {from}; {to} has the same"))?,
+            Ok(_) => self.leave(volume, &new)?,
             // An earlier run has destroyed it and come no further, or not wiped all of it. One that only cannot be read is
             // nothing to compare with.
             Err(refusal) if refusal.reason() == Reason::NoKey && !self.lists(volume)? => self.forget_gone(volume)?,
@@ -507,18 +511,29 @@ impl<'a> KeyMigration<'a> {
         Ok(Done::Removed)
     }
 
-    /// Destroys the key of `volume` in the source, and records that it is about to and that it did.
-    fn forget_recorded(&self, volume: &VolumeId, detail: &str) -> Result<(), Refusal> {
-        self.store.append_audit(Event::new(Kind::DestructionStarted, volume, detail))?;
-        self.source.forget(volume)?;
-        let event = Event::new(Kind::OldKeyDestroyed, volume, detail);
-        self.store.note_move(self.route, volume, MoveState::Moved, Some(event))
+    /// The refusal to destroy the key of `volume` in the source that follows from the target's.
+    fn not_there_any_more(&self, volume: &VolumeId, refusal: Refusal) -> Refusal {
+        let Route { from, to } = self.route;
+        match refusal.reason() {
+            Reason::NoKey | Reason::KeyDestroyed => Refusal::new(
+                refusal.reason(),
+                format!(
+                    "{to} has no key of volume {volume} any more, so that in {from} was not destroyed: run 'volcrypt key migrate \
+                     --from {from} --to {to}' again ({refusal})"
+                ),
+            ),
+            _ => refusal,
+        }
     }
 
-    /// As [`forget_recorded`](Self::forget_recorded) where the key is gone, and was not recorded as that.
+    /// Destroys the key of `volume` in the source, where it is gone and was not recorded as that.
     fn forget_gone(&self, volume: &VolumeId) -> Result<(), Refusal> {
+        self.forget(volume, format!("in {}, where it was gone already", self.route.from))
+    }
+
+    /// Destroys the key of `volume` in the source, and records that.
+    fn forget(&self, volume: &VolumeId, detail: String) -> Result<(), Refusal> {
         self.source.forget(volume)?;
-        let detail = format!("in {}, where it was gone already", self.route.from);
         let event = Event::new(Kind::OldKeyDestroyed, volume, detail);
         self.store.note_move(self.route, volume, MoveState::Moved, Some(event))
     }

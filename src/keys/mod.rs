@@ -17,11 +17,13 @@ pub mod cached;
 mod description;
 mod embedded;
 mod handle;
+mod host;
 mod kek;
 mod kek_places;
 mod key;
 mod key_file;
 pub mod kmip;
+mod leaving;
 mod migration;
 mod rotation;
 mod secret_file;
@@ -30,10 +32,12 @@ pub mod tls;
 pub use description::{Description, SealedDescription};
 pub use embedded::EmbeddedKeyManager;
 pub use handle::{InvalidKeyId, KeyHandle, KeyId, RecordedKey};
+pub use host::Host;
 pub use kek::KeyEncryptionKey;
 pub use kek_places::kek_file;
 pub use key::{CheckValue, Key};
 pub use key_file::{KeyFileManager, OneKeyForEveryVolume};
+pub use leaving::Leaving;
 pub use migration::{Aim, KeyMigration, MigrationProgress, MigrationStep, Place, Route};
 pub use rotation::{KekHome, KekRotation, RotationStep};
 
@@ -90,6 +94,22 @@ pub trait KeyManager: Send + Sync {
             Err(refusal) if refusal.reason() == Reason::NoKey => Ok(()),
             outcome => outcome,
         }
+    }
+
+    /// The mark of the host that is about to destroy the key of `volume` here, if one is. Every server that could have it
+    /// has to answer. A key manager that no other host asks keeps none.
+    fn leaving(&self, _volume: &VolumeId) -> Result<Option<Leaving>, Refusal> {
+        Ok(None)
+    }
+
+    /// Sets that mark, in the place of any other, or takes it away.
+    fn note_leaving(&self, _volume: &VolumeId, _leaving: Option<&Leaving>) -> Result<(), Refusal> {
+        Ok(())
+    }
+
+    /// How long after a mark was set every host that asks for it sees it.
+    fn seen_after(&self) -> Duration {
+        Duration::ZERO
     }
 
     /// Whether a key that is destroyed has its record in the audit log with that: only one that keeps the keys beside the

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use volcrypt::encryptor::VolumeLocks;
 use volcrypt::keys::{
-    Aim, Description, EmbeddedKeyManager, Key, KeyManager, KeyMigration, ManagerKind, MigrationProgress, Route,
+    Aim, Description, EmbeddedKeyManager, Host, Key, KeyManager, KeyMigration, Leaving, ManagerKind, MigrationProgress,
+    Route,
 };
 use volcrypt::policy::Profile;
 use volcrypt::refusal::{Reason, Refusal};
@@ -14,6 +15,7 @@ use volcrypt::store::{EnrolledDevice, Store};
 use volcrypt::volume::VolumeId;
 
 use super::barbican::Barbican;
+use super::conformance::recorded;
 use super::pykmip::PyKmip;
 
 const VOLUMES: usize = 3;
@@ -30,7 +32,6 @@ fn wanted(number: usize) -> Description {
 struct Fleet {
     folder: tempfile::TempDir,
     store: Arc<Store>,
-    locks: VolumeLocks,
     kmip: PyKmip,
     barbican: Barbican,
 }
@@ -40,7 +41,7 @@ impl Fleet {
         let folder = tempfile::tempdir().unwrap();
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o700)).unwrap();
         let store = Arc::new(Store::open(folder.path()).unwrap());
-        Fleet { folder, store, locks: VolumeLocks::default(), kmip: PyKmip::start(), barbican: Barbican::start() }
+        Fleet { folder, store, kmip: PyKmip::start(), barbican: Barbican::start() }
     }
 
     fn manager(&self, kind: ManagerKind) -> Box<dyn KeyManager> {
@@ -52,8 +53,14 @@ impl Fleet {
     }
 
     fn migrate(&self, route: Route, aim: Aim) -> Result<MigrationProgress, Refusal> {
+        self.migrate_as("host1", &self.store, route, aim)
+    }
+
+    /// What a host of that name does, which has this database and locks of its own.
+    fn migrate_as(&self, name: &str, store: &Store, route: Route, aim: Aim) -> Result<MigrationProgress, Refusal> {
         let (source, target) = (self.manager(route.from), self.manager(route.to));
-        let migration = KeyMigration::new(&self.store, &self.locks, route, (&*source, &*target))?;
+        let (host, locks) = (Host { name: name.to_owned(), id: format!("id-of-{name}") }, VolumeLocks::default());
+        let migration = KeyMigration::new(store, &locks, route, (&*source, &*target), host)?;
         let mut all = MigrationProgress::default();
         let mut after = None;
         loop {
@@ -135,4 +142,77 @@ fn another_key_on_a_server_stays_and_so_does_the_old_one() {
     assert_eq!((removed.removed, removed.refused.len()), (0, 1));
     assert!(fleet.manager(route.from).get(&volume(0)).unwrap().same_as(&key));
     assert!(fleet.manager(route.to).get(&volume(0)).unwrap().same_as(&other));
+}
+
+/// With what every host asks, on real servers.
+#[test]
+fn two_hosts_that_destroy_old_keys_in_opposite_directions_leave_each_key_in_one_place() {
+    let fleet = Fleet::start();
+    let there = Route { from: ManagerKind::Kmip, to: ManagerKind::Barbican };
+    let back = Route { from: there.to, to: there.from };
+    let folder = tempfile::tempdir().unwrap();
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o700)).unwrap();
+    let other = Store::open(folder.path()).unwrap();
+    let mut keys = Vec::new();
+    for number in 0..VOLUMES {
+        let (key, said) = fleet.manager(there.from).create(&volume(number), &wanted(number)).unwrap();
+        for store in [&fleet.store, &other] {
+            store.enrol(&said.clone().record(&volume(number), &key)).unwrap();
+        }
+        keys.push(key);
+    }
+    fleet.migrate_as("host1", &fleet.store, there, Aim::Copy).unwrap();
+    fleet.migrate_as("host2", &other, back, Aim::Copy).unwrap();
+    let is_in =
+        |kind, number: usize| fleet.manager(kind).get(&volume(number)).is_ok_and(|found| found.same_as(&keys[number]));
+    let places = |number| [there.from, there.to].into_iter().filter(|&kind| is_in(kind, number)).count();
+    let (one, two) = std::thread::scope(|scope| {
+        let one = scope.spawn(|| fleet.migrate_as("host1", &fleet.store, there, Aim::DestroyOld).unwrap());
+        let two = scope.spawn(|| fleet.migrate_as("host2", &other, back, Aim::DestroyOld).unwrap());
+        (one.join().unwrap(), two.join().unwrap())
+    });
+    eprintln!("host1: {} gone, {:?}; host2: {} gone, {:?}", one.removed, one.refused, two.removed, two.refused);
+    assert!((0..VOLUMES).all(|number| places(number) > 0), "{one:?}, {two:?}");
+    assert!(one.removed + two.removed < 2 * VOLUMES as u64);
+    // No mark is left of it, or one whose host goes on: then one of them alone comes to the end.
+    let again = fleet.migrate_as("host1", &fleet.store, there, Aim::DestroyOld).unwrap();
+    let gone_before = two.removed as usize;
+    assert_eq!(again.refused.len(), gone_before, "{again:?}");
+    assert!((0..VOLUMES).all(|number| places(number) == 1), "{again:?}");
+}
+
+/// A host ends when it has set its mark.
+#[test]
+fn a_mark_is_in_nobodys_way_who_uses_the_key_and_is_taken_back_by_its_host() {
+    let fleet = Fleet::start();
+    for (from, to) in [(ManagerKind::Kmip, ManagerKind::Barbican), (ManagerKind::Barbican, ManagerKind::Kmip)] {
+        let (number, route) = (usize::from(from == ManagerKind::Barbican), Route { from, to });
+        let back = Route { from: to, to: from };
+        let (key, said) = fleet.manager(from).create(&volume(number), &wanted(number)).unwrap();
+        fleet.store.enrol(&said.record(&volume(number), &key)).unwrap();
+        fleet.migrate(route, Aim::Copy).unwrap();
+        let manager = fleet.manager(from);
+        for is_asked in [false, true] {
+            let host = Host { name: "host1".to_owned(), id: "id-of-host1".to_owned() };
+            let mark = Leaving { host, is_asked };
+            manager.note_leaving(&volume(number), Some(&mark)).unwrap();
+            assert_eq!(fleet.manager(from).leaving(&volume(number)).unwrap(), Some(mark));
+            assert!(manager.get(&volume(number)).unwrap().same_as(&key));
+            assert!(manager.get_enrolled(&recorded(&volume(number), &key)).unwrap().same_as(&key));
+            assert_eq!(manager.described(&volume(number)).unwrap().unwrap().1, wanted(number));
+            assert!(manager.create(&volume(number), &wanted(number)).unwrap().0.same_as(&key));
+            assert!(manager.list().unwrap().iter().any(|info| info.volume == volume(number) && !info.destroyed));
+            let elsewhere = fleet.migrate_as("host2", &fleet.store, back, Aim::Copy).unwrap();
+            assert!(elsewhere.refused[0].starts_with("host host1 has begun to destroy the key"), "{elsewhere:?}");
+            let here = fleet.migrate(back, Aim::Copy).unwrap();
+            assert_eq!(here.refused.len(), usize::from(is_asked), "{here:?}");
+            assert_eq!(manager.leaving(&volume(number)).unwrap().is_some(), is_asked);
+        }
+        // What was begun comes to its end.
+        fleet.migrate(route, Aim::Copy).unwrap();
+        // The first volume has come here with the second.
+        assert_eq!(fleet.migrate(route, Aim::DestroyOld).unwrap().removed, number as u64 + 1);
+        assert_eq!(manager.get(&volume(number)).err().unwrap().reason(), Reason::NoKey);
+        assert!(fleet.manager(to).get(&volume(number)).unwrap().same_as(&key));
+    }
 }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, PoisonError};
 
 use super::{Broker, Vault};
-use crate::keys::{Aim, KeyManager, KeyMigration, ManagerKind, MigrationProgress, MigrationStep, Route};
+use crate::keys::{Aim, Host, KeyManager, KeyMigration, ManagerKind, MigrationProgress, MigrationStep, Route};
 use crate::policy::Config;
 use crate::refusal::{Reason, Refusal};
 use crate::store::Store;
@@ -36,7 +36,7 @@ impl Broker {
             return Err(Refusal::new(Reason::NotAllowed, sentence));
         }
         let (source, target) = (named(&config, from, &vault.store)?, named(&config, to, &vault.store)?);
-        KeyMigration::new(&vault.store, &self.enrolling, step.route, (&*source, &*target))?
+        KeyMigration::new(&vault.store, &self.enrolling, step.route, (&*source, &*target), Host::this())?
             .after_switch(used == to)
             .take(step.aim, step.after.as_ref())
     }

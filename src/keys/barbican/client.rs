@@ -134,6 +134,23 @@ impl Asking<'_> {
         }
     }
 
+    /// Keeps this beside a secret, in the place of what was there under the same name.
+    pub fn replace_metadatum(&self, id: &str, key: &str, value: &str) -> Result<(), NoAnswer> {
+        let body = to_json(&Metadatum { key, value });
+        match self.send(Method::PUT, &format!("secrets/{id}/metadata/{key}"), Some(&body), false) {
+            Err(NoAnswer::Refused(answered)) if answered.status == 404 => self.add_metadatum(id, key, value),
+            outcome => outcome.map(drop),
+        }
+    }
+
+    /// Takes away what is kept beside a secret under a name, if there is anything.
+    pub fn remove_metadatum(&self, id: &str, key: &str) -> Result<(), NoAnswer> {
+        match self.send(Method::DELETE, &format!("secrets/{id}/metadata/{key}"), None, false) {
+            Err(NoAnswer::Refused(answered)) if answered.status == 404 => Ok(()),
+            outcome => outcome.map(drop),
+        }
+    }
+
     /// Keeps `key` as a new secret; returns its id.
     pub fn store(&self, name: &str, key: &Key) -> Result<String, NoAnswer> {
         let mut room = Zeroizing::new(vec![0; key.bytes().len().div_ceil(3) * 4]);

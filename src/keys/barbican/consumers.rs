@@ -6,13 +6,13 @@
 //! not answer, leave nothing that the next look does not put right.
 
 use std::collections::{BTreeMap, HashSet};
-use std::fs;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::BarbicanKeyManager;
 use super::client::Asking;
 use super::messages::{Consumer, Secret};
 use super::refusals::About;
+use crate::keys::Host;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
@@ -68,21 +68,8 @@ impl Registered {
     }
 }
 
-/// This host, as a consumer.
-struct Host {
-    name: String,
-    /// What tells it from others, also after it was given another name.
-    id: String,
-}
-
+/// A host, as a consumer.
 impl Host {
-    fn this() -> Self {
-        let read = |path| fs::read_to_string(path).unwrap_or_default().trim().to_owned();
-        let name = read("/proc/sys/kernel/hostname");
-        let id = Some(read("/etc/machine-id")).filter(|id| !id.is_empty()).unwrap_or_else(|| name.clone());
-        Host { name, id }
-    }
-
     fn consumer(&self) -> Consumer {
         Consumer { service: SERVICE.to_owned(), resource_type: self.name.clone(), resource_id: self.id.clone() }
     }

@@ -30,7 +30,7 @@ use self::client::{Asking, Client};
 use self::consumers::Registered;
 use self::refusals::About;
 use self::settle::{Found, label};
-use super::{Capabilities, Description, Imported, Key, KeyInfo, KeyManager, RecordedKey, other_key};
+use super::{Capabilities, Description, Imported, Key, KeyInfo, KeyManager, Leaving, RecordedKey, other_key};
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
@@ -284,6 +284,32 @@ impl KeyManager for BarbicanKeyManager {
                 format!("Barbican still has a key of volume {volume} after it was destroyed: destroy it again"),
             )),
         }
+    }
+
+    /// # Errors
+    /// As [`get`](KeyManager::get).
+    fn leaving(&self, volume: &VolumeId) -> Result<Option<Leaving>, Refusal> {
+        let found = self.find_all(&self.client.begin(), volume)?;
+        Ok(found.into_iter().find_map(|found| found.leaving).map(|mark| Leaving::parse(&mark)))
+    }
+
+    /// # Errors
+    /// As [`get`](KeyManager::get).
+    fn note_leaving(&self, volume: &VolumeId, leaving: Option<&Leaving>) -> Result<(), Refusal> {
+        let asking = self.client.begin();
+        let found = self.find_all(&asking, volume)?;
+        for Found { id, .. } in &found {
+            let noted = match leaving {
+                Some(leaving) => asking.replace_metadatum(id, settle::LEAVING, &leaving.to_string()),
+                None => asking.remove_metadatum(id, settle::LEAVING),
+            };
+            noted.map_err(|no_answer| self.refusal(About::Secret(volume, id), no_answer))?;
+        }
+        if found.is_empty() { Err(self.no_key(volume)) } else { Ok(()) }
+    }
+
+    fn seen_after(&self) -> Duration {
+        settle::PATIENCE
     }
 
     fn list(&self) -> Result<Vec<KeyInfo>, Refusal> {

@@ -31,7 +31,7 @@ use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
 /// How long to wait before a key is chosen, and before one that was chosen is used.
-const PATIENCE: Duration = Duration::from_secs(3);
+pub(super) const PATIENCE: Duration = Duration::from_secs(3);
 /// How long a choice may take: the look that it is made by, and until Barbican has it.
 pub(super) const PROMPTLY: Duration = Duration::from_secs(1);
 /// How many looks may take too long for a choice.
@@ -46,6 +46,8 @@ const VOLUME: &str = "volcrypt-volume";
 const DESCRIPTION: &str = "volcrypt-description-";
 const CHOSEN: &str = "volcrypt-chosen";
 const SETTLED: &str = "volcrypt-settled";
+/// The mark of the host that is about to destroy it follows.
+pub(super) const LEAVING: &str = "volcrypt-leaving";
 
 /// A key in Barbican that was made for a volume.
 pub(super) struct Found {
@@ -58,6 +60,8 @@ pub(super) struct Found {
     pub(super) is_chosen: bool,
     /// Whether no other one was chosen at the same time.
     is_settled: bool,
+    /// The mark of the host that is about to destroy it.
+    pub(super) leaving: Option<String>,
 }
 
 /// What is kept beside a key that is offered.
@@ -234,7 +238,8 @@ pub(super) fn read(
     let sealed = SealedDescription::parse(&text)
         .map_err(|error| foreign(format!("says of the volume what makes no sense ({error})")))?;
     let (is_chosen, is_settled) = (is_chosen(metadata), metadata.contains_key(SETTLED));
-    Ok(Some(Found { id, created, sealed, is_chosen, is_settled }))
+    let leaving = metadata.get(LEAVING).cloned();
+    Ok(Some(Found { id, created, sealed, is_chosen, is_settled, leaving }))
 }
 
 /// The one key that was chosen, if any was.

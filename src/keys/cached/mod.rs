@@ -22,8 +22,8 @@ use self::held::Held;
 use self::jobs::Jobs;
 use self::silence::{Patience, Silence};
 use super::{
-    Capabilities, Description, Imported, KekRotation, KeptKeys, Key, KeyHandle, KeyInfo, KeyManager, RecordedKey,
-    RotationStep,
+    Capabilities, Description, Imported, KekRotation, KeptKeys, Key, KeyHandle, KeyInfo, KeyManager, Leaving,
+    RecordedKey, RotationStep,
 };
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
@@ -332,6 +332,22 @@ impl KeyManager for CachedKeyManager {
         // Somebody may have been given it meanwhile.
         self.shared.evict(volume);
         forgotten
+    }
+
+    /// # Errors
+    /// Those of the key server's.
+    fn leaving(&self, volume: &VolumeId) -> Result<Option<Leaving>, Refusal> {
+        self.shared.server.leaving(volume)
+    }
+
+    /// # Errors
+    /// Those of the key server's.
+    fn note_leaving(&self, volume: &VolumeId, leaving: Option<&Leaving>) -> Result<(), Refusal> {
+        self.shared.server.note_leaving(volume, leaving)
+    }
+
+    fn seen_after(&self) -> Duration {
+        self.shared.server.seen_after()
     }
 
     /// # Errors

@@ -37,14 +37,8 @@ impl KmipKeyManager {
         let deadline = Instant::now() + self.client.config().deadline;
         let talks: Vec<_> = self.client.order().map(|server| self.client.talk(server, deadline)).collect();
         let talks: Vec<&Talk<'_>> = talks.iter().collect();
-        let named = |talk: &Talk<'_>, fault: Fault| match fault {
-            Fault::Final(refusal) => refusal,
-            Fault::Server(trouble) => self.refusal(
-                &format!("a new key of volume {volume}, for which every server has to answer"),
-                vec![(talk.name().to_owned(), trouble)],
-                false,
-            ),
-        };
+        let named =
+            |talk: &Talk<'_>, fault: Fault| self.not_asked(&format!("a new key of volume {volume}"), talk, fault);
         // There is at least one: the configuration has no empty list.
         let first = talks[0];
         let mut none = true;
@@ -256,6 +250,7 @@ mod tests {
                 initial_date: 7,
                 bits: 512,
                 volume: None,
+                leaving: None,
                 description: None,
             },
             sealed: SealedDescription::parse(&description.to_text(&volume, key).unwrap()).unwrap(),

@@ -25,7 +25,7 @@ use self::message::{Failure, Request, State, Version};
 use self::settle::{Found, find, settle};
 use self::ttlv::Malformed;
 use super::{
-    Capabilities, Description, FIRST_VERSION, Imported, Key, KeyHandle, KeyInfo, KeyManager, RecordedKey,
+    Capabilities, Description, FIRST_VERSION, Imported, Key, KeyHandle, KeyInfo, KeyManager, Leaving, RecordedKey,
     SealedDescription, other_key,
 };
 use crate::policy::KeySize;
@@ -176,6 +176,17 @@ impl KmipKeyManager {
         }
     }
 
+    /// What `fault` comes to where every server has to answer.
+    fn not_asked(&self, what: &str, talk: &Talk<'_>, fault: Fault) -> Refusal {
+        match fault {
+            Fault::Final(refusal) => refusal,
+            Fault::Server(trouble) => {
+                let what = format!("{what}, for which every server has to answer");
+                self.refusal(&what, vec![(talk.name().to_owned(), trouble)], false)
+            }
+        }
+    }
+
     /// The key of `volume` that counts, and what is known of the volume.
     fn fetch(&self, volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {
         self.with_any(&key_of(volume), |talk| {
@@ -280,6 +291,38 @@ impl KeyManager for KmipKeyManager {
             }
         })?;
         destroyed.ok_or_else(|| no_key(volume))
+    }
+
+    /// # Errors
+    /// As [`get`](KeyManager::get), where every server has to answer.
+    fn leaving(&self, volume: &VolumeId) -> Result<Option<Leaving>, Refusal> {
+        let deadline = Instant::now() + self.client.config().deadline;
+        let mut marks = Vec::new();
+        for server in self.client.order() {
+            let talk = self.client.talk(server, deadline);
+            let found = find(&talk, volume).map_err(|fault| self.not_asked(&key_of(volume), &talk, fault))?;
+            marks.extend(found.into_iter().filter_map(|found| found.attributes.leaving));
+        }
+        Ok(marks.first().map(|mark| Leaving::parse(mark)))
+    }
+
+    /// # Errors
+    /// As [`get`](KeyManager::get).
+    fn note_leaving(&self, volume: &VolumeId, leaving: Option<&Leaving>) -> Result<(), Refusal> {
+        let mark = leaving.map(Leaving::to_string);
+        let noted = self.with_any(&key_of(volume), |talk| {
+            let mut found = find(talk, volume)?;
+            found.retain(|found| found.attributes.state != State::Destroyed);
+            for Found { identifier, attributes, .. } in &found {
+                unless_gone(talk, &Request::mark(identifier, volume.as_str(), attributes, mark.as_deref()))?;
+            }
+            Ok((!found.is_empty()).then_some(()))
+        })?;
+        noted.ok_or_else(|| no_key(volume))
+    }
+
+    fn seen_after(&self) -> Duration {
+        settle::PATIENCE
     }
 
     /// Each question has the deadline for itself once the server has begun to answer.

@@ -21,7 +21,7 @@ use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
 /// How long to wait before a key is chosen: servers tell ages in whole seconds, and their clocks may differ a little.
-const PATIENCE: Duration = Duration::from_millis(2500);
+pub(super) const PATIENCE: Duration = Duration::from_millis(2500);
 /// How long a choice may take: the look that it is made by, and until the server has it.
 const PROMPTLY: Duration = Duration::from_secs(1);
 /// How many looks may take too long for a choice.

@@ -8,7 +8,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::keys::{
-    Capabilities, EmbeddedKeyManager, KeyFileManager, KeyHandle, KeyInfo, OneKeyForEveryVolume, RecordedKey,
+    Capabilities, EmbeddedKeyManager, KeyFileManager, KeyHandle, KeyInfo, Leaving, OneKeyForEveryVolume, RecordedKey,
 };
 use crate::policy::{KeySize, Profile};
 use crate::store::tests::private_directory;
@@ -21,6 +21,11 @@ const CHILD: &str = "VOLCRYPT_TEST_MIGRATE_IN";
 
 fn id(name: &str) -> VolumeId {
     name.parse().unwrap()
+}
+
+/// As which host keys are moved.
+fn called(name: &str) -> super::Host {
+    super::Host { name: name.to_owned(), id: format!("id-of-{name}") }
 }
 
 fn size(bits: u32) -> KeySize {
@@ -86,7 +91,7 @@ impl Host {
 
     /// Takes all steps from the start.
     fn migrate(&self, route: Route, aim: Aim, pair: (&dyn KeyManager, &dyn KeyManager)) -> Result<Sum, Refusal> {
-        let migration = KeyMigration::new(&self.store, &self.locks, route, pair)?.in_small_steps();
+        let migration = KeyMigration::new(&self.store, &self.locks, route, pair, called("here"))?.in_small_steps();
         let mut sum = Sum::default();
         let mut after = None;
         loop {
@@ -143,6 +148,7 @@ struct Server {
     does_it: bool,
     /// How often each volume's key was stored.
     stored: Mutex<BTreeMap<VolumeId, usize>>,
+    marks: Mutex<BTreeMap<VolumeId, Leaving>>,
     forgotten: Mutex<BTreeSet<VolumeId>>,
 }
 
@@ -222,9 +228,27 @@ impl KeyManager for Server {
             return Err(Server::dead());
         }
         let removed = self.keys.lock().unwrap().remove(volume);
+        self.marks.lock().unwrap().remove(volume);
         self.forgotten.lock().unwrap().insert(volume.clone());
         answers?;
         removed.map(drop).ok_or_else(|| Refusal::new(Reason::NoKey, "the server has no key"))
+    }
+
+    fn leaving(&self, volume: &VolumeId) -> Result<Option<Leaving>, Refusal> {
+        self.answers()?;
+        Ok(self.marks.lock().unwrap().get(volume).cloned())
+    }
+
+    fn note_leaving(&self, volume: &VolumeId, leaving: Option<&Leaving>) -> Result<(), Refusal> {
+        let answers = self.answers();
+        if answers.is_ok() || self.does_it {
+            let mut marks = self.marks.lock().unwrap();
+            match leaving {
+                Some(leaving) => drop(marks.insert(volume.clone(), leaving.clone())),
+                None => drop(marks.remove(volume)),
+            }
+        }
+        answers
     }
 
     fn list(&self) -> Result<Vec<KeyInfo>, Refusal> {
@@ -428,7 +452,7 @@ fn old_keys_that_go_from_a_server_that_dies_at_any_call_are_all_in_the_new_place
     made.migrate(BACK, Aim::Copy, (&server, &made.embedded())).unwrap();
     let kept = server.keys.into_inner().unwrap();
     for does_it in [false, true] {
-        for calls in (0..40).step_by(8) {
+        for calls in (0..120).step_by(7) {
             let host = made.after_power_cut();
             let new = host.embedded();
             let server = Server { keys: Mutex::new(kept.clone()), ..Server::default() }.dying_after(calls, does_it);
@@ -455,7 +479,9 @@ fn a_power_cut_between_any_two_steps_costs_no_key() {
             // What a power cut leaves; whoever goes on knows nothing of where the earlier run was.
             host = host.after_power_cut();
             let old = host.embedded();
-            let migration = KeyMigration::new(&host.store, &host.locks, ROUTE, (&old, &new)).unwrap().in_small_steps();
+            let migration = KeyMigration::new(&host.store, &host.locks, ROUTE, (&old, &new), called("here"))
+                .unwrap()
+                .in_small_steps();
             let begun = migration.take(aim, None).unwrap();
             assert!(begun.refused.is_empty(), "{begun:?}");
             let came = migration.take(aim, begun.after.as_ref()).unwrap();
@@ -484,7 +510,7 @@ fn a_run_that_is_killed_over_and_over_comes_to_its_end() {
         let (store, locks) = (Arc::new(Store::open(Path::new(from)).unwrap()), VolumeLocks::default());
         let old = EmbeddedKeyManager::open(Arc::clone(&store), None, Path::new(from)).unwrap();
         let new = embedded(Path::new(to));
-        let migration = KeyMigration::new(&store, &locks, ROUTE, (&old, &new)).unwrap();
+        let migration = KeyMigration::new(&store, &locks, ROUTE, (&old, &new), called("here")).unwrap();
         for aim in [Aim::DestroyOld, Aim::Copy, Aim::DestroyOld] {
             let mut after = None;
             while let came @ MigrationProgress { after: Some(_), .. } = migration.take(aim, after.as_ref()).unwrap() {
@@ -556,6 +582,7 @@ fn what_cannot_be_moved_is_refused() {
     }
 }
 
+mod interleaved;
 mod whose;
 
 #[test]

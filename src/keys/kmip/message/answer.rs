@@ -25,6 +25,8 @@ pub struct Attributes {
     pub bits: i32,
     /// The volume it was made for, if volcrypt made it.
     pub volume: Option<String>,
+    /// The mark of the host that is about to destroy it, which stands behind the rest, after a line break.
+    pub leaving: Option<String>,
     /// What is kept beside it of that volume.
     pub description: Option<String>,
 }
@@ -140,7 +142,7 @@ impl Answer {
     /// When it is another object, or its state, date or length is missing or makes no sense.
     pub fn attributes(&self, identifier: &str) -> Result<Attributes, Malformed> {
         let (mut state, mut initial_date, mut bits) = (None, None, None);
-        let (mut volume, mut description, mut names) = (None, None, Vec::new());
+        let (mut volume, mut description, mut leaving, mut names) = (None, None, None, Vec::new());
         let payload = self.payload_about(identifier)?;
         attribute::read(payload, self.version, |kind, value| {
             match kind {
@@ -151,9 +153,11 @@ impl Answer {
                 Kind::Length => bits = Some(value.integer()?),
                 Kind::Application if value.get(tag::APPLICATION_NAMESPACE)?.text()? == GROUP => {
                     let kept = value.get(tag::APPLICATION_DATA)?.text()?;
-                    // No volume has a space in its id.
+                    // No description has a line break in it, and no volume a space in its id.
+                    let (kept, mark) = kept.split_once('\n').map_or((kept, None), |(kept, mark)| (kept, Some(mark)));
                     let (of, said) = kept.split_once(' ').map_or((kept, None), |(of, said)| (of, Some(said)));
                     (volume, description) = (Some(of.to_owned()), said.map(str::to_owned));
+                    leaving = mark.map(str::to_owned);
                 }
                 _ => {}
             }
@@ -161,7 +165,7 @@ impl Answer {
         })?;
         match (state, initial_date, bits) {
             (Some(state), Some(initial_date), Some(bits)) => {
-                Ok(Attributes { names, state, initial_date, bits, volume, description })
+                Ok(Attributes { names, state, initial_date, bits, volume, leaving, description })
             }
             _ => Err(Malformed("the key's state, date or length is missing")),
         }

@@ -1,6 +1,8 @@
 //! Attributes, which KMIP writes in two ways: to 1.4 each has its name in words (KMIP 1.4, sections 2.1.1 and 3), since
 //! 2.0 it has a tag of its own (KMIP 2.0, section 4).
 
+use std::fmt;
+
 use super::{AES, GROUP, SYMMETRIC_KEY_OBJECT, USAGE, Version, tag};
 use crate::keys::kmip::ttlv::{Item, Malformed, Writer};
 use crate::policy::KeySize;
@@ -59,6 +61,26 @@ impl Kind {
     }
 }
 
+/// What volcrypt keeps beside a key.
+#[derive(Clone, Copy)]
+pub(super) struct Kept<'a> {
+    /// The volume that it was made for.
+    pub volume: &'a str,
+    /// What has to be known of that one.
+    pub description: Option<&'a str>,
+    /// The mark of a host that is about to destroy it.
+    pub leaving: Option<&'a str>,
+}
+
+/// As it is kept, in one attribute: not every server that has two of a kind can replace the second.
+impl fmt::Display for Kept<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.volume)?;
+        self.description.into_iter().try_for_each(|description| write!(f, " {description}"))?;
+        self.leaving.into_iter().try_for_each(|leaving| write!(f, "\n{leaving}"))
+    }
+}
+
 /// An attribute with its value.
 #[derive(Clone, Copy)]
 pub(super) enum Attribute<'a> {
@@ -74,8 +96,8 @@ pub(super) enum Attribute<'a> {
     Usage,
     /// It is one of volcrypt's.
     Group,
-    /// What volcrypt keeps beside it: the volume that it was made for, and what has to be known of that one.
-    Kept { volume: &'a str, description: &'a str },
+    /// What volcrypt keeps beside it.
+    Kept(Kept<'a>),
 }
 
 impl Attribute<'_> {
@@ -87,7 +109,7 @@ impl Attribute<'_> {
             Attribute::Length(_) => Kind::Length,
             Attribute::Usage => Kind::Usage,
             Attribute::Group => Kind::Group,
-            Attribute::Kept { .. } => Kind::Application,
+            Attribute::Kept(_) => Kind::Application,
         }
     }
 
@@ -103,9 +125,9 @@ impl Attribute<'_> {
             Attribute::Length(size) => writer.integer(tag, size.bits() as i32),
             Attribute::Usage => writer.integer(tag, USAGE),
             Attribute::Group => writer.text(tag, GROUP),
-            Attribute::Kept { volume, description } => writer.structure(tag, |value| {
+            Attribute::Kept(kept) => writer.structure(tag, |value| {
                 value.text(tag::APPLICATION_NAMESPACE, GROUP);
-                value.text(tag::APPLICATION_DATA, &format!("{volume} {description}"));
+                value.text(tag::APPLICATION_DATA, &kept.to_string());
             }),
         }
     }

@@ -2,7 +2,8 @@
 
 use zeroize::Zeroizing;
 
-use super::attribute::{self, Attribute, Kind};
+use super::answer::Attributes;
+use super::attribute::{self, Attribute, Kept, Kind};
 use super::{AES, ENCRYPT, NIST_KEY_WRAP, NO_ENCODING, Operation, RAW, SYMMETRIC_KEY_OBJECT, VERSIONS, Version, tag};
 use crate::keys::Key;
 use crate::keys::kmip::ttlv::Writer;
@@ -31,8 +32,12 @@ pub struct Label<'a> {
 
 impl<'a> Label<'a> {
     fn attributes(&self) -> [Attribute<'a>; 4] {
-        let Label { name, volume, description } = *self;
-        [Attribute::Usage, Attribute::Name(name), Attribute::Group, Attribute::Kept { volume, description }]
+        [Attribute::Usage, Attribute::Name(self.name), Attribute::Group, self.kept()]
+    }
+
+    fn kept(&self) -> Attribute<'a> {
+        let Label { volume, description, .. } = *self;
+        Attribute::Kept(Kept { volume, description: Some(description), leaving: None })
     }
 }
 
@@ -109,13 +114,20 @@ impl<'a> Request<'a> {
 
     /// Replaces what is kept beside a key, which is what `old` says, by what `new` says.
     pub fn describe_anew(identifier: &'a str, old: &'a Label<'_>, new: &'a Label<'_>) -> Self {
-        let kept = |label: &Label<'a>| Attribute::Kept { volume: label.volume, description: label.description };
-        Request::replace(identifier, kept(old), kept(new))
+        Request::replace(identifier, old.kept(), new.kept())
     }
 
     /// Replaces a key's name, which is that of `old`, by that of `new`.
     pub fn rename(identifier: &'a str, old: &'a Label<'_>, new: &'a Label<'_>) -> Self {
         Request::replace(identifier, Attribute::Name(old.name), Attribute::Name(new.name))
+    }
+
+    /// Sets the mark of a host that is about to destroy a key of `volume`, of which `attributes` are known, in the place of
+    /// any other, or takes it away.
+    pub fn mark(identifier: &'a str, volume: &'a str, attributes: &'a Attributes, leaving: Option<&'a str>) -> Self {
+        let description = attributes.description.as_deref();
+        let kept = |leaving| Attribute::Kept(Kept { volume, description, leaving });
+        Request::replace(identifier, kept(attributes.leaving.as_deref()), kept(leaving))
     }
 
     fn replace(identifier: &'a str, old: Attribute<'a>, new: Attribute<'a>) -> Self {

@@ -263,6 +263,7 @@ fn attributes_are_read_as_their_version_writes_them_and_an_unknown_state_lets_no
                 initial_date: 1_800_000_000,
                 bits: 512,
                 volume: Some("x".to_owned()),
+                leaving: None,
                 description: Some("{} 7f".to_owned()),
             };
             assert_eq!(said(number, "x {} 7f").read(version, version), Ok(expected));
@@ -276,6 +277,31 @@ fn attributes_are_read_as_their_version_writes_them_and_an_unknown_state_lets_no
     let twice = |all: &mut Writer<'_>| all.text(tag::STATE, "Active");
     assert!(Said { unknown: twice, ..said(2, "x {} 7f") }.read(NEW, NEW).is_err(), "of another type");
     assert!(done(Operation::GetAttributes, |_| {}).attributes("7").is_err());
+}
+
+#[test]
+fn a_mark_stands_behind_the_rest_and_changes_nothing_of_it() {
+    for version in [OLD, NEW] {
+        for (kept, description, leaving) in [
+            ("x {} 7f", Some("{} 7f"), None),
+            ("x {} 7f\nleaving 5f host a", Some("{} 7f"), Some("leaving 5f host a")),
+            ("x\nasked 5f a", None, Some("asked 5f a")),
+            ("x {} 7f\n", Some("{} 7f"), Some("")),
+        ] {
+            let read = said(2, kept).read(version, version).unwrap();
+            assert_eq!((read.volume.as_deref(), read.description.as_deref()), (Some("x"), description));
+            assert_eq!(read.leaving.as_deref(), leaving);
+            // What stands there is named as it stands there, where that has to be named.
+            let request = |leaving| Request::mark("7", "x", &read, leaving).encode(version);
+            let holds = |request: &[u8], text: &str| request.windows(text.len()).any(|part| part == text.as_bytes());
+            if leaving.is_some_and(|leaving| !leaving.is_empty()) {
+                assert_eq!(holds(&request(Some("leaving 6 b")), kept), version == NEW);
+            }
+            let marked = [Some("x"), description].into_iter().flatten().collect::<Vec<_>>().join(" ");
+            assert!(holds(&request(Some("leaving 6 b")), &format!("{marked}\nleaving 6 b")));
+            assert!(holds(&request(None), &marked) && !holds(&request(None), "leaving 6"));
+        }
+    }
 }
 
 #[test]

@@ -45,6 +45,14 @@ impl KeyManager for Strict {
         }
     }
 
+    fn leaving(&self, volume: &VolumeId) -> Result<Option<Leaving>, Refusal> {
+        self.server.leaving(volume)
+    }
+
+    fn note_leaving(&self, volume: &VolumeId, leaving: Option<&Leaving>) -> Result<(), Refusal> {
+        self.server.note_leaving(volume, leaving)
+    }
+
     fn list(&self) -> Result<Vec<KeyInfo>, Refusal> {
         self.server.list()
     }
@@ -158,8 +166,9 @@ fn a_host_that_has_switched_ends_its_uses_of_the_old_keys() {
     host.enrol("v", 512);
     old.server.put("v", &host.keys["v"].clone(), description("v", 512, Some("p1")));
     for (is_switched, told) in [(false, vec![]), (true, vec![HashSet::new()])] {
-        let migration =
-            KeyMigration::new(&host.store, &host.locks, BACK, (&old, &new)).unwrap().after_switch(is_switched);
+        let migration = KeyMigration::new(&host.store, &host.locks, BACK, (&old, &new), called("here"))
+            .unwrap()
+            .after_switch(is_switched);
         let begun = migration.take(Aim::Copy, None).unwrap();
         migration.take(Aim::Copy, begun.after.as_ref()).unwrap();
         assert_eq!(*old.uses.lock().unwrap(), told);

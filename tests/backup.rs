@@ -104,7 +104,9 @@ impl Host {
         let (store, manager) = self.open();
         assert_eq!(store.volumes().unwrap().iter().map(|volume| volume.id.as_str()).collect::<Vec<_>>(), names(keys));
         for (name, key) in keys {
-            assert_eq!(manager.get(&id(name)).unwrap().bytes(), key);
+            let record = store.volume(&id(name)).unwrap().unwrap();
+            assert_eq!(record.key, KeyHandle::first(&record.id));
+            assert_eq!(manager.get_enrolled(&record.recorded_key()).unwrap().bytes(), key);
         }
         assert_eq!(store.verify_audit(Default::default()).unwrap().broken, None);
     }

@@ -320,10 +320,10 @@ fn a_changed_row_does_not_open() {
     use_once(&host, &manager);
     let connection = rusqlite::Connection::open(host.path().join("volcrypt.db")).unwrap();
     for change in [
-        "UPDATE key_cache SET fetched_at = fetched_at + 1",
         "UPDATE key_cache SET key_version = 2",
+        "UPDATE key_cache SET key_version = 1, fetched_at = fetched_at + 1",
         "UPDATE key_cache SET fetched_at = fetched_at - 1, volume_id = 'two', key_id = 'two'",
-        "UPDATE key_cache SET volume_id = 'one', key_id = 'one', key_version = 1, wrapped = zeroblob(length(wrapped))",
+        "UPDATE key_cache SET volume_id = 'one', key_id = 'one', wrapped = zeroblob(length(wrapped))",
     ] {
         connection.execute(change, []).unwrap();
         let row = host.store().cached_keys().unwrap().remove(0);

@@ -1,3 +1,4 @@
+use super::progress::Progress;
 use super::table::Table;
 use super::time::utc;
 use super::{CommandError, Daemon, Format, json};
@@ -17,8 +18,9 @@ pub(super) fn list(daemon: &Daemon<'_>, format: Format) -> Result<String, Comman
 pub(super) fn all(daemon: &Daemon<'_>) -> Result<Vec<KeyStatus>, CommandError> {
     let mut keys = Vec::new();
     let mut after = None;
+    let mut progress = Progress::new();
     loop {
-        let Reply::Keys(page) = daemon.call(&Request::Keys { after })? else {
+        let Reply::Keys(page) = daemon.call_for_long(&Request::Keys { after }, &mut progress)? else {
             return Err(CommandError::UnexpectedReply);
         };
         keys.extend(page.keys);

@@ -23,7 +23,7 @@ pub(super) fn migrate(
     let mut sum = Sum::default();
     let mut step = MigrationStep { route, aim, after: None };
     loop {
-        let Reply::KeyMigration(came) = daemon.call(&Request::MigrateKeys(step))? else {
+        let Reply::KeyMigration(came) = daemon.call_for_long(&Request::MigrateKeys(step), &mut progress)? else {
             return Err(CommandError::UnexpectedReply);
         };
         if sum.total.is_none() {

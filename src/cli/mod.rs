@@ -14,6 +14,7 @@ use std::time::Duration;
 use clap::Parser;
 use serde::Serialize;
 
+use self::progress::Progress;
 use crate::domain::Facts;
 use crate::keys::Route;
 use crate::policy::Config;
@@ -183,6 +184,12 @@ impl Daemon<'_> {
 
     fn call(&self, request: &Request) -> Result<Reply, CommandError> {
         self.connect()?.call(request).map_err(CommandError::Daemon)
+    }
+
+    /// The same for what may take minutes, of which `progress` shows how far it is.
+    fn call_for_long(&self, request: &Request, progress: &mut Progress) -> Result<Reply, CommandError> {
+        let mut show = |done, total| progress.show(done, total);
+        self.connect()?.call_and_listen(request, &mut show).map_err(CommandError::Daemon)
     }
 }
 

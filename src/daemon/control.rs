@@ -22,6 +22,7 @@ use super::{incoming, prepare, rewrite, status};
 use crate::audit::{Asker, Kind};
 use crate::encryptor::Mapping;
 use crate::guest::block_device_at;
+use crate::keys::telling;
 use crate::printable::printable;
 use crate::protocol::{GuardStatus, HookOperation, Reply, Request, Response, VolumeStatus, receive_request};
 use crate::refusal::{Reason, Refusal};
@@ -30,6 +31,9 @@ use crate::volume::VolumeId;
 
 /// How long a client may take for each part of its request, and to read the answer.
 const CLIENT_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How often a client is told how far its request is.
+const TELL_EVERY: Duration = Duration::from_secs(1);
 
 /// What the threads of the control socket share.
 pub struct Control {
@@ -82,7 +86,8 @@ impl Control {
             .map_err(|error| Refusal::new(Reason::Configuration, format!("volcryptd does not understand the request ({error}): hook, command and daemon must be of one version, so run 'systemctl restart volcryptd'")));
         let asker = Asker::operator(peer.pid.as_raw_nonzero().get() as u32, peer.uid.as_raw());
         let (mut held, begin) = (None, Instant::now());
-        let response = match request.and_then(|request| asker.ask(|| self.carry_out(request, file, &mut held))) {
+        let response = match request.and_then(|request| asker.ask(|| self.carry_out(request, file, stream, &mut held)))
+        {
             Ok(reply) => Response::Done(reply),
             Err(refusal) => Response::Refused { sentence: refusal.to_string(), errno: refusal.errno() },
         };
@@ -98,6 +103,7 @@ impl Control {
         &self,
         request: Request,
         file: Option<OwnedFd>,
+        stream: &UnixStream,
         held: &mut Option<CallerHold>,
     ) -> Result<Reply, Refusal> {
         match request {
@@ -132,12 +138,18 @@ impl Control {
             Request::Status => Ok(Reply::Status(Box::new(status::status(&self.broker, &self.guests, (self.guard)())?))),
             Request::Volumes => Ok(Reply::Volumes(self.volumes(self.broker.vault()?.store.volumes()?)?)),
             Request::Volume { id } => self.volume(self.broker.volume(&id)?),
-            Request::Keys { after } => Ok(Reply::Keys(while_waiting(|| self.keys.page(&self.broker, after.as_ref()))?)),
+            Request::Keys { after } => {
+                let page = || while_waiting(|| self.keys.page(&self.broker, after.as_ref()));
+                Ok(Reply::Keys(telling(words_to(stream)?, page)?))
+            }
             Request::RotateKek(step) => {
                 let step = self.broker.vault().and_then(|vault| vault.keys.rotate_kek(&step));
                 Ok(Reply::KekRotation(self.recorded(step)?))
             }
-            Request::MigrateKeys(step) => Ok(Reply::KeyMigration(self.recorded(self.broker.migrate_keys(&step))?)),
+            Request::MigrateKeys(step) => {
+                let migrated = || while_waiting(|| self.broker.migrate_keys(&step));
+                Ok(Reply::KeyMigration(self.recorded(telling(words_to(stream)?, migrated))?))
+            }
             Request::Enrol { device, owner } => {
                 let enrolled = at(&device).and_then(|device| self.broker.enrol(device, owner.as_deref()));
                 self.volume(self.recorded(enrolled)?)
@@ -269,6 +281,25 @@ impl Control {
         tracing::warn!(volume = %id, "exported the key of volume {id}");
         Ok(())
     }
+}
+
+/// What tells the client behind `stream`, once a second at most, how far its request is. One that has gone need not hear
+/// it.
+fn words_to(stream: &UnixStream) -> Result<impl FnMut(u64, u64) + use<>, Refusal> {
+    let mut stream = stream.try_clone().map_err(|error| {
+        Refusal::new(
+            Reason::Kernel,
+            format!("there is no descriptor for one more request ({error}): try it again later"),
+        )
+    })?;
+    let (mut last, mut is_heard) = (Instant::now(), true);
+    Ok(move |done, total| {
+        if is_heard && last.elapsed() >= TELL_EVERY {
+            last = Instant::now();
+            let line = serde_json::to_vec(&Response::Working { done, total }).unwrap_or_default();
+            is_heard = stream.write_all(&[line.as_slice(), b"\n"].concat()).is_ok();
+        }
+    })
 }
 
 /// Keeps what a client has `held` until it hangs up. It may wait for libvirt for long, so that takes none of the

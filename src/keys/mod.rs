@@ -25,6 +25,7 @@ mod key_file;
 pub mod kmip;
 mod leaving;
 mod migration;
+mod progress;
 mod rotation;
 mod secret_file;
 pub mod tls;
@@ -39,6 +40,7 @@ pub use key::{CheckValue, Key};
 pub use key_file::{KeyFileManager, OneKeyForEveryVolume};
 pub use leaving::Leaving;
 pub use migration::{Aim, KeyMigration, MigrationProgress, MigrationStep, Place, Route};
+pub use progress::{tell, telling};
 pub use rotation::{KekHome, KekRotation, RotationStep};
 
 /// The version of the first key that a volume has.
@@ -118,7 +120,8 @@ pub trait KeyManager: Send + Sync {
         false
     }
 
-    /// What is known of every key; the keys themselves stay where they are.
+    /// What is known of every key; the keys themselves stay where they are. That may take minutes where there are many, and
+    /// who waits for it with [`telling`] is told how far it is.
     fn list(&self) -> Result<Vec<KeyInfo>, Refusal>;
 
     /// Has the key that a volume's record names fetched while nobody waits, because it will probably be asked for within a

@@ -160,6 +160,13 @@ pub enum HookOperation {
 pub enum Response {
     /// It was done; this is what came of it.
     Done(Reply),
+    /// It is being worked on; another answer follows.
+    Working {
+        /// How many keys were looked at.
+        done: u64,
+        /// How many there are.
+        total: u64,
+    },
     /// It was refused.
     Refused {
         /// What is wrong and what to do, in one sentence.
@@ -368,7 +375,16 @@ impl ControlClient {
     /// # Errors
     /// [`CallError`].
     pub fn call(self, request: &Request) -> Result<Reply, CallError> {
-        self.exchange(request, None)
+        self.exchange(request, None, &mut |_, _| {})
+    }
+
+    /// As [`Self::call`]; meanwhile `listener` is told how much is done, and how much there is. The deadline begins anew
+    /// each time.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub fn call_and_listen(self, request: &Request, listener: &mut dyn FnMut(u64, u64)) -> Result<Reply, CallError> {
+        self.exchange(request, None, listener)
     }
 
     /// As [`Self::call`], with a descriptor that the request is about.
@@ -376,7 +392,7 @@ impl ControlClient {
     /// # Errors
     /// [`CallError`].
     pub fn call_with_file(self, request: &Request, file: &File) -> Result<Reply, CallError> {
-        self.exchange(request, Some(file))
+        self.exchange(request, Some(file), &mut |_, _| {})
     }
 
     /// As [`Self::call`], and stays connected.
@@ -384,22 +400,34 @@ impl ControlClient {
     /// # Errors
     /// [`CallError`].
     pub fn call_and_stay(self, request: &Request) -> Result<(Reply, Connection), CallError> {
-        let reply = self.exchange(request, None)?;
+        let reply = self.exchange(request, None, &mut |_, _| {})?;
         Ok((reply, Connection { stream: self.stream }))
     }
 
-    fn exchange(&self, request: &Request, file: Option<&File>) -> Result<Reply, CallError> {
+    fn exchange(
+        &self,
+        request: &Request,
+        file: Option<&File>,
+        listener: &mut dyn FnMut(u64, u64),
+    ) -> Result<Reply, CallError> {
         let mut message = serde_json::to_vec(request).map_err(|error| CallError::Broken(error.into()))?;
         message.push(b'\n');
         self.send(&message, file).map_err(CallError::Broken)?;
 
-        let mut answer = String::new();
-        BufReader::new((&self.stream).take(MAX_MESSAGE)).read_line(&mut answer).map_err(CallError::Broken)?;
-        match serde_json::from_str(&answer) {
-            Ok(Response::Done(reply)) => Ok(reply),
-            Ok(Response::Refused { sentence, errno }) => Err(CallError::Refused { sentence, errno }),
-            Err(_) if answer.is_empty() => Err(CallError::Broken(io::ErrorKind::UnexpectedEof.into())),
-            Err(error) => Err(CallError::Broken(error.into())),
+        let mut answers = BufReader::new((&self.stream).take(MAX_MESSAGE));
+        loop {
+            let mut answer = String::new();
+            answers.read_line(&mut answer).map_err(CallError::Broken)?;
+            match serde_json::from_str(&answer) {
+                Ok(Response::Working { done, total }) => {
+                    answers.get_mut().set_limit(MAX_MESSAGE);
+                    listener(done, total);
+                }
+                Ok(Response::Done(reply)) => return Ok(reply),
+                Ok(Response::Refused { sentence, errno }) => return Err(CallError::Refused { sentence, errno }),
+                Err(_) if answer.is_empty() => return Err(CallError::Broken(io::ErrorKind::UnexpectedEof.into())),
+                Err(error) => return Err(CallError::Broken(error.into())),
+            }
         }
     }
 

@@ -1,7 +1,8 @@
 //! What the programs say to each other on the daemon's two sockets.
 //!
 //! On the **control socket** (root only) a client sends one [`Request`] and gets one [`Response`],
-//! each a line of JSON; no key is ever part of one. On the **wrapper socket** a wrapper sends its
+//! each a line of JSON; no key is ever part of one. Before the response to what takes long, there may be some that say how
+//! far it is. On the **wrapper socket** a wrapper sends its
 //! seccomp listener and gets one byte back: see [`registration`].
 
 mod control;

@@ -45,6 +45,7 @@ impl Daemon {
         let answer = match serde_json::from_str(&line).unwrap() {
             Response::Done(reply) => Ok(reply),
             Response::Refused { sentence, .. } => Err(sentence),
+            Response::Working { .. } => panic!("nothing takes long here"),
         };
         (answer, client)
     }

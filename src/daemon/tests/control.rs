@@ -33,6 +33,7 @@ fn ask(broker: Broker, request: &Request) -> Result<Reply, (String, i32)> {
     match answer(broker, &serde_json::to_vec(request).unwrap()) {
         Response::Done(reply) => Ok(reply),
         Response::Refused { sentence, errno } => Err((sentence, errno)),
+        Response::Working { .. } => panic!("nothing takes long here"),
     }
 }
 

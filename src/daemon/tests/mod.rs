@@ -12,6 +12,7 @@ mod hostile;
 mod in_use;
 mod incoming;
 mod lifecycle;
+mod long;
 mod prepare;
 mod rewrite;
 mod server;

@@ -9,7 +9,7 @@ use super::consumers::SERVICE;
 use super::messages::Secret;
 use super::refusals::About;
 use super::{BarbicanKeyManager, PREFIX, keystone, settle};
-use crate::keys::{FIRST_VERSION, KeyHandle, KeyInfo};
+use crate::keys::{FIRST_VERSION, KeyHandle, KeyInfo, tell};
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
@@ -34,6 +34,7 @@ impl BarbicanKeyManager {
             let (secrets, total) = asking.secrets(&format!("{PREFIX}%"), offset).map_err(nobody)?;
             let count = secrets.len();
             offset += count;
+            tell(offset, total);
             let named = |secret: Secret| {
                 // Whoever else gives a secret such a name, it is none of ours.
                 let volume = secret.name.as_ref()?.strip_prefix(PREFIX)?.parse().ok()?;

@@ -26,7 +26,7 @@ use self::settle::{Found, find, settle};
 use self::ttlv::Malformed;
 use super::{
     Capabilities, Description, FIRST_VERSION, Imported, Key, KeyHandle, KeyInfo, KeyManager, Leaving, RecordedKey,
-    SealedDescription, other_key,
+    SealedDescription, other_key, tell,
 };
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
@@ -34,6 +34,10 @@ use crate::volume::VolumeId;
 
 pub use connection::split_address;
 pub use wrapping::WrappingKey;
+
+/// How long a server may take to say which keys there are: a good deal longer than to find one, and less than whoever
+/// waits for the list waits without a word.
+const LOOK_FOR_ALL: Duration = Duration::from_secs(50);
 
 /// How a KMIP server is reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -112,7 +116,16 @@ impl KmipKeyManager {
         what: &str,
         work: impl Fn(&Talk<'_>) -> Result<Option<T>, Fault>,
     ) -> Result<Option<T>, Refusal> {
-        let deadline = Instant::now() + self.client.config().deadline;
+        self.with_any_within(self.client.config().deadline, what, work)
+    }
+
+    fn with_any_within<T>(
+        &self,
+        time: Duration,
+        what: &str,
+        work: impl Fn(&Talk<'_>) -> Result<Option<T>, Fault>,
+    ) -> Result<Option<T>, Refusal> {
+        let deadline = Instant::now() + time;
         let (mut troubles, mut none) = (Vec::new(), false);
         let servers: Vec<usize> = self.client.order().collect();
         for (turn, &server) in servers.iter().enumerate() {
@@ -325,14 +338,17 @@ impl KeyManager for KmipKeyManager {
         settle::PATIENCE
     }
 
-    /// Each question has the deadline for itself once the server has begun to answer.
+    /// Each question has the deadline for itself once the server has said which keys there are.
     fn list(&self) -> Result<Vec<KeyInfo>, Refusal> {
-        let infos = self.with_any("the list of keys", |talk| {
+        let time = LOOK_FOR_ALL.max(self.client.config().deadline);
+        let infos = self.with_any_within(time, "the list of keys", |talk| {
             let mut infos = Vec::new();
-            for identifier in talk.ask(&Request::locate_all())?.identifiers()? {
+            let identifiers = talk.ask(&Request::locate_all())?.identifiers()?;
+            for (number, identifier) in identifiers.iter().enumerate() {
                 talk.renew();
-                let attributes = match talk.ask(&Request::get_attributes(&identifier)) {
-                    Ok(answer) => answer.attributes(&identifier),
+                tell(number, identifiers.len());
+                let attributes = match talk.ask(&Request::get_attributes(identifier)) {
+                    Ok(answer) => answer.attributes(identifier),
                     Err(Trouble::Refused(failure)) if failure.is_not_found() => continue,
                     Err(trouble) => return Err(trouble.into()),
                 };

@@ -148,6 +148,9 @@ pub enum VolumeCommand {
     Destroy {
         /// The volume's id
         id: VolumeId,
+        /// Record that the key is gone, as after another host has destroyed it on a server that does not remember it
+        #[arg(long)]
+        gone: bool,
         /// The volume's id once more, instead of the question
         #[arg(long, value_name = "ID")]
         confirm: Option<VolumeId>,

@@ -167,7 +167,7 @@ fn on_volume(daemon: &Daemon<'_>, command: &VolumeCommand) -> Result<String, Com
         VolumeCommand::Enrol { device, owner } => volume::enrol(daemon, device, owner.as_deref()),
         VolumeCommand::SetOwner { id, owner } => volume::set_owner(daemon, id, owner.as_deref()),
         VolumeCommand::Retire { id } => volume::retire(daemon, id),
-        VolumeCommand::Destroy { id, confirm } => volume::destroy(daemon, id, confirm.as_ref()),
+        VolumeCommand::Destroy { id, gone, confirm } => volume::destroy(daemon, id, *gone, confirm.as_ref()),
         VolumeCommand::ExportKey { id, to } => volume::export_key(daemon, id, to),
     }
 }

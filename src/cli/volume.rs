@@ -43,6 +43,7 @@ pub(super) fn retire(daemon: &Daemon<'_>, id: &VolumeId) -> Result<String, Comma
 pub(super) fn destroy(
     daemon: &Daemon<'_>,
     id: &VolumeId,
+    is_gone: bool,
     confirmed: Option<&VolumeId>,
 ) -> Result<String, CommandError> {
     let confirmed = match confirmed {
@@ -55,8 +56,20 @@ pub(super) fn destroy(
     if !confirmed {
         return Err(CommandError::NotConfirmed(id.clone()));
     }
-    one_volume(daemon, &Request::Destroy { id: id.clone() })?;
-    Ok(format!("The key of volume {id} is destroyed: what stands on the volume can never be read again.\n"))
+    let Reply::Destroyed { elsewhere } = daemon.call(&Request::Destroy { id: id.clone(), is_gone })? else {
+        return Err(CommandError::UnexpectedReply);
+    };
+    Ok(match (elsewhere, is_gone) {
+        (Some(elsewhere), _) => {
+            format!("The key of volume {id} is destroyed in the key manager in use, but {}.\n", printable(&elsewhere))
+        }
+        (None, false) => {
+            format!("The key of volume {id} is destroyed: what stands on the volume can never be read again.\n")
+        }
+        (None, true) => format!(
+            "The key of volume {id} is gone, and that is recorded: what stands on the volume can never be read again.\n"
+        ),
+    })
 }
 
 /// Whether somebody types the volume's id.

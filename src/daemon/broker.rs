@@ -4,6 +4,7 @@ mod ahead;
 mod authorisation;
 mod cache;
 mod copies;
+mod elsewhere;
 mod enrolment;
 mod holding;
 mod lifecycle;

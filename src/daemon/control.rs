@@ -173,7 +173,13 @@ impl Control {
                 Ok(Reply::Nothing)
             }
             Request::Retire { id } => self.volume(self.recorded_of(&id, self.broker.retire(&id))?),
-            Request::Destroy { id } => self.volume(self.recorded_of(&id, self.broker.destroy(&id))?),
+            Request::Destroy { id, is_gone } => {
+                let destroyed = match is_gone {
+                    true => self.broker.record_gone(&id).map(|()| None),
+                    false => self.broker.destroy(&id),
+                };
+                Ok(Reply::Destroyed { elsewhere: self.recorded_of(&id, destroyed)? })
+            }
             Request::SetOwner { id, owner } => {
                 self.volume(self.recorded_of(&id, self.broker.set_owner(&id, owner.as_deref()))?)
             }

@@ -102,6 +102,8 @@ pub enum Request {
     Destroy {
         /// The volume's id.
         id: VolumeId,
+        /// Whether it is gone already, so that this is to be recorded alone.
+        is_gone: bool,
     },
     /// Give a volume to somebody else.
     SetOwner {
@@ -184,9 +186,14 @@ pub enum Reply {
     Nothing,
     /// The answer to [`Request::Status`].
     Status(Box<Status>),
-    /// The answer to [`Request::Volumes`], and to every request about one volume: its record as it is
+    /// The answer to [`Request::Volumes`], and to every other request about one volume: its record as it is
     /// then.
     Volumes(Vec<VolumeStatus>),
+    /// The answer to [`Request::Destroy`]: where the key may be still, and what to do, in one sentence.
+    Destroyed {
+        /// Nothing if it is nowhere.
+        elsewhere: Option<String>,
+    },
     /// The answer to [`Request::Grants`].
     Grants(Vec<Grant>),
     /// The answer to [`Request::Keys`].

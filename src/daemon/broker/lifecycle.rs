@@ -1,8 +1,9 @@
 //! What becomes of a volume after it was enrolled.
 
 use super::Broker;
+use super::elsewhere::Elsewhere;
 use crate::audit::{Event, Kind};
-use crate::keys::{Key, KeyManager, ManagerKind};
+use crate::keys::{Key, KeyManager};
 use crate::refusal::{Reason, Refusal};
 use crate::store::{Grant, VolumeRecord, VolumeState, not_enrolled, seconds_now};
 use crate::volume::{Identity, VolumeId};
@@ -42,7 +43,7 @@ impl Broker {
     }
 
     /// Destroys the key of a volume, and with it what stands on the volume. To repeat it wipes what could
-    /// not be wiped before.
+    /// not be wiped before. Returns where the key may be still, and what to do, in one sentence, if anywhere.
     ///
     /// That is in the audit log when this returns. A key manager elsewhere cannot do both at once, so there its beginning
     /// is recorded first.
@@ -50,7 +51,7 @@ impl Broker {
     /// # Errors
     /// When the volume is unknown or in use on this host, its key cannot be looked at or destroyed, or that cannot be
     /// recorded.
-    pub fn destroy(&self, id: &VolumeId) -> Result<VolumeRecord, Refusal> {
+    pub fn destroy(&self, id: &VolumeId) -> Result<Option<String>, Refusal> {
         self.one_at_a_time(id, || {
             let record = self.volume(id)?;
             let vault = self.vault()?;
@@ -85,7 +86,8 @@ impl Broker {
                 {
                     let event = goes_on("because the key manager has no key of it");
                     vault.store.change_state(id, &[VolumeState::Destroyed], before, event)?;
-                    return Err(refusal);
+                    let remedy = "if another host has destroyed it, repeat with --gone, which records that";
+                    return Err(refusal.and(remedy));
                 }
                 // A key manager that destroys no keys has done nothing, and what one has done that does not answer is not
                 // known. A key that is gone all the same opens nothing.
@@ -96,12 +98,11 @@ impl Broker {
                             true => format!("it is gone, though: {refusal}"),
                             false => "it was gone already".to_owned(),
                         };
-                        self.finish_destruction(id, &gone)?;
-                        return self.volume(id);
+                        return self.finish_destruction(&record, &gone);
                     }
                     (Some(_), Err(answer)) if is_gone(&answer) => {
                         if has_key {
-                            self.finish_destruction(id, &format!("it is gone, though: {refusal}"))?;
+                            self.finish_destruction(&record, &format!("it is gone, though: {refusal}"))?;
                         }
                     }
                     (Some(before), answer) => {
@@ -115,10 +116,52 @@ impl Broker {
                 }
                 return Err(refusal);
             }
-            self.finish_destruction(id, "in the key manager")?;
+            let elsewhere = self.finish_destruction(&record, "in the key manager")?;
             self.devices.enrolment_ended();
             tracing::warn!(volume = %id, "destroyed the key of volume {id}: what stands on the volume can never be read again");
-            self.volume(id)
+            Ok(elsewhere)
+        })
+    }
+
+    /// Records that the key of a volume is gone, as where another host has destroyed it on a server that does not
+    /// remember that. Nothing is destroyed.
+    ///
+    /// # Errors
+    /// When the volume is unknown or in use on this host, when the key manager in use, the database or another key manager
+    /// of the configuration has its key or does not say that it has none, or that cannot be recorded.
+    pub fn record_gone(&self, id: &VolumeId) -> Result<(), Refusal> {
+        self.one_at_a_time(id, || {
+            let record = self.volume(id)?;
+            let vault = self.vault()?;
+            let used = self.config()?.key_manager.kind();
+            let refused = |reason, why: String| {
+                let sentence = format!("the key of volume {id} is not recorded as gone, because {why}");
+                Err(Refusal::new(reason, sentence))
+            };
+            match key_elsewhere(&*vault.keys, &record) {
+                Err(refusal) if is_gone(&refusal) => {}
+                Err(refusal) => return refused(refusal.reason(), format!("{used} does not say so ({refusal})")),
+                Ok(_) => return refused(Reason::NotAllowed, format!("{used} has one: repeat without --gone")),
+            }
+            self.check_not_left_behind(&record)?;
+            let elsewhere = self.elsewhere(&record)?;
+            if !elsewhere.is_empty() {
+                let said: Vec<_> = elsewhere.iter().map(Elsewhere::said).collect();
+                return refused(Reason::NotAllowed, said.join(", and "));
+            }
+            if self.is_mapped(id)? {
+                return Err(in_use(id));
+            }
+            vault.keys.wipe_copy(id);
+            let event = Event::new(Kind::Destroyed, id, format!("it was gone already in {used}, by the operator's word"));
+            let usable = [VolumeState::Enrolled, VolumeState::Retired];
+            if let Some(before) = vault.store.change_state(id, &usable, VolumeState::Destroyed, Some(event))? {
+                let event = Event::new(Kind::Reinstated, id, "because it is in use");
+                self.check_unused(id, VolumeState::Destroyed, before, Some(event))?;
+                self.devices.enrolment_ended();
+                tracing::warn!(volume = %id, "the key of volume {id} is gone: what stands on the volume can never be read again");
+            }
+            Ok(())
         })
     }
 
@@ -140,8 +183,8 @@ impl Broker {
 
     /// Destroys what the database has of a key that is gone from the key manager in use, as after a move from one to the
     /// other, and records all of it.
-    fn finish_destruction(&self, id: &VolumeId, detail: &str) -> Result<(), Refusal> {
-        let vault = self.vault()?;
+    fn finish_destruction(&self, record: &VolumeRecord, detail: &str) -> Result<Option<String>, Refusal> {
+        let (vault, id) = (self.vault()?, &record.id);
         let used = self.config()?.key_manager.kind();
         let mut detail = detail.to_owned();
         let mut wiped = Ok(());
@@ -156,21 +199,20 @@ impl Broker {
                 });
             }
         }
-        // What the database had is gone.
-        let gone = [used.as_str(), ManagerKind::Embedded.as_str()];
-        let elsewhere = vault.store.may_have(id)?;
-        let elsewhere: Vec<&str> = elsewhere.iter().map(String::as_str).filter(|kind| !gone.contains(kind)).collect();
-        if let Some(other) = elsewhere.first() {
-            let names = elsewhere.join(" and ");
-            detail.push_str(&format!("; {names} may have it as well, from moving keys"));
-            tracing::warn!(
-                volume = %id,
-                "the key of volume {id} may still be in {names}, from moving keys: run 'volcrypt key migrate --from {other} \
-                 --to {used} --destroy-old'"
-            );
+        let places = self.elsewhere(record)?;
+        let said: Vec<String> = places.iter().map(Elsewhere::said).collect();
+        said.iter().for_each(|said| detail.push_str(&format!("; {said}")));
+        let elsewhere = places.first().map(|place| {
+            let from = place.kind;
+            let said = said.join(", and ");
+            format!("{said}: run 'volcrypt key migrate --from {from} --to {used} --destroy-old'")
+        });
+        if let Some(elsewhere) = &elsewhere {
+            tracing::warn!(volume = %id, "of volume {id}, which was destroyed, {elsewhere}");
         }
         self.record_destroyed(id, &detail)?;
-        wiped
+        wiped?;
+        Ok(elsewhere)
     }
 
     /// Records that a key manager has destroyed a key, unless it did so itself.
@@ -347,7 +389,7 @@ fn has_key_of(record: &VolumeRecord, answer: Result<Key, Refusal>) -> Result<boo
 }
 
 /// Whether a key manager says that it has no such key, or none any more.
-fn is_gone(refusal: &Refusal) -> bool {
+pub(super) fn is_gone(refusal: &Refusal) -> bool {
     matches!(refusal.reason(), Reason::NoKey | Reason::KeyDestroyed)
 }
 

@@ -57,7 +57,7 @@ impl Broker {
 }
 
 /// A key manager of its own, and not the one in use: what was found once may be remembered there.
-fn named(config: &Config, kind: ManagerKind, store: &Arc<Store>) -> Result<Box<dyn KeyManager>, Refusal> {
+pub(super) fn named(config: &Config, kind: ManagerKind, store: &Arc<Store>) -> Result<Box<dyn KeyManager>, Refusal> {
     let Some(config) = config.key_servers.named(kind, &config.key_manager) else {
         let sentence = match kind {
             ManagerKind::KeyFile => {

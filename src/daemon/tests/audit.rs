@@ -337,7 +337,7 @@ fn what_operators_do_is_recorded_and_they_can_read_it() {
     assert!(matches!(ask(&control, &Request::Enrol { device: node.0.clone(), owner: None }, None), Response::Done(_)));
     assert!(matches!(ask(&control, &Request::ExportKey { id: id() }, Some(&file)), Response::Done(_)));
     assert!(matches!(ask(&control, &Request::ExportKey { id: id() }, None), Response::Refused { .. }));
-    assert!(matches!(ask(&control, &Request::Destroy { id: id() }, None), Response::Done(_)));
+    assert!(matches!(ask(&control, &Request::Destroy { id: id(), is_gone: false }, None), Response::Done(_)));
     assert!(matches!(ask(&control, &Request::Retire { id: id() }, None), Response::Refused { .. }));
     let of = format!("volume kept, pid {}, by operator", std::process::id());
     let expected = [

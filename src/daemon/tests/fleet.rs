@@ -241,8 +241,8 @@ fn a_key_that_another_place_destroys_is_in_the_audit_log_before_and_after() {
         keys.1.lock().unwrap().destroy = fault;
         world.mapped = mapped;
         let one = world.broker(true).with_keys(Box::new(keys.clone()));
-        let state = one.destroy(&id).map(|record| record.state);
-        (state.is_ok(), one.volume(&id).unwrap().state, destruction(&one))
+        let outcome = one.destroy(&id);
+        (outcome.is_ok(), one.volume(&id).unwrap().state, destruction(&one))
     };
     let begun = |then: &str| vec![BEGUN.to_owned(), then.to_owned()];
     let (ok, state, records) = outcome(None, false);

@@ -50,7 +50,8 @@ fn what_was_destroyed_stays_so() {
     let broker = world.broker(true);
     broker.enrol(device, None).unwrap();
     for _ in 0..2 {
-        assert_eq!(broker.destroy(&id("one")).unwrap().state, VolumeState::Destroyed);
+        broker.destroy(&id("one")).unwrap();
+        assert_eq!(broker.volume(&id("one")).unwrap().state, VolumeState::Destroyed);
     }
     assert_eq!(errno(broker.open(device, true, OFlags::RDWR, &vm())), libc::EKEYREVOKED);
     for refusal in [broker.enrol(device, None).unwrap_err(), broker.retire(&id("one")).unwrap_err()] {

@@ -26,7 +26,8 @@ fn a_volume_that_is_destroyed_after_the_switch_leaves_no_key_in_the_database() {
     let keys = Shared::default();
     let (world, _, broker, id) = switched(&keys, true);
     assert!(in_database(&world, &id));
-    assert_eq!(broker.destroy(&id).unwrap().state, VolumeState::Destroyed);
+    broker.destroy(&id).unwrap();
+    assert_eq!(broker.volume(&id).unwrap().state, VolumeState::Destroyed);
     assert!(!in_database(&world, &id));
     assert_eq!(
         destruction(&broker)[1..],
@@ -42,13 +43,22 @@ fn the_log_of_a_destruction_names_the_place_that_the_key_was_moved_from() {
     let route = Route { from: ManagerKind::Kmip, to: ManagerKind::Barbican };
     store.plan_copies(route, std::slice::from_ref(&id)).unwrap();
     store.note_move(route, &id, MoveState::Copied, None).unwrap();
-    broker.destroy(&id).unwrap();
+    assert_eq!(
+        broker.destroy(&id).unwrap().unwrap(),
+        "kmip may have its key as well, from moving keys, and barbican may have its key as well, from moving keys: run \
+         'volcrypt key migrate --from kmip --to embedded --destroy-old'"
+    );
     let last = destruction(&broker).pop().unwrap();
-    assert!(last.ends_with("; kmip and barbican may have it as well, from moving keys"), "{last}");
+    assert!(
+        last.ends_with(
+            "; kmip may have its key as well, from moving keys; barbican may have its key as well, from moving keys"
+        ),
+        "{last}"
+    );
     store.note_move(route, &id, MoveState::Moved, None).unwrap();
     broker.destroy(&id).unwrap();
     let last = destruction(&broker).pop().unwrap();
-    assert!(last.ends_with("; barbican may have it as well, from moving keys"), "{last}");
+    assert!(last.ends_with("in the key manager; barbican may have its key as well, from moving keys"), "{last}");
 }
 
 #[test]
@@ -94,6 +104,41 @@ fn a_volume_of_which_no_key_was_found_is_not_marked_as_destroyed() {
 }
 
 #[test]
+fn a_key_that_is_gone_everywhere_is_recorded_as_that_on_request() {
+    let keys = Shared::default();
+    let [(mut world, here, one), (_, there, other)] = hosts_with(&keys);
+    let record = one.enrol(here, None).unwrap();
+    let id = &record.id;
+    other.enrol(there, None).unwrap();
+    let refusal = one.record_gone(id).unwrap_err();
+    assert!(refusal.to_string().ends_with("has one: repeat without --gone"), "{refusal}");
+    other.destroy(id).unwrap();
+    // What the server does not say, and what is elsewhere, is not gone.
+    keys.1.lock().unwrap().get = Some(Reason::TimedOut);
+    assert_eq!(one.record_gone(id).unwrap_err().reason(), Reason::TimedOut);
+    let store = Arc::clone(&one.vault().unwrap().store);
+    let route = Route { from: ManagerKind::Kmip, to: ManagerKind::Barbican };
+    store.plan_copies(route, std::slice::from_ref(id)).unwrap();
+    let refusal = one.record_gone(id).unwrap_err();
+    assert!(refusal.to_string().contains("because kmip may have its key as well"), "{refusal}");
+    store.drop_move(id).unwrap();
+    world.mapped = true;
+    assert!(world.broker(true).with_keys(Box::new(keys.clone())).record_gone(id).is_err(), "it is in use");
+    assert_eq!(one.volume(id).unwrap().state, VolumeState::Enrolled);
+    // By itself it is not taken for gone, but the way to say so is told.
+    keys.1.lock().unwrap().destroy = Some((Reason::NoKey, true));
+    let refusal = one.destroy(id).unwrap_err();
+    assert!(refusal.to_string().ends_with("repeat with --gone, which records that"), "{refusal}");
+    one.record_gone(id).unwrap();
+    assert_eq!(one.volume(id).unwrap().state, VolumeState::Destroyed);
+    let last = destruction(&one).pop().unwrap();
+    assert!(last.starts_with("destroyed, volume one, by daemon: done, it was gone already in "), "{last}");
+    assert_eq!(one.open(here, true, OFlags::RDWR, &vm()).unwrap_err().errno(), libc::EKEYREVOKED);
+    // To say it again changes nothing.
+    one.record_gone(id).unwrap();
+}
+
+#[test]
 fn a_destruction_that_was_cut_off_after_the_key_went_is_recorded_at_the_next_attempt() {
     let keys = Shared::default();
     let (world, _, broker, id) = switched(&keys, true);
@@ -101,7 +146,8 @@ fn a_destruction_that_was_cut_off_after_the_key_went_is_recorded_at_the_next_att
     store.change_state(&id, &[VolumeState::Enrolled], VolumeState::Destroyed, None).unwrap();
     keys.0.lock().unwrap().clear();
     keys.1.lock().unwrap().destroy = Some((Reason::NoKey, true));
-    assert_eq!(broker.destroy(&id).unwrap().state, VolumeState::Destroyed);
+    broker.destroy(&id).unwrap();
+    assert_eq!(broker.volume(&id).unwrap().state, VolumeState::Destroyed);
     let last = destruction(&broker).pop().unwrap();
     assert!(last.starts_with("destroyed, volume one, by daemon: done, it was gone already"), "{last}");
     assert!(!in_database(&world, &id));

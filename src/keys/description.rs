@@ -1,7 +1,7 @@
 use aws_lc_rs::constant_time;
 use serde::{Deserialize, Serialize};
 
-use super::{CheckValue, FIRST_VERSION, Key, KeyHandle, RecordedKey};
+use super::{CheckValue, FIRST_VERSION, ForeignKey, Key, KeyHandle, RecordedKey};
 use crate::policy::{KeySize, Provider, is_supported};
 use crate::refusal::{Reason, Refusal};
 use crate::store::{EnrolledDevice, VolumeRecord, VolumeState};
@@ -26,6 +26,9 @@ pub struct Description {
     /// Which of the volume's keys it is. It is left out for the first, as it was when there was no other.
     #[serde(default = "first", skip_serializing_if = "is_first")]
     key_version: u32,
+    /// The secret that its key comes from, if volcrypt has not made it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    foreign: Option<ForeignKey>,
 }
 
 fn first() -> u32 {
@@ -75,6 +78,7 @@ impl Description {
             enrolled_at,
             owner: owner.map(str::to_owned),
             key_version: FIRST_VERSION,
+            foreign: None,
         }
     }
 
@@ -92,7 +96,18 @@ impl Description {
             enrolled_at: record.enrolled_at,
             owner: record.owner.clone(),
             key_version: record.key.version,
+            foreign: ForeignKey::named_by(&record.id, &record.key),
         }
+    }
+
+    /// The same, where the volume's key comes from a secret that another program has made.
+    pub fn with_foreign(self, foreign: ForeignKey) -> Self {
+        Description { foreign: Some(foreign), ..self }
+    }
+
+    /// The secret that the volume's key comes from; nothing if volcrypt has made it.
+    pub fn foreign(&self) -> Option<&ForeignKey> {
+        self.foreign.as_ref()
     }
 
     /// The same, where it is the key number `key_version` that goes with it.
@@ -113,8 +128,8 @@ impl Description {
     /// Whether what stands on the volume is read in the same way by both: by the same cipher, in the same units, with the
     /// same of its keys.
     pub fn reads_as(&self, other: &Description) -> bool {
-        (self.provider, &self.cipher, self.key_size, self.sector_size, self.key_version)
-            == (other.provider, &other.cipher, other.key_size, other.sector_size, other.key_version)
+        let how = |of: &Description| (of.provider, of.key_size, of.sector_size, of.key_version);
+        how(self) == how(other) && (&self.cipher, &self.foreign) == (&other.cipher, &other.foreign)
     }
 
     /// The record of `volume` with this description and `key`.
@@ -128,7 +143,7 @@ impl Description {
             cipher: self.cipher,
             key_size: self.key_size,
             sector_size: self.sector_size,
-            key: KeyHandle::of(volume, self.key_version),
+            key: self.foreign.map_or_else(|| KeyHandle::of(volume, self.key_version), |foreign| foreign.handle()),
             check_value: key.check_value(volume),
             enrolled_at: self.enrolled_at,
             state: VolumeState::Enrolled,
@@ -209,6 +224,11 @@ impl SealedDescription {
         }
     }
 
+    /// The secret that the key comes from that it was written for, by its own word, if volcrypt has not made that.
+    pub fn foreign(&self) -> Option<&ForeignKey> {
+        self.description.foreign()
+    }
+
     /// Which of the volume's keys it was written for, by its own word.
     pub fn key_version(&self) -> u32 {
         self.description.key_version
@@ -246,6 +266,7 @@ fn hexadecimal(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::keys::PassphraseHash;
     use crate::policy::Profile;
 
     fn description() -> Description {
@@ -315,6 +336,23 @@ mod tests {
     }
 
     #[test]
+    fn a_secret_that_another_program_has_made_is_named() {
+        let volume = "one".parse().unwrap();
+        let secret = "dfe2418f-8205-4e90-816a-4e8ea2366b48".parse().unwrap();
+        let foreign = ForeignKey::hashed(secret, PassphraseHash::Sha256, description().key_size);
+        let described = description().with_foreign(foreign.clone());
+        assert!(!description().to_text(&volume, &key()).unwrap().contains("foreign"));
+        let text = described.to_text(&volume, &key()).unwrap();
+        let sealed = SealedDescription::parse(&text).unwrap();
+        assert_eq!(sealed.foreign(), Some(&foreign));
+        assert_eq!(sealed.open(&volume, &key()).unwrap(), described);
+        assert!(!described.reads_as(&description()), "another key");
+        let record = described.clone().record(&volume, &key());
+        assert_eq!(record.key, foreign.handle());
+        assert_eq!(Description::of(&record), described);
+    }
+
+    #[test]
     fn what_cannot_be_meant_is_refused() {
         let text = description().to_text(&"one".parse().unwrap(), &key()).unwrap();
         for (from, to) in [
@@ -335,6 +373,7 @@ mod tests {
             ("\"size_bytes\"", "\"key_version\":null,\"size_bytes\""),
             ("\"iscsi_target\":\"iqn\",\"lun\":1", "\"iscsi_target\":null,\"lun\":null"),
             (",\"owner\":\"p1\"", ""),
+            ("\"size_bytes\"", "\"foreign\":\"x\",\"size_bytes\""),
             ("} ", "}"),
             ("} ", "} 0"),
         ] {

@@ -5,7 +5,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{CheckValue, FIRST_VERSION};
+use super::{CheckValue, FIRST_VERSION, PassphraseHash, SecretId};
+use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
@@ -22,6 +23,16 @@ impl KeyId {
     /// The id as text.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+}
+
+impl KeyId {
+    /// What the key is called that is a secret of another program's, or made of its digits.
+    pub(super) fn of_secret(secret: &SecretId, hashed: Option<(PassphraseHash, KeySize)>) -> Self {
+        KeyId(match hashed {
+            None => secret.to_string(),
+            Some((hash, size)) => format!("{secret}.{hash}-{}", size.bits()),
+        })
     }
 }
 

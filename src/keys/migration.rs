@@ -254,6 +254,13 @@ impl<'a> KeyMigration<'a> {
         }
     }
 
+    /// Why the key of a volume stays where it is, if volcrypt has not made it.
+    fn is_not_ours(&self, record: &VolumeRecord) -> Option<String> {
+        let (volume, key, from) = (&record.id, &record.key, self.route.from);
+        let word = || format!("the key {} of volume {volume} was not made by volcrypt, and stays in {from}", key.id);
+        (!key.is_own(volume)).then(word)
+    }
+
     /// Why the key of a volume without a record here stays where it is: no other host could ask for it any more.
     fn left_to_others(&self, volume: &VolumeId) -> Option<String> {
         let Route { from, to } = self.route;
@@ -349,11 +356,9 @@ impl<'a> KeyMigration<'a> {
             return Ok(Done::Skipped(word));
         }
         let Route { from, to } = self.route;
-        if let Some(record) = record.as_ref().filter(|record| !record.key.is_own(volume)) {
-            // Under its own name in the new key manager, it would not be what the record names.
-            let sentence =
-                format!("the key {} of volume {volume} was not made by volcrypt, and stays in {from}", record.key.id);
-            return Ok(Done::Skipped(sentence));
+        // Under its own name in the new key manager, it would not be what the record names.
+        if let Some(word) = record.as_ref().and_then(|record| self.is_not_ours(record)) {
+            return Ok(Done::Skipped(word));
         }
         let found = match (self.found(volume, record.as_ref()), &record) {
             // The source may remember what an earlier run has destroyed there.
@@ -490,6 +495,9 @@ impl<'a> KeyMigration<'a> {
         let record = self.store.volume(volume)?;
         if let Some(record) = record.as_ref().filter(|record| record.state == VolumeState::Destroyed) {
             return self.remove_remains(record);
+        }
+        if let Some(word) = record.as_ref().and_then(|record| self.is_not_ours(record)) {
+            return Ok(Done::Skipped(word));
         }
         if let Some(word) = self.stays(volume, record.as_ref().map(|record| record.state)) {
             return Ok(Done::Skipped(word));

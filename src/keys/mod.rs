@@ -16,6 +16,7 @@ pub mod barbican;
 pub mod cached;
 mod description;
 mod embedded;
+mod foreign;
 mod handle;
 mod host;
 mod kek;
@@ -32,6 +33,7 @@ pub mod tls;
 
 pub use description::{Description, SealedDescription};
 pub use embedded::EmbeddedKeyManager;
+pub use foreign::{ForeignKey, ForeignSecrets, PassphraseHash, SecretId};
 pub use handle::{InvalidKeyId, KeyHandle, KeyId, RecordedKey};
 pub use host::Host;
 pub use kek::KeyEncryptionKey;
@@ -143,6 +145,11 @@ pub trait KeyManager: Send + Sync {
     /// What could not be noted is tried again with the next call.
     fn note_uses(&self, _in_use: &HashSet<VolumeId>) -> Result<(), Refusal> {
         Ok(())
+    }
+
+    /// The secrets of other programs' that it has, if volumes can be encrypted with such.
+    fn foreign(&self) -> Option<&dyn ForeignSecrets> {
+        None
     }
 
     /// Takes a step in the replacement of the key-encryption key, of a second or so.

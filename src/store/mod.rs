@@ -20,6 +20,7 @@ mod cached_keys;
 mod change;
 mod fault;
 mod files;
+mod foreign;
 mod grants;
 mod held;
 mod keks;

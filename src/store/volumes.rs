@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::change::Change;
 use super::{Store, fault};
 use crate::audit::{Event, Kind};
-use crate::keys::{CheckValue, KeyHandle, RecordedKey};
+use crate::keys::{CheckValue, ForeignKey, KeyHandle, RecordedKey};
 use crate::policy::{KeySize, Provider};
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
@@ -110,6 +110,15 @@ impl VolumeRecord {
     /// The key that it names, as a key manager is asked for it.
     pub fn recorded_key(&self) -> RecordedKey {
         RecordedKey { volume: self.id.clone(), handle: self.key.clone(), check_value: self.check_value }
+    }
+
+    /// What its key is, in words, if volcrypt has not made it.
+    pub fn foreign_key(&self) -> Option<String> {
+        let in_words = || match ForeignKey::named_by(&self.id, &self.key) {
+            Some(foreign) => foreign.to_string(),
+            None => format!("a key called {}", self.key.id),
+        };
+        (!self.key.is_own(&self.id)).then(in_words)
     }
 
     /// The names of the fields in which `self` and `other` differ, of those that enrolling pins.
@@ -253,6 +262,8 @@ impl Store {
                 ));
             }
 
+            self.check_secret_is_free(transaction, record)?;
+
             transaction
                 .execute(
                     &format!(
@@ -280,7 +291,8 @@ impl Store {
                     ],
                 )
                 .map_err(fault)?;
-            let event = Event::new(Kind::Enrolled, &record.id, device.to_string());
+            let key = record.foreign_key().map(|key| format!("; its key is {key}"));
+            let event = Event::new(Kind::Enrolled, &record.id, format!("{device}{}", key.unwrap_or_default()));
             Ok(Change::Recorded((), event))
         })
     }

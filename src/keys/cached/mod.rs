@@ -22,8 +22,8 @@ use self::held::Held;
 use self::jobs::Jobs;
 use self::silence::{Patience, Silence};
 use super::{
-    Capabilities, Description, Imported, KekRotation, KeptKeys, Key, KeyHandle, KeyInfo, KeyManager, Leaving,
-    RecordedKey, RotationStep,
+    Capabilities, Description, ForeignSecrets, Imported, KekRotation, KeptKeys, Key, KeyHandle, KeyInfo, KeyManager,
+    Leaving, RecordedKey, RotationStep,
 };
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
@@ -363,6 +363,10 @@ impl KeyManager for CachedKeyManager {
             Cache::On(cache) => cache.keks().rotate_kek(step),
             Cache::Off | Cache::Faulty(_) => self.shared.server.rotate_kek(step),
         }
+    }
+
+    fn foreign(&self) -> Option<&dyn ForeignSecrets> {
+        self.shared.server.foreign()
     }
 
     fn fetch_ahead(&self, key: &RecordedKey) {

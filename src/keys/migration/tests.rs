@@ -8,7 +8,8 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::keys::{
-    Capabilities, EmbeddedKeyManager, KeyFileManager, KeyHandle, KeyInfo, Leaving, OneKeyForEveryVolume, RecordedKey,
+    Capabilities, EmbeddedKeyManager, ForeignKey, KeyFileManager, KeyHandle, KeyInfo, Leaving, OneKeyForEveryVolume,
+    RecordedKey,
 };
 use crate::policy::{KeySize, Profile};
 use crate::store::tests::private_directory;
@@ -332,6 +333,31 @@ fn destroyed_volumes_and_keys_of_none_are_passed_over() {
     );
     old.get(&id("stray")).unwrap();
     assert!(old.get(&id("volume-001")).is_err());
+}
+
+#[test]
+fn keys_that_another_program_has_made_stay_where_they_are() {
+    let host = Host::with_volumes(1);
+    let (embedded, server) = (host.embedded(), Server::default());
+    let key = Key::random(size(512)).unwrap();
+    let foreign = ForeignKey::itself("dfe2418f-8205-4e90-816a-4e8ea2366b48".parse().unwrap());
+    let described = description("cinders", 512, None).with_foreign(foreign);
+    host.store.enrol(&described.record(&id("cinders"), &key)).unwrap();
+    // Even where there is a key that is called as its volume is.
+    server.put("cinders", key.bytes(), description("cinders", 512, None));
+    for (route, pair) in
+        [(ROUTE, (&embedded as &dyn KeyManager, &server as &dyn KeyManager)), (BACK, (&server, &embedded))]
+    {
+        let sum = host.migrate(route, Aim::Copy, pair).unwrap();
+        assert_eq!((sum.stored + sum.present, sum.skipped.len(), sum.refused.len()), (1, 1, 0), "{route:?}");
+        assert!(sum.skipped[0].contains("was not made by volcrypt, and stays in"), "{:?}", sum.skipped);
+    }
+    // Not even if it was noted as copied.
+    host.store.plan_copies(BACK, &[id("cinders")]).unwrap();
+    host.store.note_move(BACK, &id("cinders"), MoveState::Copied, None).unwrap();
+    let sum = host.migrate(BACK, Aim::DestroyOld, (&server, &embedded)).unwrap();
+    assert_eq!((sum.removed, sum.skipped.len()), (1, 1));
+    assert!(server.get(&id("cinders")).is_ok());
 }
 
 #[test]

@@ -2,6 +2,7 @@ use rusqlite::{TransactionBehavior, ffi};
 
 use super::*;
 use crate::domain::Facts;
+use crate::keys::{ForeignKey, PassphraseHash, SecretId};
 
 #[test]
 fn records_survive_and_are_read_as_written() {
@@ -176,7 +177,7 @@ fn the_tables_refuse_what_makes_no_sense() {
 fn a_record_names_a_key_and_a_key_the_volumes_that_have_it() {
     let directory = private_directory();
     let store = Store::open(directory.path()).unwrap();
-    let foreign = KeyHandle { id: "0b1f7c1e-1111-4222-8333-444455556666".parse().unwrap(), version: 1 };
+    let foreign = KeyHandle { id: "a-key-of-another".parse().unwrap(), version: 1 };
     let with = |name: &str, key: &KeyHandle| VolumeRecord { key: key.clone(), ..record(name) };
     let second = KeyHandle::of(&record("one").id, 2);
     for record in [with("one", &second), with("two", &foreign), with("three", &foreign), with("four", &foreign)] {
@@ -190,6 +191,30 @@ fn a_record_names_a_key_and_a_key_the_volumes_that_have_it() {
     assert_eq!(with(&second), ["one"]);
     assert_eq!(with(&foreign), ["three", "two"]);
     assert_eq!(with(&record("one").key), [""; 0], "the first one is nobody's any more");
+}
+
+#[test]
+fn a_secret_of_another_programs_is_one_volumes_key() {
+    let directory = private_directory();
+    let store = Store::open(directory.path()).unwrap();
+    let secret: SecretId = "0b1f7c1e-1111-4222-8333-444455556666".parse().unwrap();
+    let hashed = ForeignKey::hashed(secret.clone(), PassphraseHash::Sha256, record("one").key_size);
+    let with = |name: &str, key: KeyHandle| VolumeRecord { key, ..record(name) };
+    let one = with("one", hashed.handle());
+    store.enrol(&one).unwrap();
+    store.enrol(&one).unwrap();
+    store.enrol(&record("own")).unwrap();
+    for state in [VolumeState::Enrolled, VolumeState::Retired] {
+        for key in [hashed.handle(), ForeignKey::itself(secret.clone()).handle()] {
+            let said = refused(store.enrol(&with("two", key)));
+            assert!(said.contains("is the key of volume one"), "{state}: {said}");
+        }
+        assert_eq!(store.foreign_keys().unwrap(), [(one.id.clone(), hashed.clone())]);
+        store.change_state(&one.id, &[VolumeState::Enrolled], VolumeState::Retired, None).unwrap();
+    }
+    store.change_state(&one.id, &[VolumeState::Retired], VolumeState::Destroyed, None).unwrap();
+    assert!(store.foreign_keys().unwrap().is_empty());
+    store.enrol(&with("two", hashed.handle())).unwrap();
 }
 
 #[test]

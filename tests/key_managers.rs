@@ -8,6 +8,7 @@ mod key_managers {
     mod barbican_consumers;
     mod barbican_faults;
     mod cache;
+    mod cinder;
     pub mod cluster;
     mod conformance;
     mod faults;

@@ -128,13 +128,21 @@ impl Config {
                     wrapping.file.display()
                 ))
             ),
-            KeyManagerConfig::Barbican { directory, barbican } => format!(
-                "Keys are kept in the Barbican that Keystone at {} names, both of which have {} seconds to answer; what is \
-                 known of volumes is in the database in {}.{more}",
-                barbican.auth_url,
-                barbican.deadline.as_secs(),
-                directory.display()
-            ),
+            KeyManagerConfig::Barbican { directory, barbican } => {
+                if let Some(file) = &barbican.volume_secrets {
+                    more.push_str(&format!(
+                        " New volumes that {} names get Cinder's secrets for keys.",
+                        file.display()
+                    ));
+                }
+                format!(
+                    "Keys are kept in the Barbican that Keystone at {} names, both of which have {} seconds to answer; what is \
+                     known of volumes is in the database in {}.{more}",
+                    barbican.auth_url,
+                    barbican.deadline.as_secs(),
+                    directory.display()
+                )
+            }
             KeyManagerConfig::KeyFile { file } => format!("Keys are read from the file {}.{more}", file.display()),
         }
     }

@@ -62,6 +62,7 @@ pub(super) struct BarbicanTable {
     pub(super) interface: Option<Spanned<String>>,
     pub(super) region: Option<String>,
     pub(super) deadline_seconds: Option<Spanned<i64>>,
+    pub(super) volume_secrets: Option<Spanned<String>>,
 }
 
 #[derive(Deserialize, Default)]

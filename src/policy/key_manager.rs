@@ -317,6 +317,7 @@ fn new_barbican(table: Spanned<BarbicanTable>) -> Result<BarbicanConfig, Fault> 
         interface,
         region: table.region,
         deadline: seconds("deadline_seconds", table.deadline_seconds, DEFAULT_BARBICAN_DEADLINE, 1..=60)?,
+        volume_secrets: table.volume_secrets.map(absolute).transpose()?,
     })
 }
 

@@ -64,6 +64,7 @@ impl Barbican {
             interface: "public".to_owned(),
             region: Some("here".to_owned()),
             deadline: Duration::from_secs(30),
+            volume_secrets: None,
         }
     }
 

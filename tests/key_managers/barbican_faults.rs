@@ -125,6 +125,7 @@ impl Stage {
             interface: "public".to_owned(),
             region: Some("here".to_owned()),
             deadline: Duration::from_secs(5),
+            volume_secrets: None,
         }
     }
 

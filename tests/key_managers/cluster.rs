@@ -101,6 +101,7 @@ impl Cluster {
             interface: "public".to_owned(),
             region: Some("here".to_owned()),
             deadline: Duration::from_secs(10),
+            volume_secrets: None,
         })
     }
 

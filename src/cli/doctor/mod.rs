@@ -47,7 +47,10 @@ pub(super) fn examine(config: &Path, daemon: &Daemon<'_>, survey: Survey) -> Out
             findings.extend(kmip::certificates_hold(&kmip));
             findings.extend(kmip.wrapping_key.as_ref().map(kmip::unwraps));
         }
-        Ok(KeyManagerConfig::Barbican { barbican, .. }) => findings.push(barbican::gives_a_token(*barbican)),
+        Ok(KeyManagerConfig::Barbican { barbican, .. }) => {
+            findings.extend(barbican::names_secrets(&barbican));
+            findings.push(barbican::gives_a_token(*barbican));
+        }
         _ => {}
     }
     let status = status.ok();

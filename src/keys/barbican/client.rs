@@ -113,6 +113,11 @@ impl Asking<'_> {
         Ok((listing.secrets, listing.total))
     }
 
+    /// The secret with this id, without the key that it is.
+    pub fn secret(&self, id: &str) -> Result<Secret, NoAnswer> {
+        self.send(Method::GET, &format!("secrets/{id}"), None, false)?.json()
+    }
+
     /// What is kept beside a secret.
     pub fn metadata(&self, id: &str) -> Result<BTreeMap<String, String>, NoAnswer> {
         let answer = self.send(Method::GET, &format!("secrets/{id}/metadata"), None, false)?;

@@ -9,10 +9,11 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::BarbicanKeyManager;
+use super::answer::NoAnswer;
 use super::client::Asking;
 use super::messages::{Consumer, Secret};
 use super::refusals::About;
-use crate::keys::Host;
+use crate::keys::{Host, SecretId};
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
@@ -30,6 +31,10 @@ struct Book {
     /// Whether Barbican was asked what an earlier daemon has registered.
     is_complete: bool,
     entries: BTreeMap<VolumeId, Vec<Entry>>,
+    /// The secrets of Cinder's that volumes of this host have for keys, by which no name leads to them.
+    foreign: BTreeMap<VolumeId, SecretId>,
+    /// Those of which Barbican was asked what an earlier daemon has registered.
+    asked: HashSet<SecretId>,
 }
 
 #[derive(Clone, PartialEq, Eq)]
@@ -50,6 +55,11 @@ impl Registered {
         if !entries.contains(&entry) {
             entries.push(entry);
         }
+    }
+
+    /// These secrets of Cinder's are the keys of these volumes, and no others.
+    pub(super) fn knows(&self, foreign: BTreeMap<VolumeId, SecretId>) {
+        self.book().foreign = foreign;
     }
 
     /// The key of `volume` is this secret now; where it was restored, this host is registered with another one.
@@ -84,6 +94,7 @@ impl BarbicanKeyManager {
     pub(super) fn settle_uses(&self, in_use: &HashSet<VolumeId>) -> Result<(), Refusal> {
         let host = Host::this();
         self.learn(&host)?;
+        self.learn_foreign(&host)?;
         let (missing, surplus) = {
             let book = self.registered.book();
             let missing: Vec<_> = in_use.iter().filter(|volume| !book.entries.contains_key(*volume)).cloned().collect();
@@ -127,8 +138,39 @@ impl BarbicanKeyManager {
         Ok(())
     }
 
+    /// The same of the secrets that are not named as keys of volumes.
+    fn learn_foreign(&self, host: &Host) -> Result<(), Refusal> {
+        let unknown: Vec<_> = {
+            let book = self.registered.book();
+            let unknown = book.foreign.iter().filter(|(_, secret)| !book.asked.contains(secret));
+            unknown.map(|(volume, secret)| (volume.clone(), secret.clone())).collect()
+        };
+        for (volume, secret) in unknown {
+            match self.client.begin().secret(secret.as_str()) {
+                Ok(found) => {
+                    for consumer in found.consumers.iter().filter(|consumer| host.is(consumer)) {
+                        self.registered.add(&volume, secret.as_str(), consumer.clone());
+                    }
+                }
+                // It is gone, or not for this host any more, which cannot take its registration back then.
+                Err(NoAnswer::Refused(answered)) if matches!(answered.status, 403 | 404) => {}
+                Err(no_answer) => return Err(self.refusal(About::Foreign(&volume, secret.as_str()), no_answer)),
+            }
+            self.registered.book().asked.insert(secret);
+        }
+        Ok(())
+    }
+
     fn begin_use(&self, volume: &VolumeId, host: &Host) -> Result<(), Refusal> {
         let asking = self.client.begin();
+        let foreign = self.registered.book().foreign.get(volume).cloned();
+        if let Some(secret) = foreign {
+            let (id, consumer) = (secret.as_str(), host.consumer());
+            let refusal = |no_answer| self.refusal(About::Foreign(volume, id), no_answer);
+            asking.consume(id, &consumer).map_err(refusal)?;
+            self.registered.add(volume, id, consumer);
+            return Ok(());
+        }
         let chosen = self.find(&asking, volume)?.into_iter().filter(|found| found.is_chosen);
         let mut is_known = false;
         for found in chosen {

@@ -10,11 +10,13 @@ mod answer;
 mod client;
 mod consumers;
 mod credential;
+mod foreign;
 mod http;
 mod keystone;
 mod listing;
 mod messages;
 mod refusals;
+mod secrets_file;
 mod settle;
 mod wiped;
 
@@ -30,12 +32,16 @@ use self::client::{Asking, Client};
 use self::consumers::Registered;
 use self::refusals::About;
 use self::settle::{Found, label};
-use super::{Capabilities, Description, Imported, Key, KeyInfo, KeyManager, Leaving, RecordedKey, other_key};
+use super::{
+    Capabilities, Description, ForeignKey, ForeignSecrets, Imported, Key, KeyInfo, KeyManager, Leaving, RecordedKey,
+    other_key,
+};
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
 pub use credential::Credential;
 pub use http::check_url;
+pub use secrets_file::read as read_volume_secrets;
 
 /// What the name of every key begins with; the volume's id follows.
 const PREFIX: &str = "volcrypt/";
@@ -59,6 +65,8 @@ pub struct BarbicanConfig {
     pub region: Option<String>,
     /// How long all that is asked for one key may take together: 1 to 60 seconds.
     pub deadline: Duration,
+    /// The file that says which secrets of Cinder's are the keys of which volumes.
+    pub volume_secrets: Option<PathBuf>,
 }
 
 /// Keeps volume keys in Barbican.
@@ -84,6 +92,9 @@ impl BarbicanKeyManager {
 
     /// The key of `volume` that counts, and what is known of the volume.
     fn fetch(&self, volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {
+        if let Some(secret) = self.secret_for(volume)? {
+            return self.described_by(volume, &secret);
+        }
         let mut asking = self.client.begin();
         let Some(found) = self.settle(&mut asking, volume, false)? else { return Ok(None) };
         self.hand_out(&asking, volume, &found).map(Some)
@@ -93,15 +104,21 @@ impl BarbicanKeyManager {
     fn hand_out(&self, asking: &Asking<'_>, volume: &VolumeId, found: &Found) -> Result<(Key, Description), Refusal> {
         let id = &found.id;
         let key = asking.payload(id).map_err(|no_answer| self.refusal(About::Secret(volume, id), no_answer))?;
-        let description = found.sealed.open(volume, &key).map_err(|what| {
-            let sentence = format!(
-                "Barbican's key of volume {volume} (secret {id}) {what}: have its owner restore the key that was made for the \
-                 volume, and its metadata"
-            );
-            Refusal::new(Reason::WrongKey, sentence)
-        })?;
+        let description = found.sealed.open(volume, &key).map_err(|what| self.not_the_one(volume, id, &what))?;
+        if description.foreign().is_some() {
+            return Err(self.not_the_one(volume, id, "is called as another secret's should be"));
+        }
         self.registered.is_now(volume, id);
         Ok((key, description))
+    }
+
+    /// The refusal of the secret `id`, of which it is said `what` is wrong with it.
+    fn not_the_one(&self, volume: &VolumeId, id: &str, what: &str) -> Refusal {
+        let sentence = format!(
+            "Barbican's key of volume {volume} (secret {id}) {what}: have its owner restore the key that was made for the \
+             volume, and its metadata"
+        );
+        Refusal::new(Reason::WrongKey, sentence)
     }
 
     /// Hands `key` to Barbican and chooses it, if it is the one that counts in the end. Returns the one that does.
@@ -114,6 +131,13 @@ impl BarbicanKeyManager {
         key: &Key,
         alike: fn(&Description, &Description) -> bool,
     ) -> Result<(Key, Description), Refusal> {
+        if let Some(secret) = self.secret_for(volume)? {
+            let sentence = format!(
+                "volume_secrets of [barbican] names secret {secret} as the key of volume {volume}, so it gets no other: take it out \
+                 of that file if that is wrong"
+            );
+            return Err(Refusal::new(Reason::WrongKey, sentence));
+        }
         let mut asking = self.client.begin();
         let refusal = |no_answer| self.refusal(About::NewKey(volume), no_answer);
         let text = wanted.to_text(volume, key).map_err(|error| Refusal::new(Reason::KeyManager, error.to_string()))?;
@@ -175,6 +199,9 @@ impl KeyManager for BarbicanKeyManager {
     /// # Errors
     /// As [`get`](KeyManager::get).
     fn get_enrolled(&self, key: &RecordedKey) -> Result<Key, Refusal> {
+        if let Some(foreign) = ForeignKey::named_by(&key.volume, &key.handle) {
+            return self.foreign_key(key, &foreign);
+        }
         let (volume, version) = (&key.volume, key.own_version(PLACE)?);
         let asking = self.client.begin();
         let (mut first, mut others) = (None, 0);
@@ -314,6 +341,10 @@ impl KeyManager for BarbicanKeyManager {
 
     fn list(&self) -> Result<Vec<KeyInfo>, Refusal> {
         self.all_chosen()
+    }
+
+    fn foreign(&self) -> Option<&dyn ForeignSecrets> {
+        Some(self)
     }
 
     /// # Errors

@@ -16,6 +16,8 @@ pub enum About<'a> {
     NewKey(&'a VolumeId),
     /// The key of a volume, which is the secret with this id.
     Secret(&'a VolumeId, &'a str),
+    /// The secret with this id, which somebody else has made and which is the key of a volume.
+    Foreign(&'a VolumeId, &'a str),
 }
 
 impl About<'_> {
@@ -25,6 +27,7 @@ impl About<'_> {
             About::Volume(volume) => format!("the key of volume {volume}"),
             About::NewKey(volume) => format!("a new key of volume {volume}"),
             About::Secret(volume, id) => format!("the key of volume {volume} (secret {id})"),
+            About::Foreign(volume, id) => format!("Cinder's secret {id}, the key of volume {volume}"),
         }
     }
 }
@@ -65,7 +68,7 @@ impl BarbicanKeyManager {
         let what = about.what();
         let (user, barbican) = self.client.who_and_where();
         match (answered.status, about) {
-            (403, About::Secret(_, id)) => Refusal::new(
+            (403, About::Secret(_, id) | About::Foreign(_, id)) => Refusal::new(
                 Reason::NotAllowed,
                 format!(
                     "Barbican refuses this host {what} ({answered}): have its owner run 'openstack acl user add --user {user} \
@@ -80,6 +83,13 @@ impl BarbicanKeyManager {
                 ),
             ),
             (404, About::Secret(volume, _)) => self.no_key(volume),
+            (404, About::Foreign(volume, id)) => Refusal::new(
+                Reason::NoKey,
+                format!(
+                    "Barbican has no secret {id}, which is the key of volume {volume}: Cinder deletes it with its volume; if the \
+                     volume is still there, have the secret restored, or see that its UUID is right"
+                ),
+            ),
             (502 | 504, _) => self.refusal(about, NoAnswer::Unreachable(format!("{barbican}: {answered}"))),
             _ => Refusal::new(
                 Reason::KeyManager,

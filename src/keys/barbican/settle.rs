@@ -78,8 +78,18 @@ pub(super) fn key_version(metadata: &BTreeMap<String, String>) -> Option<u32> {
 
 /// What is said of the volume beside a key.
 fn description(metadata: &BTreeMap<String, String>) -> String {
-    let pieces = metadata.iter().filter(|(name, _)| name.starts_with(DESCRIPTION));
+    let pieces = metadata.iter().filter(|(name, _)| is_piece(name));
     pieces.map(|(_, piece)| piece.as_str()).collect()
+}
+
+/// The volume whose key it is, by what is kept beside it.
+pub(super) fn volume_in(metadata: &BTreeMap<String, String>) -> Option<&str> {
+    metadata.get(VOLUME).map(String::as_str)
+}
+
+/// Whether what is kept beside a key under this name is a piece of what is known of its volume.
+pub(super) fn is_piece(name: &str) -> bool {
+    name.starts_with(DESCRIPTION)
 }
 
 /// Whether what is kept beside a key says that it counts.

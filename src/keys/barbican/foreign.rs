@@ -1,0 +1,162 @@
+//! Secrets that Cinder has made, used as they are.
+//!
+//! What such a secret holds is never changed, and it is never deleted. What other hosts have to know of the volume is
+//! kept beside it as beside a key that was made here, in metadata of volcrypt's own names; whatever else is kept there
+//! stays. Where this host may read the secret and not write beside it, because it is another project's and an ACL lets
+//! the host in, only this host's record has it.
+
+use std::collections::BTreeMap;
+
+use super::BarbicanKeyManager;
+use super::answer::NoAnswer;
+use super::client::Asking;
+use super::refusals::About;
+use super::secrets_file;
+use super::settle::{self, Found};
+use crate::keys::{Description, ForeignKey, ForeignSecrets, Key, RecordedKey, SecretId};
+use crate::refusal::{Reason, Refusal};
+use crate::volume::VolumeId;
+
+impl BarbicanKeyManager {
+    /// The key that the record of a volume names, which comes from a secret of Cinder's.
+    pub(super) fn foreign_key(&self, wanted: &RecordedKey, foreign: &ForeignKey) -> Result<Key, Refusal> {
+        let RecordedKey { volume, check_value, .. } = wanted;
+        let key = foreign.key(&self.secret(volume, &foreign.secret)?)?;
+        if key.check_value(volume) != *check_value {
+            let sentence = format!(
+                "{foreign} does not hold any more what it held when volume {volume} was enrolled with it: have its owner \
+                 restore it"
+            );
+            return Err(Refusal::new(Reason::WrongKey, sentence));
+        }
+        self.registered.is_now(volume, foreign.secret.as_str());
+        Ok(key)
+    }
+
+    /// What hosts have noted beside `secret`, if it is the key of `volume`.
+    fn noted(&self, asking: &Asking<'_>, volume: &VolumeId, secret: &SecretId) -> Result<Option<Found>, Refusal> {
+        let id = secret.as_str();
+        let metadata = asking.metadata(id).map_err(|no_answer| self.refusal(About::Foreign(volume, id), no_answer))?;
+        if let Some(other) = settle::volume_in(&metadata).filter(|other| *other != volume.as_str()) {
+            let sentence = format!(
+                "Barbican's secret {id} is the key of volume {other} and not of volume {volume}, by its metadata: each volume \
+                 has a secret of its own, so give the one that Cinder has made for volume {volume}"
+            );
+            return Err(Refusal::new(Reason::WrongKey, sentence));
+        }
+        match settle::volume_in(&metadata) {
+            Some(_) => settle::read(volume, id.to_owned(), String::new(), &metadata),
+            // Whoever wrote pieces there broke off.
+            None => Ok(None),
+        }
+    }
+
+    /// The key that `secret` is or gives, if that is the one that what was `found` beside it was written for.
+    fn open_noted(&self, volume: &VolumeId, secret: &SecretId, found: &Found) -> Result<(Key, Description), Refusal> {
+        let foreign = found.sealed.foreign().filter(|foreign| foreign.secret == *secret).ok_or_else(|| {
+            let sentence = format!(
+                "Barbican's secret {secret} is no secret of Cinder's but the key that volcrypt has made for volume {volume}: it \
+                 is found by its name, so do not name it"
+            );
+            Refusal::new(Reason::WrongKey, sentence)
+        })?;
+        let key = foreign.key(&self.secret(volume, secret)?)?;
+        let description = found.sealed.open(volume, &key).map_err(|what| self.not_the_one(volume, &found.id, &what))?;
+        Ok((key, description))
+    }
+
+    /// Writes beside `secret` what other hosts have to know of `volume`; last of all that it is that volume's.
+    fn note(&self, asking: &mut Asking<'_>, volume: &VolumeId, secret: &SecretId, text: &str) -> Result<(), NoAnswer> {
+        let id = secret.as_str();
+        // What was broken off before it said so.
+        for name in asking.metadata(id)?.keys().filter(|name| settle::is_piece(name)) {
+            asking.renew();
+            asking.remove_metadatum(id, name)?;
+        }
+        let label = settle::label(volume, text);
+        let (volume, pieces): (Vec<_>, Vec<_>) = label.iter().partition(|(name, _)| !settle::is_piece(name));
+        for (name, value) in pieces.into_iter().chain(volume) {
+            asking.renew();
+            asking.add_metadatum(id, name, value)?;
+        }
+        Ok(())
+    }
+}
+
+impl ForeignSecrets for BarbicanKeyManager {
+    fn secret_for(&self, volume: &VolumeId) -> Result<Option<SecretId>, Refusal> {
+        match &self.client.config().volume_secrets {
+            None => Ok(None),
+            Some(path) => Ok(secrets_file::read(path)?.remove(volume)),
+        }
+    }
+
+    fn described_by(&self, volume: &VolumeId, secret: &SecretId) -> Result<Option<(Key, Description)>, Refusal> {
+        let Some(found) = self.noted(&self.client.begin(), volume, secret)? else { return Ok(None) };
+        let described = self.open_noted(volume, secret, &found)?;
+        self.registered.is_now(volume, secret.as_str());
+        Ok(Some(described))
+    }
+
+    fn secret(&self, volume: &VolumeId, secret: &SecretId) -> Result<Key, Refusal> {
+        let id = secret.as_str();
+        self.client.begin().payload(id).map_err(|no_answer| self.refusal(About::Foreign(volume, id), no_answer))
+    }
+
+    fn describe(
+        &self,
+        volume: &VolumeId,
+        foreign: &ForeignKey,
+        key: &Key,
+        wanted: &Description,
+    ) -> Result<Description, Refusal> {
+        let mut asking = self.client.begin();
+        let id = foreign.secret.as_str();
+        if let Some(own) = self.find_all(&asking, volume)?.first() {
+            let sentence = format!(
+                "volume {volume} has a key of its own in Barbican (secret {}), so {foreign} does not become its key: enrol it \
+                 without a secret, or have that key deleted first if nothing was encrypted with it",
+                own.id
+            );
+            return Err(Refusal::new(Reason::WrongKey, sentence));
+        }
+        let wanted = wanted.clone().with_foreign(foreign.clone());
+        let found = match self.noted(&asking, volume, &foreign.secret)? {
+            Some(found) => found,
+            None => {
+                let text = wanted.to_text(volume, key);
+                let text = text.map_err(|error| Refusal::new(Reason::KeyManager, error.to_string()))?;
+                match self.note(&mut asking, volume, &foreign.secret, &text) {
+                    Ok(()) => {}
+                    Err(NoAnswer::Refused(answered)) if answered.status == 403 => {
+                        tracing::warn!(
+                            volume = %volume,
+                            "this host alone knows that volume {volume} has {foreign} for a key: it may not write that beside \
+                             the secret ({answered}), so name the secret on every host that uses the volume"
+                        );
+                        return Ok(wanted);
+                    }
+                    Err(no_answer) => return Err(self.refusal(About::Foreign(volume, id), no_answer)),
+                }
+                asking.renew();
+                let lost = || self.not_the_one(volume, id, "has nothing beside it of what was written there");
+                self.noted(&asking, volume, &foreign.secret)?.ok_or_else(lost)?
+            }
+        };
+        let (kept, noted) = self.open_noted(volume, &foreign.secret, &found)?;
+        match kept.same_as(key) && noted.reads_as(&wanted) {
+            true => Ok(noted),
+            false => Err(Refusal::new(
+                Reason::WrongKey,
+                format!(
+                    "another host uses volume {volume} with the same secret in another way (profile, cipher or passphrase \
+                     hash), so nothing was changed: give the volume the same profile here"
+                ),
+            )),
+        }
+    }
+
+    fn are_keys(&self, secrets: BTreeMap<VolumeId, SecretId>) {
+        self.registered.knows(secrets);
+    }
+}

@@ -55,7 +55,7 @@ pub fn examine(device: &File, size: u64) -> Result<Content, Refusal> {
 }
 
 /// What libblkid recognises, in words.
-fn signature(device: &File, size: u64) -> Result<Option<String>, Refusal> {
+pub(super) fn signature(device: &File, size: u64) -> Result<Option<String>, Refusal> {
     let (found, probe) = probe(device, size)
         .map_err(|error| Refusal::new(Reason::Kernel, format!("libblkid cannot examine the device: {error}")))?;
     match found {
@@ -103,7 +103,7 @@ fn article(word: &str) -> &'static str {
 }
 
 /// The regions to be read, as (start, length), in order and without a gap where they would meet.
-fn regions(size: u64) -> Vec<(u64, u64)> {
+pub(super) fn regions(size: u64) -> Vec<(u64, u64)> {
     if size <= 2 * END + SAMPLES * SAMPLE {
         return vec![(0, size)];
     }
@@ -130,7 +130,7 @@ fn first_nonzero(device: &File, start: u64, length: u64) -> Result<Option<u64>, 
     Ok(None)
 }
 
-fn unreadable(position: u64, error: &io::Error) -> Refusal {
+pub(super) fn unreadable(position: u64, error: &io::Error) -> Refusal {
     match error.kind() {
         io::ErrorKind::UnexpectedEof => Refusal::new(
             Reason::DeviceGone,

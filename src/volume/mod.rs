@@ -6,6 +6,7 @@ mod details;
 mod device;
 mod id;
 mod identity;
+mod recognise;
 mod sysfs;
 pub mod vpd;
 
@@ -14,4 +15,5 @@ pub use details::{Details, LogicalVolume, Portrait};
 pub use device::DeviceNumber;
 pub use id::{InvalidVolumeId, MAPPING_PREFIX, VolumeId};
 pub use identity::{Identity, Iscsi, Mapping, OWN_UUID_PREFIX, parse_own_uuid};
+pub use recognise::recognise;
 pub use sysfs::Sysfs;

@@ -5,7 +5,7 @@ use clap::{Args, Parser, Subcommand};
 
 use super::time;
 use crate::audit::Kind;
-use crate::keys::ManagerKind;
+use crate::keys::{ManagerKind, PassphraseHash, SecretId};
 use crate::volume::VolumeId;
 
 /// Encryption of virtual machines' volumes on the hypervisor.
@@ -128,6 +128,31 @@ pub enum VolumeCommand {
     Enrol {
         /// A path of the device, for example /dev/sda
         device: PathBuf,
+        /// The secret in Barbican that is to be its key, because Cinder has made it for this volume
+        #[arg(long, value_name = "UUID")]
+        secret: Option<SecretId>,
+        /// Whom the volume belongs to, for example Nova's project: only domains of the same owner get it
+        #[arg(long)]
+        owner: Option<String>,
+    },
+    /// Take a volume into use as it is that os-brick has encrypted (provider plain) with a key of Cinder's
+    ///
+    /// The rule for the device has to name a profile with the cipher and the key_size of the volume's type in Cinder.
+    /// Nothing is written to the volume, and it is refused unless what is decrypted is recognised: a file system, a
+    /// partition table or the like.
+    Adopt {
+        /// A path of the device, for example /dev/sda
+        device: PathBuf,
+        /// The secret in Barbican that Cinder has made for this volume, its encryption_key_id
+        ///
+        /// It may be left out if volume_secrets in the section [barbican] names it.
+        #[arg(long, value_name = "UUID")]
+        secret: Option<SecretId>,
+        /// How cryptsetup has hashed the passphrase: ripemd160 by default before version 2.7, and sha256 since
+        ///
+        /// Without it, both are tried, and the secret itself as the key.
+        #[arg(long, value_name = "HASH")]
+        passphrase_hash: Option<PassphraseHash>,
         /// Whom the volume belongs to, for example Nova's project: only domains of the same owner get it
         #[arg(long)]
         owner: Option<String>,

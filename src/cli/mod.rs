@@ -164,7 +164,12 @@ fn on_volume(daemon: &Daemon<'_>, command: &VolumeCommand) -> Result<String, Com
         VolumeCommand::List(format) => volume::list(daemon, *format),
         VolumeCommand::Show { id, format } => volume::show(daemon, id, *format),
         VolumeCommand::Identify { path, format } => identify::show(daemon, path, *format),
-        VolumeCommand::Enrol { device, owner } => volume::enrol(daemon, device, owner.as_deref()),
+        VolumeCommand::Enrol { device, secret, owner } => {
+            volume::enrol(daemon, device, secret.as_ref(), owner.as_deref())
+        }
+        VolumeCommand::Adopt { device, secret, passphrase_hash, owner } => {
+            volume::adopt(daemon, device, (secret.as_ref(), *passphrase_hash), owner.as_deref())
+        }
         VolumeCommand::SetOwner { id, owner } => volume::set_owner(daemon, id, owner.as_deref()),
         VolumeCommand::Retire { id } => volume::retire(daemon, id),
         VolumeCommand::Destroy { id, gone, confirm } => volume::destroy(daemon, id, *gone, confirm.as_ref()),

@@ -1,11 +1,12 @@
 use std::fs::{self, OpenOptions};
 use std::io::{self, BufRead, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::table::{Table, printable};
 use super::time::utc;
 use super::{CommandError, Daemon, Format, json};
+use crate::keys::{PassphraseHash, SecretId};
 use crate::protocol::{Reply, Request, VolumeStatus};
 use crate::volume::VolumeId;
 
@@ -23,11 +24,29 @@ pub(super) fn show(daemon: &Daemon<'_>, id: &VolumeId, format: Format) -> Result
     if format.json { json(&volume) } else { Ok(describe(&volume)) }
 }
 
-pub(super) fn enrol(daemon: &Daemon<'_>, device: &Path, owner: Option<&str>) -> Result<String, CommandError> {
-    // The daemon has a working directory of its own.
-    let device =
-        std::path::absolute(device).map_err(|source| CommandError::File { path: device.to_owned(), source })?;
-    Ok(describe(&one_volume(daemon, &Request::Enrol { device, owner: owner.map(str::to_owned) })?))
+pub(super) fn enrol(
+    daemon: &Daemon<'_>,
+    device: &Path,
+    secret: Option<&SecretId>,
+    owner: Option<&str>,
+) -> Result<String, CommandError> {
+    let (device, owner) = (absolute(device)?, owner.map(str::to_owned));
+    Ok(describe(&one_volume(daemon, &Request::Enrol { device, owner, secret: secret.cloned() })?))
+}
+
+pub(super) fn adopt(
+    daemon: &Daemon<'_>,
+    device: &Path,
+    (secret, hash): (Option<&SecretId>, Option<PassphraseHash>),
+    owner: Option<&str>,
+) -> Result<String, CommandError> {
+    let (device, owner) = (absolute(device)?, owner.map(str::to_owned));
+    Ok(describe(&one_volume(daemon, &Request::Adopt { device, secret: secret.cloned(), hash, owner })?))
+}
+
+/// The daemon has a working directory of its own.
+fn absolute(device: &Path) -> Result<PathBuf, CommandError> {
+    std::path::absolute(device).map_err(|source| CommandError::File { path: device.to_owned(), source })
 }
 
 pub(super) fn set_owner(daemon: &Daemon<'_>, id: &VolumeId, owner: Option<&str>) -> Result<String, CommandError> {
@@ -146,7 +165,7 @@ fn describe(volume: &VolumeStatus) -> String {
         ("cipher", record.cipher.clone()),
         ("key size", format!("{} bits", record.key_size.bits())),
         ("sector size", format!("{} bytes", record.sector_size)),
-        ("key", record.key.id.to_string()),
+        ("key", record.foreign_key().unwrap_or_else(|| record.key.id.to_string())),
         ("key version", record.key.version.to_string()),
         ("key check value", record.check_value.to_string()),
         ("enrolled", utc(record.enrolled_at)),
@@ -220,6 +239,10 @@ mod tests {
              state:           enrolled\n"
         );
         assert!(describe(&volume(json!({}), None)).contains("device:          not told by the kernel\n"));
+        let mut foreign = volume(json!({}), None);
+        foreign.record.key.id = "dfe2418f-8205-4e90-816a-4e8ea2366b48.ripemd160-512".parse().unwrap();
+        let key = "\nkey:             Cinder's secret dfe2418f-8205-4e90-816a-4e8ea2366b48, hashed as a passphrase (ripemd160)\n";
+        assert!(describe(&foreign).contains(key), "{}", describe(&foreign));
     }
 
     #[test]

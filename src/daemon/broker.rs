@@ -6,6 +6,7 @@ mod cache;
 mod copies;
 mod elsewhere;
 mod enrolment;
+mod foreign;
 mod holding;
 mod lifecycle;
 mod mapped;
@@ -310,7 +311,7 @@ impl Broker {
         let volume = &protection.volume;
         match self.present_record(identity, volume)? {
             Some(record) => Ok(record),
-            None if protection.create_keys => self.enrol_as(identity, protection, domain.owner.as_deref()),
+            None if protection.create_keys => self.enrol_as(identity, protection, None, domain.owner.as_deref()),
             None => Err(Refusal::new(
                 Reason::NoKey,
                 format!(

@@ -150,9 +150,15 @@ impl Control {
                 let migrated = || while_waiting(|| self.broker.migrate_keys(&step));
                 Ok(Reply::KeyMigration(self.recorded(telling(words_to(stream)?, migrated))?))
             }
-            Request::Enrol { device, owner } => {
-                let enrolled = at(&device).and_then(|device| self.broker.enrol(device, owner.as_deref()));
+            Request::Enrol { device, owner, secret } => {
+                let enrolled =
+                    at(&device).and_then(|device| self.broker.enrol_with(device, secret.as_ref(), owner.as_deref()));
                 self.volume(self.recorded(enrolled)?)
+            }
+            Request::Adopt { device, secret, hash, owner } => {
+                let adopted = at(&device)
+                    .and_then(|device| self.broker.adopt_encrypted(device, secret.as_ref(), hash, owner.as_deref()));
+                self.volume(self.recorded(adopted)?)
             }
             Request::Identify => {
                 let place =

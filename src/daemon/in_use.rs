@@ -76,6 +76,11 @@ pub(super) fn tell(broker: &Broker) -> Result<bool, Refusal> {
         return Ok(false);
     }
     let mapped = broker.encryptor().mappings()?.into_iter().map(|mapping| mapping.volume).collect();
-    broker.vault()?.keys.note_uses(&mapped)?;
+    let vault = broker.vault()?;
+    if let Some(secrets) = vault.keys.foreign() {
+        let keys = vault.store.foreign_keys()?.into_iter();
+        secrets.are_keys(keys.map(|(volume, key)| (volume, key.secret)).collect());
+    }
+    vault.keys.note_uses(&mapped)?;
     Ok(true)
 }

@@ -8,7 +8,7 @@ use super::broker::Broker;
 use crate::keys::{KeyHandle, KeyInfo};
 use crate::protocol::{KeyPage, KeyStatus};
 use crate::refusal::Refusal;
-use crate::store::seconds_now;
+use crate::store::{Store, VolumeRecord, seconds_now};
 use crate::volume::VolumeId;
 
 /// How many keys are told of at once; a message to a client stays far below its limit.
@@ -46,7 +46,11 @@ impl Listing {
             Some((since, keys)) if go_on && since.elapsed() < KEPT_FOR => Ok(keys),
             _ => {
                 // Nobody else waits for the key manager meanwhile.
-                let mut keys = broker.vault()?.keys.list()?;
+                let vault = broker.vault()?;
+                let mut keys = vault.keys.list()?;
+                if vault.keys.foreign().is_some() {
+                    keys.extend(foreign_keys(&vault.store)?);
+                }
                 keys.sort_by(|one, other| (&one.volume, &one.key).cmp(&(&other.volume, &other.key)));
                 let keys = Arc::new(keys);
                 let kept = (keys.len() > PAGE).then(|| (Instant::now(), Arc::clone(&keys)));
@@ -55,6 +59,17 @@ impl Listing {
             }
         }
     }
+}
+
+/// The keys that come from secrets of other programs': a key manager does not know for which volumes they are used.
+fn foreign_keys(store: &Store) -> Result<Vec<KeyInfo>, Refusal> {
+    let mut keys = Vec::new();
+    for (volume, foreign) in store.foreign_keys()? {
+        let Some(VolumeRecord { key_size, enrolled_at: created_at, .. }) = store.volume(&volume)? else { continue };
+        let (key, destroyed, hosts) = (foreign.handle(), false, Vec::new());
+        keys.push(KeyInfo { volume, key, key_size, created_at, destroyed, hosts });
+    }
+    Ok(keys)
 }
 
 /// What is known here of a key that the key manager knows `info` of.

@@ -14,7 +14,9 @@ use serde::{Deserialize, Serialize};
 use super::Identification;
 use super::registration::receive_with_descriptors;
 use crate::audit::Link;
-use crate::keys::{KekRotation, KeyInfo, ManagerKind, MigrationProgress, MigrationStep, RotationStep};
+use crate::keys::{
+    KekRotation, KeyInfo, ManagerKind, MigrationProgress, MigrationStep, PassphraseHash, RotationStep, SecretId,
+};
 use crate::policy::Intercept;
 use crate::store::{AuditPage, AuditQuery, Grant, Verified, VolumeRecord};
 use crate::volume::VolumeId;
@@ -57,6 +59,20 @@ pub enum Request {
     Enrol {
         /// A path of the device.
         device: PathBuf,
+        /// Whom the volume belongs to; nobody in particular if nothing is said.
+        owner: Option<String>,
+        /// The secret of Cinder's that is to be its key.
+        #[serde(default)]
+        secret: Option<SecretId>,
+    },
+    /// Take a volume into use that os-brick has encrypted.
+    Adopt {
+        /// A path of the device.
+        device: PathBuf,
+        /// The secret of Cinder's that it is encrypted with; the one that the configuration names if nothing is said.
+        secret: Option<SecretId>,
+        /// How cryptsetup has hashed the passphrase; as it turns out if nothing is said.
+        hash: Option<PassphraseHash>,
         /// Whom the volume belongs to; nobody in particular if nothing is said.
         owner: Option<String>,
     },

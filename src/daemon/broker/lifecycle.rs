@@ -54,6 +54,7 @@ impl Broker {
     pub fn destroy(&self, id: &VolumeId) -> Result<Option<String>, Refusal> {
         self.one_at_a_time(id, || {
             let record = self.volume(id)?;
+            check_is_ours(&record)?;
             let vault = self.vault()?;
             // Whatever the server says or does not say.
             vault.keys.wipe_copy(id);
@@ -348,6 +349,21 @@ impl Broker {
 
     pub(super) fn is_mapped(&self, id: &VolumeId) -> Result<bool, Refusal> {
         Ok(self.encryptor.mappings()?.iter().any(|mapping| mapping.volume == *id))
+    }
+}
+
+/// Refuses to destroy a key that another program has made.
+fn check_is_ours(record: &VolumeRecord) -> Result<(), Refusal> {
+    let id = &record.id;
+    match record.foreign_key() {
+        None => Ok(()),
+        Some(key) => Err(Refusal::new(
+            Reason::NotAllowed,
+            format!(
+                "the key of volume {id} is {key}, which Cinder has made and volcrypt never deletes: delete the volume in Cinder, \
+                 and the secret goes with it; 'volcrypt volume retire {id}' takes the volume out of use on this host"
+            ),
+        )),
     }
 }
 

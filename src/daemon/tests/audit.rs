@@ -334,7 +334,10 @@ fn what_operators_do_is_recorded_and_they_can_read_it() {
     );
     let id = || "kept".parse().unwrap();
     let file = tempfile::tempfile().unwrap();
-    assert!(matches!(ask(&control, &Request::Enrol { device: node.0.clone(), owner: None }, None), Response::Done(_)));
+    assert!(matches!(
+        ask(&control, &Request::Enrol { device: node.0.clone(), owner: None, secret: None }, None),
+        Response::Done(_)
+    ));
     assert!(matches!(ask(&control, &Request::ExportKey { id: id() }, Some(&file)), Response::Done(_)));
     assert!(matches!(ask(&control, &Request::ExportKey { id: id() }, None), Response::Refused { .. }));
     assert!(matches!(ask(&control, &Request::Destroy { id: id(), is_gone: false }, None), Response::Done(_)));

@@ -61,14 +61,14 @@ impl KeyManager for Notes {
     }
 }
 
-fn with_barbican(world: &World, notes: &Notes) -> Broker {
+pub(super) fn with_barbican(world: &World, keys: Box<dyn KeyManager>) -> Broker {
     let state = world.path().join("state");
     let text = format!(
         "[key_manager]\ntype = \"barbican\"\ndirectory = {state:?}\n[barbican]\nauth_url = \"http://127.0.0.1:1/v3\"\n\
          application_credential_id = \"x\"\nsecret = \"/nowhere\"\n[[rules]]\nname = \"lab\"\n\
          iscsi_target = 'iqn\\.2026-11\\.org\\.lab:volume-(?<id>.*)'\nlun = 1\ncreate_keys = true\n"
     );
-    world.broker_with(&text).with_keys(Box::new(notes.clone()))
+    world.broker_with(&text).with_keys(keys)
 }
 
 #[test]
@@ -77,9 +77,9 @@ fn a_key_manager_that_keeps_it_is_told_what_is_mapped() {
     let mut world = World::new();
     world.add_volume("one", 1);
     world.add_volume("two", 2);
-    assert!(tell(&with_barbican(&world, &notes)).unwrap());
+    assert!(tell(&with_barbican(&world, Box::new(notes.clone()))).unwrap());
     world.mapped = true;
-    assert!(tell(&with_barbican(&world, &notes)).unwrap());
+    assert!(tell(&with_barbican(&world, Box::new(notes.clone()))).unwrap());
     let both = ["one", "two"].map(|id| id.parse().unwrap());
     assert_eq!(*notes.told.lock().unwrap(), [HashSet::new(), HashSet::from(both)]);
     // The others are not, and nothing waits for the sake of them.
@@ -94,7 +94,7 @@ fn it_is_told_soon_after_an_open_also_where_that_went_wrong_before() {
     *notes.refusals.lock().unwrap() = 1;
     let world = World::new();
     let device = world.add_volume("one", 1);
-    let broker = Arc::new(with_barbican(&world, &notes));
+    let broker = Arc::new(with_barbican(&world, Box::new(notes.clone())));
     let told = Arc::clone(&broker);
     // It goes on as long as the test does.
     std::thread::spawn(move || keep(&told));

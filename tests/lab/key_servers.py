@@ -5,6 +5,9 @@ key_servers.py hang PORT FOLDER                             takes connections an
 key_servers.py revoke-kmip PORT FOLDER VOLUME               revokes the volume's key
 key_servers.py destroy-kmip PORT FOLDER VOLUME              destroys it, revoking it first if it is in use
 key_servers.py destroy-barbican KEYSTONE BARBICAN VOLUME    deletes it, at the servers with these ports
+key_servers.py order-barbican KEYSTONE BARBICAN BITS        has a key made as Cinder does (castellan), prints its UUID
+key_servers.py digits-barbican KEYSTONE BARBICAN UUID       prints that key in hexadecimal digits, as os-brick has them
+key_servers.py delete-barbican KEYSTONE BARBICAN UUID       deletes it
 """
 
 import asyncio
@@ -12,7 +15,9 @@ import json
 import pathlib
 import ssl
 import sys
+import time
 import urllib.parse
+import urllib.request
 
 
 def front(port, behind, folder):
@@ -93,12 +98,45 @@ def kmip_keys(client, volume):
     return keys
 
 
-def destroy_barbican(keystone, barbican, volume):
+def as_owner(keystone, barbican):
+    """What asks Barbican as the user `owner`, and where Barbican is."""
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "key_managers"))
     import openstack
 
     token = openstack.token(f"http://127.0.0.1:{keystone}/v3", "owner", openstack.PROJECT)
-    url = f"http://127.0.0.1:{barbican}/v1/secrets"
+    return openstack, token, f"http://127.0.0.1:{barbican}/v1"
+
+
+def order_barbican(keystone, barbican, bits):
+    openstack, token, url = as_owner(keystone, barbican)
+    meta = {"algorithm": "aes", "bit_length": bits, "payload_content_type": "application/octet-stream"}
+    order = openstack.call("POST", f"{url}/orders", token, {"type": "key", "meta": meta})["order_ref"]
+    order = f"{url}/orders/{order.rsplit('/', 1)[1]}"
+    for _ in range(100):
+        made = openstack.call("GET", order, token)
+        assert made["status"] != "ERROR", made
+        if made["status"] == "ACTIVE":
+            print(made["secret_ref"].rsplit("/", 1)[1])
+            return
+        time.sleep(0.1)
+    raise SystemExit(f"the order stays {made['status']}")
+
+
+def digits_barbican(keystone, barbican, secret):
+    _, token, url = as_owner(keystone, barbican)
+    headers = {"X-Auth-Token": token, "Accept": "application/octet-stream"}
+    request = urllib.request.Request(f"{url}/secrets/{secret}/payload", None, headers)
+    print(urllib.request.urlopen(request).read().hex())
+
+
+def delete_barbican(keystone, barbican, secret):
+    openstack, token, url = as_owner(keystone, barbican)
+    openstack.send("DELETE", f"{url}/secrets/{secret}", token)
+
+
+def destroy_barbican(keystone, barbican, volume):
+    openstack, token, url = as_owner(keystone, barbican)
+    url += "/secrets"
     query = urllib.parse.urlencode({"name": f"volcrypt/{volume}"})
     secrets = json.loads(openstack.send("GET", f"{url}?{query}", token).read())["secrets"]
     assert secrets, f"the server has no key of {volume}"
@@ -114,5 +152,8 @@ if __name__ == "__main__":
         "revoke-kmip": revoke_kmip,
         "destroy-kmip": destroy_kmip,
         "destroy-barbican": destroy_barbican,
+        "order-barbican": order_barbican,
+        "digits-barbican": digits_barbican,
+        "delete-barbican": delete_barbican,
     }
     commands[command](*(int(argument) if argument.isdigit() else argument for argument in arguments))

@@ -268,8 +268,7 @@ fn of_two_keys_that_a_volume_has_a_record_gets_the_one_that_it_names() {
     let id = volume("one");
     let (first, other) = (create(&server.manager(), &id).unwrap(), Key::random(512.try_into().unwrap()).unwrap());
     let text = second(wanted(), &id, &other).to_text(&id, &other).unwrap();
-    let data = format!("CASE application_namespace WHEN 'volcrypt' THEN application_data ELSE '{text}' END");
-    copy_in_pykmip(&server, 1, "name", &data);
+    copy_in_pykmip(&server, 1, "name", &format!("'{id} {text}'"));
     let database = rusqlite::Connection::open(server.authority().path("pykmip.db")).unwrap();
     database.execute("UPDATE managed_objects SET value = ?1 WHERE uid = 2", [other.bytes()]).unwrap();
     let get = |version, key: &Key| server.manager().get_enrolled(&recorded_as(&id, version, key));

@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use volcrypt::keys::kmip::message::tag;
+use volcrypt::keys::kmip::ttlv::Writer;
 use volcrypt::keys::kmip::{KmipConfig, KmipKeyManager};
 use volcrypt::keys::{Description, Key, KeyManager};
 use volcrypt::policy::Profile;
@@ -280,6 +282,30 @@ fn of_two_keys_that_a_volume_has_a_record_gets_the_one_that_it_names() {
     let versions = server.manager().list().unwrap().into_iter().map(|info| info.key.version).collect::<Vec<_>>();
     assert_eq!(versions, [1, 2]);
     assert_eq!(refused(server.manager().get(&id)).0, Reason::KeyManager, "nobody says which one counts");
+    // A server that lags behind has the first one only. Another one is asked for the second, and that is no wrong key.
+    let proxy = Proxy::start(server.authority(), "server", server.address());
+    proxy.spoil(LOCATE, has_only("1"));
+    let behind = |more: &[String]| {
+        let servers = [&[proxy.address()], more].concat();
+        KmipKeyManager::new(server.config("client", servers)).get_enrolled(&recorded_as(&id, 2, &other))
+    };
+    assert_eq!(refused(behind(&[])).0, Reason::WrongKey);
+    assert!(behind(&[server.address()]).unwrap().same_as(&other));
+    let (reason, sentence) = refused(behind(&["127.0.0.1:1".to_owned()]));
+    assert_eq!(reason, Reason::TimedOut, "the one that is down may have it: {sentence}");
+}
+
+/// An answer to Locate by a server that has no other object.
+fn has_only(identifier: &str) -> Fault {
+    let mut answer = Vec::new();
+    Writer::new(&mut answer).structure(tag::RESPONSE_MESSAGE, |message| {
+        message.structure(tag::BATCH_ITEM, |item| {
+            item.enumeration(tag::OPERATION, LOCATE.into());
+            item.enumeration(tag::RESULT_STATUS, 0);
+            item.structure(tag::RESPONSE_PAYLOAD, |payload| payload.text(tag::UNIQUE_IDENTIFIER, identifier));
+        });
+    });
+    Fault::Instead(answer)
 }
 
 #[test]

@@ -15,6 +15,7 @@ mod settle;
 pub mod ttlv;
 mod wrapping;
 
+use std::cell::Cell;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -226,17 +227,21 @@ impl KeyManager for KmipKeyManager {
     /// As [`get`](KeyManager::get).
     fn get_enrolled(&self, key: &RecordedKey) -> Result<Key, Refusal> {
         let (volume, version) = (&key.volume, key.own_version(PLACE)?);
-        let key = self.with_any(&key_of(volume), |talk| {
-            let hand_out = |found: &Found| match hand_out(talk, volume, found)? {
-                (found, description) if description.key_version() == version => Ok(found),
-                (_, description) => Err(key.other_version(PLACE, description.key_version()).into()),
-            };
-            match settle::find_enrolled(talk, key, hand_out)? {
-                Some(key) => Ok(Some(key)),
-                None => settle(&[talk], volume)?.as_ref().map(hand_out).transpose(),
+        let other = Cell::new(None);
+        let found = self.with_any(&key_of(volume), |talk| {
+            if let Some((found, _)) = settle::find_enrolled(talk, key, |found| hand_out(talk, volume, found))? {
+                return Ok(Some(found));
             }
+            let Some(found) = settle(&[talk], volume)? else { return Ok(None) };
+            let (found, description) = hand_out(talk, volume, &found)?;
+            if description.key_version() == version {
+                return Ok(Some(found));
+            }
+            // It may lag behind another server, as where there is none.
+            other.set(Some(description.key_version()));
+            Ok(None)
         })?;
-        key.ok_or_else(|| no_key(volume))
+        found.ok_or_else(|| other.get().map_or_else(|| no_key(volume), |other| key.other_version(PLACE, other)))
     }
 
     /// # Errors

@@ -176,6 +176,10 @@ fn a_file_with_another_key_or_none_unwraps_nothing() {
     refused(wrapping.host().get(&id), Reason::Configuration, &["has 31 bytes", file]);
     fs::remove_file(&wrapping.file).unwrap();
     refused(wrapping.host().get(&id), Reason::Configuration, &["is not there", file]);
+    // Nor is one made that this host could not have back.
+    let objects = server.objects();
+    refused(create(&wrapping.host(), &volume("new")), Reason::Configuration, &["is not there", file]);
+    assert_eq!(server.objects(), objects);
     // It is read anew each time.
     let host = wrapping.host();
     fs::write(&wrapping.file, &right).unwrap();

@@ -34,6 +34,10 @@ impl KmipKeyManager {
         brought: Option<&Key>,
         alike: fn(&Description, &Description) -> bool,
     ) -> Result<(Key, Description), Refusal> {
+        if let Some(wrapping) = &self.client.config().wrapping_key {
+            // What this host could not have back is not made.
+            wrapping.read().map_err(|sentence| Refusal::new(Reason::Configuration, sentence))?;
+        }
         let deadline = Instant::now() + self.client.config().deadline;
         let talks: Vec<_> = self.client.order().map(|server| self.client.talk(server, deadline)).collect();
         let talks: Vec<&Talk<'_>> = talks.iter().collect();

@@ -8,12 +8,15 @@
 mod control;
 mod identification;
 pub mod registration;
+mod socket;
+mod status;
 
-pub use control::{
-    CachedVolume, CallError, Connection, ControlClient, GuardStatus, GuestStatus, HookOperation, KeyCacheStatus,
-    KeyPage, KeyStatus, MAX_MESSAGE, MappingStatus, Reply, Request, Response, Status, VolumeStatus, receive_request,
-};
+pub use control::{HookOperation, Reply, Request, Response};
 pub use identification::Identification;
+pub use socket::{CallError, Connection, ControlClient, MAX_MESSAGE, receive_request};
+pub use status::{
+    CachedVolume, GuardStatus, GuestStatus, KeyCacheStatus, KeyPage, KeyStatus, MappingStatus, Status, VolumeStatus,
+};
 
 /// Where both sockets are.
 pub const RUNTIME_DIRECTORY: &str = "/run/volcrypt";

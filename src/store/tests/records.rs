@@ -206,8 +206,9 @@ fn a_secret_of_another_programs_is_one_volumes_key() {
     store.enrol(&record("own")).unwrap();
     for state in [VolumeState::Enrolled, VolumeState::Retired] {
         for key in [hashed.handle(), ForeignKey::itself(secret.clone()).handle()] {
-            let said = refused(store.enrol(&with("two", key)));
-            assert!(said.contains("is the key of volume one"), "{state}: {said}");
+            let refusal = store.enrol(&with("two", key)).unwrap_err();
+            assert_eq!(refusal.reason(), Reason::WrongKey);
+            assert!(refusal.to_string().contains("is the key of volume one"), "{state}: {refusal}");
         }
         assert_eq!(store.foreign_keys().unwrap(), [(one.id.clone(), hashed.clone())]);
         store.change_state(&one.id, &[VolumeState::Enrolled], VolumeState::Retired, None).unwrap();

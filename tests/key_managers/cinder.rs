@@ -167,6 +167,14 @@ fn a_secret_is_one_volumes_key(servers: &Barbican, cinder: &Cinder<'_>) {
     let (reason, sentence) = refused(take(&host, &own, &ForeignKey::itself(cinder.secret(512))));
     assert_eq!(reason, Reason::WrongKey);
     assert!(sentence.contains("has a key of its own in Barbican"), "{sentence}");
+    // Nor is it passed over where the configuration names another.
+    let folder = tempfile::tempdir().unwrap();
+    let config = BarbicanConfig { volume_secrets: Some(folder.path().join("s")), ..servers.config("host1") };
+    fs::write(folder.path().join("s"), format!("{own} {}\n", cinder.secret(512))).unwrap();
+    fs::set_permissions(folder.path().join("s"), fs::Permissions::from_mode(0o600)).unwrap();
+    let (reason, sentence) = refused(BarbicanKeyManager::new(config).described(&own));
+    assert_eq!(reason, Reason::WrongKey);
+    assert!(sentence.contains("has a key of its own in Barbican"), "{sentence}");
     let made_here: SecretId = payload.target.trim_end_matches("/payload").parse().unwrap();
     let (reason, sentence) = refused(secrets(&host).described_by(&own, &made_here));
     assert_eq!(reason, Reason::WrongKey);

@@ -33,6 +33,35 @@ impl BarbicanKeyManager {
         Ok(key)
     }
 
+    /// The key of `volume` that comes from the secret which the configuration names, and what is known of the volume.
+    pub(super) fn fetch_named(
+        &self,
+        volume: &VolumeId,
+        secret: &SecretId,
+    ) -> Result<Option<(Key, Description)>, Refusal> {
+        let described = self.described_by(volume, secret)?;
+        // Otherwise it would be said that there is no key, and the one that there is be destroyed unseen.
+        if described.is_none() {
+            self.check_no_own_key(&self.client.begin(), volume, secret)?;
+        }
+        Ok(described)
+    }
+
+    /// Refuses `secret` as the key of a volume for which volcrypt has made one.
+    fn check_no_own_key(&self, asking: &Asking<'_>, volume: &VolumeId, secret: &SecretId) -> Result<(), Refusal> {
+        match self.find_all(asking, volume)?.first() {
+            None => Ok(()),
+            Some(own) => Err(Refusal::new(
+                Reason::WrongKey,
+                format!(
+                    "volume {volume} has a key of its own in Barbican (secret {}), so Cinder's secret {secret} is not its key: \
+                     do not name that, or have the volume's own key deleted first if nothing was encrypted with it",
+                    own.id
+                ),
+            )),
+        }
+    }
+
     /// What hosts have noted beside `secret`, if it is the key of `volume`.
     fn noted(&self, asking: &Asking<'_>, volume: &VolumeId, secret: &SecretId) -> Result<Option<Found>, Refusal> {
         let id = secret.as_str();
@@ -112,14 +141,7 @@ impl ForeignSecrets for BarbicanKeyManager {
     ) -> Result<Description, Refusal> {
         let mut asking = self.client.begin();
         let id = foreign.secret.as_str();
-        if let Some(own) = self.find_all(&asking, volume)?.first() {
-            let sentence = format!(
-                "volume {volume} has a key of its own in Barbican (secret {}), so {foreign} does not become its key: enrol it \
-                 without a secret, or have that key deleted first if nothing was encrypted with it",
-                own.id
-            );
-            return Err(Refusal::new(Reason::WrongKey, sentence));
-        }
+        self.check_no_own_key(&asking, volume, &foreign.secret)?;
         let wanted = wanted.clone().with_foreign(foreign.clone());
         let found = match self.noted(&asking, volume, &foreign.secret)? {
             Some(found) => found,

@@ -59,18 +59,18 @@ os_brick() {
     printf %s "$1" | cryptsetup create --key-file=- --cipher aes-xts-plain64 --key-size 256 "${@:4}" "$3" "$2"
 }
 
-# encrypted_as_os_brick_does LUN DIGITS [OPTION...]: with a file system, and 64 KiB of 0xaLUN at 16 MiB.
+# encrypted_as_os_brick_does LUN DIGITS [OPTION...]: with swap space on it, and 64 KiB of 0xaLUN at 16 MiB.
 encrypted_as_os_brick_does() {
     os_brick "$2" "$(lun_device prot-cinder "$1")" os-brick "${@:3}"
-    mkfs.ext4 -q /dev/mapper/os-brick
+    mkswap --quiet /dev/mapper/os-brick
     head -c 65536 /dev/zero | tr '\0' "\\24$1" | dd of=/dev/mapper/os-brick bs=64k seek=256 conv=fsync status=none
     cryptsetup close os-brick
 }
 
-# os_brick_reads LUN DIGITS BYTE [OPTION...]: what the guest wrote, beside the file system.
+# os_brick_reads LUN DIGITS BYTE [OPTION...]: what the guest wrote, beside the swap space.
 os_brick_reads() {
     os_brick "$2" "$(lun_device prot-cinder "$1")" os-brick "${@:4}"
-    expect_eq "$(blkid --probe --output value --match-tag TYPE /dev/mapper/os-brick)" ext4 'what os-brick sees'
+    expect_eq "$(blkid --probe --output value --match-tag TYPE /dev/mapper/os-brick)" swap 'what os-brick sees'
     expect_eq "$(dd if=/dev/mapper/os-brick bs=64k skip=257 count=1 iflag=direct status=none | tr -d "\\26$1" | wc -c)" 0 \
         "bytes that are not $3"
     cryptsetup close os-brick

@@ -134,9 +134,11 @@ impl ForeignKey {
         ForeignKey { secret, hashed: Some((hash, size)) }
     }
 
-    /// The one that `handle` names; nothing if it is a key that volcrypt made for `volume`.
+    /// The one that `handle` names; nothing if it is a key that volcrypt made for `volume`. What a secret holds never
+    /// changes, so there is one version of it.
     pub fn named_by(volume: &VolumeId, handle: &KeyHandle) -> Option<Self> {
-        if handle.is_own(volume) { None } else { handle.id.clone().try_into().ok() }
+        let may_be = !handle.is_own(volume) && handle.version == FIRST_VERSION;
+        may_be.then(|| handle.id.clone().try_into().ok()).flatten()
     }
 
     /// What is made of the secret's digits; nothing if the secret itself is the key.

@@ -51,7 +51,7 @@ pub enum Release {
 /// The definition `xml` with the wrapper in the place of its emulator.
 ///
 /// # Errors
-/// When `xml` is no domain's, or its emulator is no plain path.
+/// When `xml` is no domain's, or its emulator is no plain path of a program.
 pub fn adopt(xml: &str) -> Result<Adoption, InvalidXml> {
     let document = parse(xml)?;
     let domain = document.root_element();
@@ -59,7 +59,9 @@ pub fn adopt(xml: &str) -> Result<Adoption, InvalidXml> {
     if emulator.is_wrapper() {
         return Ok(Adoption::Already);
     }
-    let name = Path::new(emulator.path).file_name().unwrap_or_default();
+    let Some(name) = Path::new(emulator.path).file_name() else {
+        return Err(InvalidXml(format!("its <emulator> {} is no program", emulator.path)));
+    };
     let to = format!("{EMULATOR_DIRECTORY}/{}", name.display());
     let path = emulator.path.replace('"', "&quot;");
     let note = format!(r#"<volcrypt:{NOTE} xmlns:volcrypt="{METADATA_NAMESPACE}" emulator="{path}"/>"#);
@@ -214,7 +216,12 @@ mod tests {
 
     #[test]
     fn only_a_plain_path_in_the_right_place_counts() {
-        for emulator in ["<emulator/>", "<emulator>/a&amp;b</emulator>", "<emulator>/a<!-- -->/b</emulator>"] {
+        for emulator in [
+            "<emulator/>",
+            "<emulator>/a&amp;b</emulator>",
+            "<emulator>/a<!-- -->/b</emulator>",
+            "<emulator>/usr/bin/..</emulator>",
+        ] {
             assert!(adopt(&definition("", emulator)).is_err(), "{emulator}");
         }
         for xml in ["", "<x/>", "<domain", "<d:domain xmlns:d='x'/>"] {

@@ -54,7 +54,7 @@ impl Broker {
     pub fn destroy(&self, id: &VolumeId) -> Result<Option<String>, Refusal> {
         self.one_at_a_time(id, || {
             let record = self.volume(id)?;
-            check_is_ours(&record)?;
+            check_is_ours(&record, "never deletes")?;
             let vault = self.vault()?;
             // Whatever the server says or does not say.
             vault.keys.wipe_copy(id);
@@ -128,11 +128,14 @@ impl Broker {
     /// remember that. Nothing is destroyed.
     ///
     /// # Errors
-    /// When the volume is unknown or in use on this host, when the key manager in use, the database or another key manager
-    /// of the configuration has its key or does not say that it has none, or that cannot be recorded.
+    /// When the volume is unknown or in use on this host, when its key is one of Cinder's, when the key manager in use, the
+    /// database or another key manager of the configuration has its key or does not say that it has none, or that cannot be
+    /// recorded.
     pub fn record_gone(&self, id: &VolumeId) -> Result<(), Refusal> {
         self.one_at_a_time(id, || {
             let record = self.volume(id)?;
+            // No name leads to it, so a key manager that knows of no key of that volume says nothing of it.
+            check_is_ours(&record, "does not look for")?;
             let vault = self.vault()?;
             let used = self.config()?.key_manager.kind();
             let refused = |reason, why: String| {
@@ -352,15 +355,15 @@ impl Broker {
     }
 }
 
-/// Refuses to destroy a key that another program has made.
-fn check_is_ours(record: &VolumeRecord) -> Result<(), Refusal> {
+/// Refuses to destroy a key that another program has made, or to record that it was: what volcrypt `does_not` do.
+fn check_is_ours(record: &VolumeRecord, does_not: &str) -> Result<(), Refusal> {
     let id = &record.id;
     match record.foreign_key() {
         None => Ok(()),
         Some(key) => Err(Refusal::new(
             Reason::NotAllowed,
             format!(
-                "the key of volume {id} is {key}, which Cinder has made and volcrypt never deletes: delete the volume in Cinder, \
+                "the key of volume {id} is {key}, which Cinder has made and volcrypt {does_not}: delete the volume in Cinder, \
                  and the secret goes with it; 'volcrypt volume retire {id}' takes the volume out of use on this host"
             ),
         )),

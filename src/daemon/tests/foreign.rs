@@ -222,6 +222,11 @@ fn what_os_brick_has_encrypted_is_adopted_as_it_is() {
         let refusal = host.broker.destroy(&record.id).unwrap_err();
         assert_eq!(refusal.reason(), Reason::NotAllowed);
         assert!(refusal.to_string().contains("which Cinder has made and volcrypt never deletes"), "{refusal}");
+        // No name leads to it in the key manager, and that is no word of its being gone.
+        let refusal = host.broker.record_gone(&record.id).unwrap_err();
+        assert_eq!(refusal.reason(), Reason::NotAllowed);
+        assert!(refusal.to_string().contains("'volcrypt volume retire one'"), "{refusal}");
+        assert_eq!(host.broker.volume(&record.id).unwrap().state, VolumeState::Enrolled);
         // It can be taken out of use and back.
         assert_eq!(host.broker.retire(&record.id).unwrap().state, VolumeState::Retired);
         assert!(!host.opens());

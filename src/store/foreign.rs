@@ -3,7 +3,7 @@
 use rusqlite::{Connection, OptionalExtension, params};
 
 use super::{Store, VolumeRecord, fault};
-use crate::keys::{ForeignKey, KeyHandle, KeyId};
+use crate::keys::{ForeignKey, KeyHandle, KeyId, SecretId};
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
@@ -36,14 +36,29 @@ impl Store {
         Ok(keys)
     }
 
+    /// Whether `secret` can become the key of `volume` as far as this host knows, before that is noted anywhere.
+    ///
+    /// # Errors
+    /// [`Reason::WrongKey`] when another volume has it for its key, [`Reason::StoreUnavailable`] when the database cannot be
+    /// read.
+    pub fn check_secret(&self, volume: &VolumeId, secret: &SecretId) -> Result<(), Refusal> {
+        self.check_is_free(&self.connection(), volume, secret)
+    }
+
     /// Refuses a record whose key comes from a secret that another volume has for its key.
     pub(super) fn check_secret_is_free(&self, connection: &Connection, record: &VolumeRecord) -> Result<(), Refusal> {
-        let Some(foreign) = ForeignKey::named_by(&record.id, &record.key) else { return Ok(()) };
+        match ForeignKey::named_by(&record.id, &record.key) {
+            Some(foreign) => self.check_is_free(connection, &record.id, &foreign.secret),
+            None => Ok(()),
+        }
+    }
+
+    fn check_is_free(&self, connection: &Connection, volume: &VolumeId, secret: &SecretId) -> Result<(), Refusal> {
         let holder: Option<String> = connection
             .query_row(
                 "SELECT id FROM volumes WHERE id <> ?1 AND key_id <> id AND state <> 'destroyed'
                  AND (key_id = ?2 OR key_id GLOB ?2 || '.*')",
-                params![record.id.as_str(), foreign.secret.as_str()],
+                params![volume.as_str(), secret.as_str()],
                 |row| row.get(0),
             )
             .optional()
@@ -53,9 +68,8 @@ impl Store {
             Some(holder) => Err(Refusal::new(
                 Reason::WrongKey,
                 format!(
-                    "secret {} is the key of volume {holder}, and each volume has one of its own: give the secret that Cinder \
-                     has made for volume {}",
-                    foreign.secret, record.id
+                    "secret {secret} is the key of volume {holder}, and each volume has one of its own: give the secret that \
+                     Cinder has made for volume {volume}"
                 ),
             )),
         }

@@ -84,6 +84,7 @@ impl Broker {
             check_same(&record, secret, hash)?;
             return self.enrol_again(identity, record, owner);
         }
+        vault.store.check_secret(volume, secret)?;
         self.check_not_blank(identity, volume)?;
         let secrets = foreign_secrets(vault)?;
         let held = secrets.secret(volume, secret)?;
@@ -222,6 +223,7 @@ impl Broker {
         secret: &SecretId,
         wanted: &Description,
     ) -> Result<VolumeRecord, Refusal> {
+        vault.store.check_secret(volume, secret)?;
         let secrets = foreign_secrets(vault)?;
         let foreign = ForeignKey::itself(secret.clone());
         let key = foreign.key(&secrets.secret(volume, secret)?)?;

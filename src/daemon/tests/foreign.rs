@@ -312,6 +312,10 @@ fn two_volumes_do_not_share_a_secret() {
         assert_eq!(refusal.reason(), Reason::WrongKey);
         assert!(refusal.to_string().contains("is the key of volume one"), "{refusal}");
         host.broker.retire(&first.id).unwrap();
+        // This host may write beside it by now, and does not write that it is the other volume's.
+        host.keys.inside().is_reader = false;
+        assert!(host.broker.enrol_with(other, Some(&secret(SECRET)), None).is_err());
+        assert!(host.keys.inside().noted.is_empty());
     }
     host.broker.enrol_with(other, Some(&secret(OTHER)), None).unwrap();
 }

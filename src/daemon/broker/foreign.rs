@@ -85,12 +85,18 @@ impl Broker {
             return self.enrol_again(identity, record, owner);
         }
         vault.store.check_secret(volume, secret)?;
-        self.check_not_blank(identity, volume)?;
+        let plain = self.check_not_blank(identity, volume)?;
         let secrets = foreign_secrets(vault)?;
         let held = secrets.secret(volume, secret)?;
         let profile_named = (*profile_name, *profile);
         let wanted = Description::new(enrolled_device(identity), identity.size, profile_named, owner, seconds_now());
-        let (foreign, key, what) = self.find_key(identity, protection, &wanted, (secret, hash), &held)?;
+        let found = self.find_key(identity, protection, &wanted, (secret, hash), &held);
+        let (foreign, key, what) = found.map_err(|refusal| match plain {
+            Some(what) if refusal.reason() == Reason::ForeignData => refusal.and(&format!(
+                "{identity} as it is holds {what}: only what os-brick has encrypted with the provider plain can be adopted"
+            )),
+            _ => refusal,
+        })?;
         let description = secrets.describe(volume, &foreign, &key, &wanted)?;
         let record = description.record(volume, &key);
         self.check_device(identity, &record)?;
@@ -177,9 +183,11 @@ impl Broker {
         Ok(())
     }
 
-    fn check_not_blank(&self, identity: &Identity, volume: &VolumeId) -> Result<(), Refusal> {
-        match examine(&self.claim(identity, volume)?, identity.size)? {
-            Content::Holds(_) => Ok(()),
+    /// Refuses a blank device. Returns what is recognised on it as it is, if anything is.
+    fn check_not_blank(&self, identity: &Identity, volume: &VolumeId) -> Result<Option<String>, Refusal> {
+        let device = self.claim(identity, volume)?;
+        match examine(&device, identity.size)? {
+            Content::Holds(_) => recognise(&device, identity.size),
             Content::Blank => Err(Refusal::new(
                 Reason::ForeignData,
                 format!(

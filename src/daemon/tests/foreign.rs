@@ -250,6 +250,15 @@ fn a_wrong_key_is_never_taken() {
         assert!(said.contains("nothing is recognised on /dev/sd1") && said.contains(given), "{said}");
         assert!(!host.opens());
     }
+    // What is on the device as it is may say why.
+    let host = Host::new(&sha256);
+    assert!(!host.refused(Some(&secret(OTHER)), None).contains("as it is"));
+    let mut table = vec![0; SIZE as usize];
+    table[446..462].copy_from_slice(&[0, 0, 2, 0, 0x83, 0, 0, 0, 0, 8, 0, 0, 0, 64, 0, 0]);
+    table[510..512].copy_from_slice(&[0x55, 0xaa]);
+    host.world.write(host.device, &table);
+    let said = host.broker.adopt_encrypted(host.device, Some(&secret(OTHER)), None, None).unwrap_err().to_string();
+    assert!(said.contains("/dev/sd1 as it is holds an MBR partition table"), "{said}");
     let host = Host::new(&sha256);
     assert!(host.refused(None, None).contains("it is not said with which secret"));
     // Nor is a volume whose sectors os-brick could not have made.

@@ -205,6 +205,20 @@ fn a_file_names_secrets(servers: &Barbican, cinder: &Cinder<'_>) {
     assert!(same.same_as(&key));
     assert_eq!(described, description);
     assert!(host1.described(&id).unwrap().is_none(), "nothing leads there by the name");
+    // A volume that has a key of its own has it still, whatever the file names.
+    let (own, secret) = (volume("own.in.the.file"), cinder.secret(512));
+    let (key, description) = host1.create(&own, &wanted()).unwrap();
+    fs::write(&file, format!("{own} {secret}\n")).unwrap();
+    for is_deleted in [false, true] {
+        if is_deleted {
+            cinder.ask("DELETE", &format!("secrets/{secret}"), "");
+        }
+        let (reason, sentence) = refused(host2.described(&own));
+        assert_eq!(reason, Reason::WrongKey, "{sentence}");
+        assert!(sentence.contains("has a key of its own in Barbican"), "{sentence}");
+        let record = description.clone().record(&own, &key);
+        assert!(host2.get_enrolled(&record.recorded_key()).unwrap().same_as(&key));
+    }
 }
 
 fn what_was_changed_or_broken_off_is_noticed(servers: &Barbican, cinder: &Cinder<'_>) {

@@ -33,29 +33,34 @@ impl BarbicanKeyManager {
         Ok(key)
     }
 
-    /// The key of `volume` that comes from the secret which the configuration names, and what is known of the volume.
-    pub(super) fn fetch_named(
+    /// The key of a volume of which the file names the `secret`, and what hosts have noted of it. That none has is no word
+    /// of there being no key: the volume may have had one before it was named there.
+    pub(super) fn named_in_file(
         &self,
         volume: &VolumeId,
         secret: &SecretId,
     ) -> Result<Option<(Key, Description)>, Refusal> {
-        let described = self.described_by(volume, secret)?;
-        // Otherwise it would be said that there is no key, and the one that there is be destroyed unseen.
-        if described.is_none() {
-            self.check_no_own_key(&self.client.begin(), volume, secret)?;
+        let described = self.described_by(volume, secret);
+        let has_none = match &described {
+            Ok(described) => described.is_none(),
+            Err(refusal) => refusal.reason() == Reason::NoKey,
+        };
+        if has_none {
+            let asked = format!("volume_secrets of [barbican] names secret {secret}");
+            self.check_has_no_own(&self.client.begin(), volume, &asked)?;
         }
-        Ok(described)
+        described
     }
 
-    /// Refuses `secret` as the key of a volume for which volcrypt has made one.
-    fn check_no_own_key(&self, asking: &Asking<'_>, volume: &VolumeId, secret: &SecretId) -> Result<(), Refusal> {
+    /// Refuses what is `asked` of a volume that has a key which was made here.
+    fn check_has_no_own(&self, asking: &Asking<'_>, volume: &VolumeId, asked: &str) -> Result<(), Refusal> {
         match self.find_all(asking, volume)?.first() {
             None => Ok(()),
             Some(own) => Err(Refusal::new(
                 Reason::WrongKey,
                 format!(
-                    "volume {volume} has a key of its own in Barbican (secret {}), so Cinder's secret {secret} is not its key: \
-                     do not name that, or have the volume's own key deleted first if nothing was encrypted with it",
+                    "volume {volume} has a key of its own in Barbican (secret {}), and {asked}, which does not become its key: \
+                     name no secret for it, or have its own key deleted first if nothing was encrypted with that",
                     own.id
                 ),
             )),
@@ -141,7 +146,7 @@ impl ForeignSecrets for BarbicanKeyManager {
     ) -> Result<Description, Refusal> {
         let mut asking = self.client.begin();
         let id = foreign.secret.as_str();
-        self.check_no_own_key(&asking, volume, &foreign.secret)?;
+        self.check_has_no_own(&asking, volume, &format!("{foreign} was given"))?;
         let wanted = wanted.clone().with_foreign(foreign.clone());
         let found = match self.noted(&asking, volume, &foreign.secret)? {
             Some(found) => found,

@@ -93,7 +93,7 @@ impl BarbicanKeyManager {
     /// The key of `volume` that counts, and what is known of the volume.
     fn fetch(&self, volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {
         if let Some(secret) = self.secret_for(volume)? {
-            return self.fetch_named(volume, &secret);
+            return self.named_in_file(volume, &secret);
         }
         let mut asking = self.client.begin();
         let Some(found) = self.settle(&mut asking, volume, false)? else { return Ok(None) };

@@ -180,6 +180,12 @@ fn a_secret_is_one_volumes_key(servers: &Barbican, cinder: &Cinder<'_>) {
     assert_eq!(reason, Reason::WrongKey);
     assert!(sentence.contains("is no secret of Cinder's"), "{sentence}");
     assert_eq!(refused(secrets(&host).described_by(&other, &made_here)).0, Reason::WrongKey);
+    // Also where what was kept beside it is lost.
+    cinder.ask("PUT", &format!("secrets/{made_here}/metadata"), "{\"metadata\": {}}");
+    let (reason, sentence) = refused(take(&host, &other, &ForeignKey::itself(made_here.clone())));
+    assert_eq!(reason, Reason::WrongKey);
+    assert!(sentence.contains("is no secret of Cinder's"), "{sentence}");
+    assert!(!cinder.metadata(&made_here).contains("volcrypt"));
 }
 
 fn a_file_names_secrets(servers: &Barbican, cinder: &Cinder<'_>) {

@@ -7,12 +7,12 @@
 
 use std::collections::BTreeMap;
 
-use super::BarbicanKeyManager;
 use super::answer::NoAnswer;
 use super::client::Asking;
 use super::refusals::About;
 use super::secrets_file;
 use super::settle::{self, Found};
+use super::{BarbicanKeyManager, PREFIX};
 use crate::keys::{Description, ForeignKey, ForeignSecrets, Key, RecordedKey, SecretId};
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
@@ -62,6 +62,27 @@ impl BarbicanKeyManager {
                     "volume {volume} has a key of its own in Barbican (secret {}), and {asked}, which does not become its key: \
                      name no secret for it, or have its own key deleted first if nothing was encrypted with that",
                     own.id
+                ),
+            )),
+        }
+    }
+
+    /// Refuses a secret that is called the key of a volume, even if nothing beside it says so any more.
+    fn check_was_not_made_here(
+        &self,
+        asking: &Asking<'_>,
+        volume: &VolumeId,
+        secret: &SecretId,
+    ) -> Result<(), Refusal> {
+        let id = secret.as_str();
+        let found = asking.secret(id).map_err(|no_answer| self.refusal(About::Foreign(volume, id), no_answer))?;
+        match found.name.is_some_and(|name| name.starts_with(PREFIX)) {
+            false => Ok(()),
+            true => Err(Refusal::new(
+                Reason::WrongKey,
+                format!(
+                    "Barbican's secret {id} is no secret of Cinder's but is called as a key that volcrypt has made for a volume, \
+                     which may need it: give the one that Cinder has made for volume {volume}"
                 ),
             )),
         }
@@ -151,6 +172,7 @@ impl ForeignSecrets for BarbicanKeyManager {
         let found = match self.noted(&asking, volume, &foreign.secret)? {
             Some(found) => found,
             None => {
+                self.check_was_not_made_here(&asking, volume, &foreign.secret)?;
                 let text = wanted.to_text(volume, key);
                 let text = text.map_err(|error| Refusal::new(Reason::KeyManager, error.to_string()))?;
                 match self.note(&mut asking, volume, &foreign.secret, &text) {

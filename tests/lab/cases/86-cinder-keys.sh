@@ -3,7 +3,6 @@
 # ones get them for keys. LUNs of prot-cinder: 0 and 1 are encrypted as os-brick does it, 2 is blank. Domain `vm` uses
 # them.
 # machines: one
-# machine: second
 # limit: 600
 # shellcheck disable=SC2154 # Variables of guest/lib.sh.
 

@@ -196,6 +196,7 @@ fn state(VolumeStatus { record, mapped, domains }: &VolumeStatus) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::keys::KeyHandle;
     use crate::store::VolumeState;
     use serde_json::json;
 
@@ -240,7 +241,8 @@ mod tests {
         );
         assert!(describe(&volume(json!({}), None)).contains("device:          not told by the kernel\n"));
         let mut foreign = volume(json!({}), None);
-        foreign.record.key.id = "dfe2418f-8205-4e90-816a-4e8ea2366b48.ripemd160-512".parse().unwrap();
+        let id = "dfe2418f-8205-4e90-816a-4e8ea2366b48.ripemd160-512".parse().unwrap();
+        foreign.record.key = KeyHandle { id, version: 1 };
         let key = "\nkey:             Cinder's secret dfe2418f-8205-4e90-816a-4e8ea2366b48, hashed as a passphrase (ripemd160)\n";
         assert!(describe(&foreign).contains(key), "{}", describe(&foreign));
     }

@@ -27,7 +27,7 @@ pub fn quoted(name: &str) -> String {
     }
 }
 
-/// Whether a text is a UUID as libvirt writes it, in letters of either size.
+/// Whether a text is a UUID as libvirt and OpenStack write it, in letters of either size.
 pub fn is_uuid(text: &str) -> bool {
     let parts = text.split('-').map(|part| part.bytes().all(|byte| byte.is_ascii_hexdigit()).then_some(part.len()));
     parts.eq([Some(8), Some(4), Some(4), Some(4), Some(12)])

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use super::{Description, FIRST_VERSION, Key, KeyHandle, KeyId};
+use crate::domain::is_uuid;
 use crate::policy::KeySize;
 use crate::refusal::Refusal;
 use crate::volume::VolumeId;
@@ -58,15 +59,6 @@ impl From<SecretId> for String {
     fn from(id: SecretId) -> String {
         id.0
     }
-}
-
-/// Whether `text` is a UUID with its four dashes.
-pub(super) fn is_uuid(text: &str) -> bool {
-    text.len() == 36
-        && text.bytes().enumerate().all(|(place, byte)| match place {
-            8 | 13 | 18 | 23 => byte == b'-',
-            _ => byte.is_ascii_hexdigit(),
-        })
 }
 
 /// How cryptsetup hashes a passphrase in `plain` mode.

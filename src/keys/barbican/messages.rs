@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::answer::NoAnswer;
+use crate::domain::is_uuid;
 
 /// What Barbican says of a secret, apart from the secret.
 #[derive(Deserialize)]
@@ -100,12 +101,7 @@ pub struct Consumer {
 /// The id at the end of a reference. Where else it points counts for nothing.
 pub fn id_of(reference: &str) -> Result<&str, NoAnswer> {
     let id = reference.rsplit('/').next().unwrap_or_default();
-    let is_uuid = id.len() == 36
-        && id.bytes().enumerate().all(|(place, byte)| match place {
-            8 | 13 | 18 | 23 => byte == b'-',
-            _ => byte.is_ascii_hexdigit(),
-        });
-    match is_uuid {
+    match is_uuid(id) {
         true => Ok(id),
         false => Err(NoAnswer::Malformed("Barbican: its answer names a secret without an id".to_owned())),
     }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::{CheckValue, FIRST_VERSION, PassphraseHash, SecretId};
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
-use crate::volume::VolumeId;
+use crate::volume::{VolumeId, is_id};
 
 /// What a key is called where it is kept: 1 to 128 ASCII letters, digits, `.`, `_` or `-`, the first one a letter or a
 /// digit. A key that volcrypt made is called as its volume is; any other may be, for example, the UUID of a secret.
@@ -47,11 +47,7 @@ impl FromStr for KeyId {
     type Err = InvalidKeyId;
 
     fn from_str(text: &str) -> Result<Self, InvalidKeyId> {
-        let is_fine = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-        let valid = text.len() <= Self::MAX_LENGTH
-            && text.bytes().next().is_some_and(|first| first.is_ascii_alphanumeric())
-            && text.bytes().all(is_fine);
-        match valid {
+        match is_id(text, Self::MAX_LENGTH) {
             true => Ok(KeyId(text.to_owned())),
             false => Err(InvalidKeyId(text.chars().take(80).collect())),
         }

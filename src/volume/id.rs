@@ -39,15 +39,18 @@ impl VolumeId {
     }
 }
 
+/// Whether `text` is 1 to `longest` ASCII letters, digits, `.`, `_` or `-`, the first one a letter or a digit.
+pub(crate) fn is_id(text: &str, longest: usize) -> bool {
+    text.len() <= longest
+        && text.bytes().next().is_some_and(|first| first.is_ascii_alphanumeric())
+        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte))
+}
+
 impl FromStr for VolumeId {
     type Err = InvalidVolumeId;
 
     fn from_str(text: &str) -> Result<Self, InvalidVolumeId> {
-        let valid_byte = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
-        let valid = text.len() <= Self::MAX_LENGTH
-            && text.bytes().next().is_some_and(|first| first.is_ascii_alphanumeric())
-            && text.bytes().all(valid_byte);
-        match valid {
+        match is_id(text, Self::MAX_LENGTH) {
             true => Ok(VolumeId(text.to_owned())),
             false => Err(InvalidVolumeId(text.chars().take(80).collect())),
         }

@@ -13,6 +13,7 @@ pub mod vpd;
 pub use blank::{Content, examine};
 pub use details::{Details, LogicalVolume, Portrait};
 pub use device::DeviceNumber;
+pub(crate) use id::is_id;
 pub use id::{InvalidVolumeId, MAPPING_PREFIX, VolumeId};
 pub use identity::{Identity, Iscsi, Mapping, OWN_UUID_PREFIX, parse_own_uuid};
 pub use recognise::recognise;

@@ -23,7 +23,10 @@ const SIZE_LIMIT: u64 = 16 << 20;
 pub fn read(path: &Path) -> Result<BTreeMap<VolumeId, SecretId>, Refusal> {
     let faulty = |what: String| Refusal::new(Reason::Configuration, format!("{}: {what}", path.display()));
     let text = content(path).map_err(|error| {
-        faulty(format!("the file that names Cinder's secrets cannot be read ({error}): correct secrets in the section [barbican], or the file"))
+        faulty(format!(
+            "the file that names Cinder's secrets cannot be read ({error}): correct volume_secrets in the section [barbican], \
+             or the file"
+        ))
     })?;
     parse(&text).map_err(|(line, what)| faulty(format!("line {line} {what}")))
 }
@@ -120,6 +123,7 @@ mod tests {
         let said = || read(&path).unwrap_err();
         assert_eq!(said().reason(), Reason::Configuration);
         assert!(said().to_string().contains("cannot be read"), "{}", said());
+        assert!(said().to_string().contains("correct volume_secrets in the section [barbican]"), "{}", said());
         fs::write(&path, format!("one {ONE}\n")).unwrap();
         fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
         assert_eq!(read(&path).unwrap().len(), 1);

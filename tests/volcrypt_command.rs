@@ -234,7 +234,7 @@ fn enrol_names_the_device_from_the_root_and_shows_the_record() {
     let outcome = daemon.run(&["volume", "enrol", "disk"]).unwrap();
     assert!(outcome.text.contains("device:          target iqn.2026-11.org.lab:v0, LUN 0\n"), "{}", outcome.text);
     let here = std::env::current_dir().unwrap().join("disk");
-    assert_eq!(daemon.request(), json!({ "enrol": { "device": here, "owner": null } }));
+    assert_eq!(daemon.request(), json!({ "enrol": { "device": here, "owner": null, "secret": null } }));
 }
 
 #[test]
@@ -245,10 +245,27 @@ fn nothing_is_destroyed_that_was_not_named_twice() {
         let sentence = daemon.run(arguments).unwrap_err();
         assert_eq!(sentence, "nothing was destroyed: type the volume's id when asked, or add --confirm vol-1");
     }
-    let daemon = FakeDaemon::new(json!({ "done": { "volumes": [record()] } }), "");
+    let daemon = FakeDaemon::new(json!({ "done": { "destroyed": { "elsewhere": null } } }), "");
     let outcome = daemon.run(&["volume", "destroy", "vol-1", "--confirm", "vol-1"]).unwrap();
     assert!(outcome.text.starts_with("The key of volume vol-1 is destroyed"), "{}", outcome.text);
-    assert_eq!(daemon.request(), json!({ "destroy": { "id": "vol-1" } }));
+    assert_eq!(daemon.request(), json!({ "destroy": { "id": "vol-1", "is_gone": false } }));
+}
+
+#[test]
+fn a_destroyed_key_that_another_manager_may_have_is_told() {
+    let elsewhere = "the embedded store still holds it: run this again there";
+    let daemon = FakeDaemon::new(json!({ "done": { "destroyed": { "elsewhere": elsewhere } } }), "");
+    let outcome = daemon.run(&["volume", "destroy", "vol-1", "--confirm", "vol-1"]).unwrap();
+    let expected = format!("The key of volume vol-1 is destroyed in the key manager in use, but {elsewhere}.\n");
+    assert_eq!(outcome.text, expected);
+    daemon.request();
+}
+
+#[test]
+fn a_key_that_is_gone_is_only_recorded_as_destroyed() {
+    let daemon = FakeDaemon::new(json!({ "done": { "destroyed": { "elsewhere": null } } }), "");
+    daemon.run(&["volume", "destroy", "vol-1", "--gone", "--confirm", "vol-1"]).unwrap();
+    assert_eq!(daemon.request(), json!({ "destroy": { "id": "vol-1", "is_gone": true } }));
 }
 
 #[test]

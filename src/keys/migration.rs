@@ -19,14 +19,16 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Description, Host, Imported, Key, KeyManager, ManagerKind};
-use crate::audit::{Asker, Event, Kind};
+use super::{Host, Imported, Key, KeyManager, ManagerKind};
+use crate::audit::Asker;
 use crate::encryptor::VolumeLocks;
 use crate::refusal::{Reason, Refusal};
 use crate::store::{MoveState, Planned, Store, VolumeRecord, VolumeState};
 use crate::volume::VolumeId;
 
+mod copying;
 mod leaving;
+mod removing;
 
 /// How many keys are worked on at once: a key manager that several hosts ask waits for seconds before it takes one.
 const AT_ONCE: usize = 16;
@@ -349,93 +351,9 @@ impl<'a> KeyMigration<'a> {
         }
     }
 
-    /// Has the key of `volume` in both key managers.
-    fn copy(&self, volume: &VolumeId) -> Result<Done, Refusal> {
-        let record = self.store.volume(volume)?;
-        if let Some(word) = self.stays(volume, record.as_ref().map(|record| record.state)) {
-            return Ok(Done::Skipped(word));
-        }
-        let Route { from, to } = self.route;
-        // Under its own name in the new key manager, it would not be what the record names.
-        if let Some(word) = record.as_ref().and_then(|record| self.is_not_ours(record)) {
-            return Ok(Done::Skipped(word));
-        }
-        let found = match (self.found(volume, record.as_ref()), &record) {
-            // The source may remember what an earlier run has destroyed there.
-            (Err(refusal), Some(record)) if refusal.reason() == Reason::KeyDestroyed => {
-                return self.is_there_alone(record).map_err(|other| match other.reason() {
-                    Reason::NoKey => refusal,
-                    _ => other,
-                });
-            }
-            (found, _) => found?,
-        };
-        let (key, description) = match (found, &record) {
-            (None, Some(record)) => return self.is_there_alone(record),
-            (None, None) => return Ok(Done::Skipped(format!("{from} has no key of volume {volume} any more"))),
-            (Some((key, _)), Some(record)) => (key, Description::of(record)),
-            (Some((key, Some(description))), None) => (key, description),
-            (Some((_, None)), None) => {
-                return Ok(Done::Skipped(format!(
-                    "the key of volume {volume} stays in {from}: the volume was never enrolled with it"
-                )));
-            }
-        };
-        if let Some(record) = &record {
-            self.check_enrolled_with(record, from, &key)?;
-        }
-        let imported = match self.target.import(volume, &key, &description) {
-            Err(refusal) if refusal.reason() == Reason::WrongKey => return Err(self.differing(volume, &key, &refusal)),
-            imported => imported?,
-        };
-        if imported == Imported::Present {
-            self.keep(volume)?;
-        }
-        // As every open will read it.
-        if !one_key(self.target, volume, record.as_ref())?.same_as(&key) {
-            return Err(self.differing(volume, &key, &format!("{to} handed out another one than it was given")));
-        }
-        let detail = match imported {
-            Imported::Stored => format!("copied from {from} to {to}, read back and compared"),
-            Imported::Present => format!("in {from} and in {to}, compared"),
-        };
-        self.store.note_move(
-            self.route,
-            volume,
-            MoveState::Copied,
-            Some(Event::new(Kind::KeyMoved, volume, detail)),
-        )?;
-        Ok(Done::Imported(imported))
-    }
-
-    /// The key of `volume` in the source and what that knows of the volume.
-    fn found(
-        &self,
-        volume: &VolumeId,
-        record: Option<&VolumeRecord>,
-    ) -> Result<Option<(Key, Option<Description>)>, Refusal> {
-        if self.source.capabilities().describes {
-            return Ok(self.source.described(volume)?.map(|(key, description)| (key, Some(description))));
-        }
-        match one_key(self.source, volume, record) {
-            Ok(key) => Ok(Some((key, None))),
-            Err(refusal) if refusal.reason() == Reason::NoKey && !self.lists(volume)? => Ok(None),
-            Err(refusal) => Err(refusal),
-        }
-    }
-
     /// Whether the source knows of a key of `volume`, which may be one that it cannot hand out.
     fn lists(&self, volume: &VolumeId) -> Result<bool, Refusal> {
         Ok(self.source.list()?.iter().any(|info| info.volume == *volume))
-    }
-
-    /// A volume that was enrolled with the target, or whose old key was destroyed.
-    fn is_there_alone(&self, record: &VolumeRecord) -> Result<Done, Refusal> {
-        let key = self.target.get_enrolled(&record.recorded_key())?;
-        self.check_enrolled_with(record, self.route.to, &key)?;
-        self.keep(&record.id)?;
-        self.store.note_move(self.route, &record.id, MoveState::Moved, None)?;
-        Ok(Done::Imported(Imported::Present))
     }
 
     fn check_enrolled_with(&self, record: &VolumeRecord, place: ManagerKind, key: &Key) -> Result<(), Refusal> {
@@ -467,83 +385,6 @@ impl<'a> KeyMigration<'a> {
                 key.check_value(volume)
             ),
         )
-    }
-
-    /// Destroys the key in the source of a volume that was destroyed, which another key manager may not have seen.
-    fn remove_remains(&self, record: &VolumeRecord) -> Result<Done, Refusal> {
-        let (volume, from) = (&record.id, self.route.from);
-        match self.source.get(volume) {
-            Ok(key) if key.check_value(volume) != record.check_value => {
-                return Ok(Done::Skipped(format!(
-                    "volume {volume} was destroyed, and the key of that id in {from} is not the one it had: it stays there"
-                )));
-            }
-            Ok(_) => {
-                let detail = format!("in {from}; the volume was destroyed");
-                self.store.append_audit(Event::new(Kind::DestructionStarted, volume, &detail))?;
-                self.forget(volume, detail)?;
-            }
-            Err(refusal) if refusal.reason() == Reason::NoKey && !self.lists(volume)? => self.forget_gone(volume)?,
-            Err(refusal) if refusal.reason() == Reason::KeyDestroyed => self.forget_gone(volume)?,
-            Err(refusal) => return Err(refusal),
-        }
-        Ok(Done::Removed)
-    }
-
-    /// Destroys the key of `volume` in the source, if the target has the same.
-    fn remove(&self, volume: &VolumeId) -> Result<Done, Refusal> {
-        let record = self.store.volume(volume)?;
-        if let Some(record) = record.as_ref().filter(|record| record.state == VolumeState::Destroyed) {
-            return self.remove_remains(record);
-        }
-        if let Some(word) = record.as_ref().and_then(|record| self.is_not_ours(record)) {
-            return Ok(Done::Skipped(word));
-        }
-        if let Some(word) = self.stays(volume, record.as_ref().map(|record| record.state)) {
-            return Ok(Done::Skipped(word));
-        }
-        let new = one_key(self.target, volume, record.as_ref())
-            .map_err(|refusal| self.not_there_any_more(volume, refusal))?;
-        if let Some(record) = &record {
-            self.check_enrolled_with(record, self.route.to, &new)?;
-        }
-        match self.source.get(volume) {
-            Ok(old) if !old.same_as(&new) => return Err(self.differing(volume, &old, &"nothing was destroyed")),
-            Ok(_) => self.leave(volume, &new)?,
-            // An earlier run has destroyed it and come no further, or not wiped all of it. One that only cannot be read is
-            // nothing to compare with.
-            Err(refusal) if refusal.reason() == Reason::NoKey && !self.lists(volume)? => self.forget_gone(volume)?,
-            Err(refusal) if refusal.reason() == Reason::KeyDestroyed => self.forget_gone(volume)?,
-            Err(refusal) => return Err(refusal),
-        }
-        Ok(Done::Removed)
-    }
-
-    /// The refusal to destroy the key of `volume` in the source that follows from the target's.
-    fn not_there_any_more(&self, volume: &VolumeId, refusal: Refusal) -> Refusal {
-        let Route { from, to } = self.route;
-        match refusal.reason() {
-            Reason::NoKey | Reason::KeyDestroyed => Refusal::new(
-                refusal.reason(),
-                format!(
-                    "{to} has no key of volume {volume} any more, so that in {from} was not destroyed: run 'volcrypt key migrate \
-                     --from {from} --to {to}' again ({refusal})"
-                ),
-            ),
-            _ => refusal,
-        }
-    }
-
-    /// Destroys the key of `volume` in the source, where it is gone and was not recorded as that.
-    fn forget_gone(&self, volume: &VolumeId) -> Result<(), Refusal> {
-        self.forget(volume, format!("in {}, where it was gone already", self.route.from))
-    }
-
-    /// Destroys the key of `volume` in the source, and records that.
-    fn forget(&self, volume: &VolumeId, detail: String) -> Result<(), Refusal> {
-        self.source.forget(volume)?;
-        let event = Event::new(Kind::OldKeyDestroyed, volume, detail);
-        self.store.note_move(self.route, volume, MoveState::Moved, Some(event))
     }
 }
 

@@ -7,9 +7,10 @@ use std::sync::{Arc, Mutex};
 use tempfile::TempDir;
 
 use super::*;
+use crate::audit::Kind;
 use crate::keys::{
-    Capabilities, EmbeddedKeyManager, ForeignKey, KeyFileManager, KeyHandle, KeyInfo, Leaving, OneKeyForEveryVolume,
-    RecordedKey,
+    Capabilities, Description, EmbeddedKeyManager, ForeignKey, KeyFileManager, KeyHandle, KeyInfo, Leaving,
+    OneKeyForEveryVolume, RecordedKey,
 };
 use crate::policy::{KeySize, Profile};
 use crate::store::tests::private_directory;

@@ -3,8 +3,8 @@
 //!
 //! The server is asked first. Only if it does not answer, neither yes nor no, is a kept key used, and only for so long
 //! after the server last gave it as the configuration says. Whatever no the server says to a volume's key wipes the kept
-//! one at once. A server that was found silent is not waited for again by each open that could do without: the kept key
-//! is used, and the server is asked behind it.
+//! one at once. A server that was found silent is not waited for by whoever could do without: the kept key is used, the
+//! server is asked behind it, and once more from time to time, until it answers.
 
 mod cache;
 mod clock;
@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use self::held::Held;
 use self::jobs::Jobs;
-use self::silence::{Patience, Silence};
+use self::silence::Silence;
 use super::{
     Capabilities, Description, ForeignSecrets, Imported, KekRotation, KeptKeys, Key, KeyHandle, KeyInfo, KeyManager,
     Leaving, RecordedKey, RotationStep,
@@ -30,8 +30,6 @@ use crate::volume::VolumeId;
 
 pub use self::cache::KeyCache;
 
-/// How long a server that was silent before is waited for by somebody who has a kept key.
-const HEAD_START: Duration = Duration::from_secs(1);
 /// How often kept keys are looked through for those whose time is over.
 const TIDY_EVERY: Duration = Duration::from_secs(3600);
 /// Enough for TLS and SQLite.
@@ -52,7 +50,7 @@ struct Shared {
     evictions: AtomicU64,
     /// Held by whoever keeps or gives up a key.
     turn: Mutex<()>,
-    /// Has the keeper look at what is held.
+    /// Has the keeper look at what is held, and at a server that was found silent.
     wake: mpsc::Sender<()>,
 }
 
@@ -89,7 +87,7 @@ impl CachedKeyManager {
     }
 }
 
-/// Wipes what was held or kept for long enough, as long as the key manager lives.
+/// Wipes what was held or kept for long enough, and asks a silent server again, as long as the key manager lives.
 fn keep(shared: &Weak<Shared>, woken: &mpsc::Receiver<()>) {
     let mut tidied = Instant::now();
     let mut pause = TIDY_EVERY;
@@ -102,8 +100,13 @@ fn keep(shared: &Weak<Shared>, woken: &mpsc::Receiver<()>) {
                 cache.tidy();
             }
         }
-        let next = shared.held.expire(now).map(|next| next.saturating_duration_since(now));
-        pause = next.unwrap_or(TIDY_EVERY).min((tidied + TIDY_EVERY).saturating_duration_since(now));
+        let (wanted, again) = shared.silence.ask_again(now);
+        if let Some(wanted) = wanted {
+            shared.ask_behind(&wanted, false);
+        }
+        let expires = shared.held.expire(now).map(|next| next.saturating_duration_since(now));
+        let tidy = (tidied + TIDY_EVERY).saturating_duration_since(now);
+        pause = [expires, again].into_iter().flatten().fold(tidy, Duration::min);
     }
 }
 
@@ -111,10 +114,11 @@ impl Shared {
     /// Asks the server for the key that a record names, and does with kept keys as it says.
     fn ask(&self, wanted: &RecordedKey, hold: impl FnOnce() -> bool) -> Result<Key, Refusal> {
         let (volume, before) = (&wanted.volume, self.evictions.load(Ordering::SeqCst));
+        let _question = self.silence.question(wanted, Instant::now());
         match self.server.get_enrolled(wanted) {
             // Another one takes the place of none. Whoever asked sees that it is another one, and says so.
             Ok(key) if key.check_value(volume) != wanted.check_value => {
-                self.silence.end();
+                self.silence.end(Instant::now());
                 self.evict(volume);
                 Ok(key)
             }
@@ -132,7 +136,7 @@ impl Shared {
     /// The server has given the key of `volume` that `handle` names, which it was asked for when `before` keys had been
     /// given up.
     fn given(&self, volume: &VolumeId, handle: &KeyHandle, key: &Key, before: u64, hold: impl FnOnce() -> bool) {
-        self.silence.end();
+        self.silence.end(Instant::now());
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         // It may be the answer to a question that is older than another one's no.
         if self.evictions.load(Ordering::SeqCst) != before {
@@ -155,13 +159,16 @@ impl Shared {
 
     fn refused(&self, volume: &VolumeId, refusal: &Refusal) {
         match refusal.reason() {
-            _ if refusal.is_unanswered() => self.silence.begin(Instant::now()),
+            _ if refusal.is_unanswered() => {
+                self.silence.begin(Instant::now());
+                let _ = self.wake.send(());
+            }
             Reason::NoKey | Reason::WrongKey | Reason::KeyDestroyed | Reason::NotAllowed => {
-                self.silence.end();
+                self.silence.end(Instant::now());
                 self.evict(volume);
             }
-            // Neither yes nor no, and not silence either: what goes on is not known.
-            _ => {}
+            // Neither yes nor no, and not silence either: what goes on is not known, so no kept key is used.
+            _ => self.silence.end(Instant::now()),
         }
     }
 
@@ -202,44 +209,46 @@ impl Shared {
         }
     }
 
-    /// The kept key that a record names, if the server was silent lately and does not answer within a moment.
-    fn without_server(self: &Arc<Self>, cache: &KeyCache, wanted: &RecordedKey) -> Option<Key> {
-        let patience = self.silence.patience(Instant::now());
-        if patience == Patience::Whole {
-            return None;
+    /// What the server says to a question for the key that a record names, if it does within `most`. What it says later
+    /// counts for whoever asks then.
+    fn ask_within(self: &Arc<Self>, wanted: &RecordedKey, most: Duration) -> Option<Result<Key, Refusal>> {
+        let (answer, answered) = mpsc::sync_channel(1);
+        let (shared, key) = (Arc::clone(self), wanted.clone());
+        let thread = std::thread::Builder::new().name("key-fetch".to_owned()).stack_size(STACK);
+        // Whoever waited may have gone: then the key is wiped.
+        if thread.spawn(move || drop(answer.send(shared.ask(&key, || false)))).is_err() {
+            return Some(self.ask(wanted, || false));
         }
-        let key = cache.load(wanted).ok()?;
-        self.ask_behind(wanted, false);
-        if patience == Patience::None {
-            return Some(key);
-        }
-        match self.jobs.wait_for(&wanted.volume, HEAD_START) {
-            // What it said counts.
-            true if self.silence.patience(Instant::now()) == Patience::None => cache.load(wanted).ok(),
-            true => None,
-            // Somebody was answered meanwhile, and the question about this one only waits for its turn.
-            false if self.silence.patience(Instant::now()) == Patience::Whole => None,
-            false => {
-                self.silence.begin(Instant::now());
-                Some(key)
-            }
+        match answered.recv_timeout(most) {
+            Ok(answer) => Some(answer),
+            Err(mpsc::RecvTimeoutError::Timeout) => None,
+            Err(mpsc::RecvTimeoutError::Disconnected) => Some(Err(Refusal::new(
+                Reason::KeyManager,
+                format!("the key of volume {} was given up, as the journal says: try again", wanted.volume),
+            ))),
         }
     }
 
     fn get(self: &Arc<Self>, wanted: &RecordedKey) -> Result<Key, Refusal> {
-        if let Some(key) = self.held.get(wanted, Instant::now()) {
+        let now = Instant::now();
+        if let Some(key) = self.held.get(wanted, now) {
             return Ok(key);
         }
         let Cache::On(cache) = &self.cache else { return self.ask(wanted, || false) };
-        if let Some(key) = self.without_server(cache, wanted) {
-            return Ok(self.tell(&wanted.volume, key));
-        }
-        match self.ask(wanted, || false) {
-            Err(refusal) if refusal.is_unanswered() => match cache.load(wanted) {
-                Ok(key) => Ok(self.tell(&wanted.volume, key)),
-                Err(why) => Err(refusal.and(&why)),
-            },
-            outcome => outcome,
+        let asked = match (cache.load(wanted), self.silence.patience(now)) {
+            (Err(_), _) => Some(self.ask(wanted, || false)),
+            (Ok(_), Some(most)) => self.ask_within(wanted, most),
+            (Ok(_), None) => {
+                self.ask_behind(wanted, false);
+                None
+            }
+        };
+        let kept = || cache.load(wanted).map(|key| self.tell(&wanted.volume, key));
+        match asked {
+            Some(Err(refusal)) if refusal.is_unanswered() => kept().map_err(|why| refusal.and(&why)),
+            Some(outcome) => outcome,
+            // If it is not there any more, the server has said no to somebody else meanwhile.
+            None => kept().or_else(|_| self.ask(wanted, || false)),
         }
     }
 
@@ -260,7 +269,7 @@ impl KeyManager for CachedKeyManager {
     fn get(&self, volume: &VolumeId) -> Result<Key, Refusal> {
         let shared = &self.shared;
         let answer = shared.server.get(volume).inspect_err(|refusal| shared.refused(volume, refusal));
-        answer.inspect(|_| shared.silence.end())
+        answer.inspect(|_| shared.silence.end(Instant::now()))
     }
 
     /// # Errors
@@ -372,8 +381,8 @@ impl KeyManager for CachedKeyManager {
     fn fetch_ahead(&self, key: &RecordedKey) {
         let shared = &self.shared;
         let now = Instant::now();
-        // A server that has just been silent is not asked by everybody who will not wait for it anyway.
-        if shared.held.get(key, now).is_none() && shared.silence.patience(now) != Patience::None {
+        // A silent server is asked by whoever needs the key, and from time to time.
+        if shared.held.get(key, now).is_none() && shared.silence.patience(now).is_some() {
             shared.ask_behind(key, true);
         }
     }

@@ -189,6 +189,15 @@ fn refused(manager: &CachedKeyManager) -> Reason {
 }
 
 /// Has the server give the key once, and be silent from then on.
+/// Nobody asks for the key of volume one behind those who do not wait.
+fn wait_until_nobody_asks(manager: &CachedKeyManager) {
+    let end = Instant::now() + Duration::from_secs(10);
+    while manager.shared.jobs.is_asked_for(&one()) {
+        assert!(Instant::now() < end, "somebody asks for ever");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 fn use_once(host: &Host, manager: &CachedKeyManager) {
     host.script.say(Answer::Key(1));
     let key = get(manager, &one()).unwrap();
@@ -522,7 +531,7 @@ fn a_key_that_was_fetched_ahead_is_there_at_once() {
         let fetch = || {
             host.script.say(Answer::Key(1));
             manager.fetch_ahead(&recorded(&one()));
-            assert!(manager.shared.jobs.wait_for(&one(), Duration::from_secs(10)));
+            wait_until_nobody_asks(&manager);
         };
         fetch();
         host.script.say(Answer::Hang);
@@ -557,7 +566,7 @@ fn what_is_fetched_ahead_is_bounded_and_hurts_nobody_whatever_the_server_says() 
     host.script.wait_until_asked(1024);
     host.script.say(Answer::No(Reason::NoKey));
     manager.fetch_ahead(&recorded(&one()));
-    manager.shared.jobs.wait_for(&one(), Duration::from_secs(10));
+    wait_until_nobody_asks(&manager);
     assert_eq!(refused(&manager), Reason::NoKey);
 }
 
@@ -589,7 +598,7 @@ fn another_key_is_neither_kept_nor_held() {
     manager.get_enrolled(&known).unwrap();
     host.script.say(Answer::Key(2));
     manager.fetch_ahead(&known);
-    assert!(manager.shared.jobs.wait_for(&one(), Duration::from_secs(10)));
+    wait_until_nobody_asks(&manager);
     assert_eq!(host.script.asked(), 2);
     host.script.say(Answer::Key(1));
     assert!(manager.get_enrolled(&known).unwrap().same_as(&key_of(1)), "the other one is held");
@@ -605,18 +614,77 @@ fn a_kept_key_that_was_wiped_while_it_was_waited_for_is_not_used() {
     let host = Host::new();
     let manager = host.start();
     get(&manager, &one()).unwrap();
-    let Cache::On(cache) = &manager.shared.cache else { panic!() };
-    // It was silent some time ago, so it is asked and waited for; meanwhile it said no to somebody, and is silent again.
-    manager.shared.silence.begin(Instant::now() - Duration::from_secs(20));
+    // Meanwhile the server says no to somebody, and then nothing more.
     host.script.say(Answer::Hang);
-    let shared = Arc::clone(&manager.shared);
     std::thread::scope(|scope| {
-        let waiting = scope.spawn(|| shared.without_server(cache, &recorded(&one())).is_some());
+        let waiting = scope.spawn(|| refused(&manager));
         host.script.wait_until_asked(2);
-        shared.evict(&one());
+        manager.shared.evict(&one());
         host.script.say(Answer::Silence);
-        assert!(!waiting.join().unwrap());
+        assert_eq!(waiting.join().unwrap(), Reason::TimedOut);
     });
+}
+
+#[test]
+fn who_has_a_kept_key_does_not_wait_as_long_as_others_who_have_none() {
+    let host = Host::new();
+    let manager = host.start();
+    get(&manager, &one()).unwrap();
+    host.script.say(Answer::Hang);
+    let other = recorded(&"two".parse().unwrap());
+    let waiting = manager.shared.silence.question(&other, Instant::now() - Duration::from_secs(3));
+    for _ in 0..100 {
+        // Nobody answers before this loop is over.
+        assert!(get(&manager, &one()).unwrap().from_cache().is_some());
+    }
+    drop(waiting);
+    host.script.say(Answer::Key(1));
+    wait_until_nobody_asks(&manager);
+    assert!(get(&manager, &one()).unwrap().from_cache().is_none());
+}
+
+#[test]
+fn who_meets_a_silent_server_first_waits_for_it_a_moment() {
+    let host = Host::new();
+    let manager = host.start();
+    get(&manager, &one()).unwrap();
+    host.script.say(Answer::Hang);
+    // For as long as its question has no answer, which in this test comes never.
+    assert!(get(&manager, &one()).unwrap().from_cache().is_some());
+    host.script.say(Answer::No(Reason::KeyDestroyed));
+    let end = Instant::now() + Duration::from_secs(10);
+    while !host.store().cached_keys().unwrap().is_empty() {
+        assert!(Instant::now() < end, "the no that came late was not heard");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn a_silent_server_is_asked_again_although_nobody_needs_a_key() {
+    let host = Host::new();
+    let manager = host.start();
+    get(&manager, &one()).unwrap();
+    host.script.say(Answer::No(Reason::NotAllowed));
+    let asked = host.script.asked();
+    manager.shared.silence.begin(Instant::now() - Duration::from_secs(10));
+    manager.shared.wake.send(()).unwrap();
+    host.script.wait_until_asked(asked + 1);
+    wait_until_nobody_asks(&manager);
+    assert!(host.store().cached_keys().unwrap().is_empty());
+    assert!(manager.shared.silence.patience(Instant::now()).is_some(), "and is silent no more");
+}
+
+#[test]
+fn a_server_whose_answer_makes_no_sense_is_not_silent_any_more() {
+    let host = Host::new();
+    let manager = host.start();
+    use_once(&host, &manager);
+    assert!(get(&manager, &one()).is_ok());
+    host.script.say(Answer::No(Reason::KeyManager));
+    assert!(get(&manager, &one()).unwrap().from_cache().is_some(), "it is asked behind this one");
+    wait_until_nobody_asks(&manager);
+    assert_eq!(refused(&manager), Reason::KeyManager);
+    assert!(!host.store().cached_keys().unwrap().is_empty(), "the kept key stays");
 }
 
 /// The key of volume one that is all twos, as a record names it that was re-encrypted.
@@ -665,7 +733,7 @@ fn a_key_that_is_held_is_not_another_version_of_it() {
     let host = Host::new();
     let manager = CachedKeyManager::new(Box::new(host.script.clone()), Cache::Off);
     manager.fetch_ahead(&recorded(&one()));
-    assert!(manager.shared.jobs.wait_for(&one(), Duration::from_secs(10)));
+    wait_until_nobody_asks(&manager);
     host.script.say(Answer::Key(2));
     assert!(manager.get_enrolled(&second()).unwrap().same_as(&key_of(2)));
     let same = RecordedKey { handle: second().handle, ..recorded(&one()) };

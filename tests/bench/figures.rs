@@ -70,6 +70,11 @@ fn main() -> ExitCode {
         ["lab", machine, domain, unprotected, protected, plain] => {
             lab::figures(machine, domain, &[unprotected, protected, plain].map(str::as_ref))
         }
+        ["attaches", domain, prepare, ref ways @ ..] => {
+            let ways =
+                ways.chunks_exact(3).map(|way| lab::Way { name: way[0], device: way[1].as_ref(), state: way[2] });
+            lab::attaches(domain, prepare.as_ref(), &ways.collect::<Vec<_>>())
+        }
         _ => return ExitCode::SUCCESS,
     };
     match figures {

@@ -102,6 +102,44 @@ pub fn figures(machine: &str, domain: &str, devices: &[&Path; 3]) -> Outcome<Vec
     Ok(figures)
 }
 
+/// One way in which a protected volume is attached.
+pub struct Way<'a> {
+    /// What it is called in the table.
+    pub name: &'a str,
+    /// The volume's device.
+    pub device: &'a Path,
+    /// Arguments of `prepare`, which is run before each attach; its time does not count.
+    pub state: &'a str,
+}
+
+/// Attaches a volume to the running `domain` in each of `ways`, of which the others are compared with the first.
+pub fn attaches(domain: &str, prepare: &Path, ways: &[Way<'_>]) -> Outcome<Vec<Figure>> {
+    let folder = tempfile::tempdir()?;
+    let mut runs: Vec<Run<'_>> = Vec::new();
+    for (number, way) in ways.iter().enumerate() {
+        let xml = folder.path().join(number.to_string());
+        fs::write(&xml, disk_xml(way.device))?;
+        let disk = Disk { domain: domain.to_owned(), xml };
+        runs.push(Box::new(move || {
+            run(Command::new(prepare).args(way.state.split(' ')), "")?;
+            let took = disk.attach()?;
+            mapping()?.ok_or("the protected device was attached without a mapping")?;
+            disk.detach()?;
+            wait_until_unmapped()?;
+            Ok(took)
+        }));
+    }
+    let attached = medians(ROUNDS, &mut runs)?;
+    let first = ways.first().zip(attached.first()).ok_or("nothing is to be attached")?;
+    let figures = ways.iter().zip(&attached).skip(1).map(|(way, &value)| Figure {
+        what: format!("attach, {}", way.name),
+        value,
+        compared: (format!("attach, {}", first.0.name), *first.1),
+        aim: Aim::None,
+    });
+    Ok(figures.collect())
+}
+
 /// A disk of a domain.
 struct Disk {
     domain: String,

@@ -475,6 +475,8 @@ fn a_backup_and_a_restore_are_in_the_audit_log() {
 const SLOW_RESTORE: &str = "
 import fcntl, os, sys, time
 path, copy = sys.argv[1] + '/volcrypt.db', sys.argv[2]
+turn = os.open(sys.argv[1], os.O_RDONLY)
+fcntl.flock(turn, fcntl.LOCK_EX)
 file = open(path, 'r+b')
 fcntl.lockf(file, fcntl.LOCK_EX)
 print('locked', flush=True)

@@ -79,6 +79,7 @@ impl Store {
 
     fn open_with(directory: &Path, migrations: &[Migration]) -> Result<Self, Refusal> {
         let path = files::prepare(directory)?;
+        restore::recover(&path)?;
         let mut left = OPENING_ATTEMPTS;
         loop {
             let identity = files::identity(&path)?;

@@ -2,7 +2,8 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, DirEntryExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -75,6 +76,7 @@ impl Staged {
         }
         let directory = files::check_directory(directory)?;
         let turn = take_turn(&directory)?;
+        take_back(&directory.join(FILE_NAME))?;
         let folder = directory.join(".restore");
         let mut staged = Staged { folder, directory, store: None, _turn: turn };
         staged.copy(backup).map_err(|error| {
@@ -161,12 +163,13 @@ impl Staged {
                 drop(lock(&path)?);
                 let not_wiped = leave_out_cache(&path).err();
                 let lock = lock(&path)?;
-                keep(&path, &kept).map_err(failed)?;
+                keep(&path, &kept).map_err(|error| undone(&path, failed(error)))?;
                 (Some(Replaced { path: kept, not_wiped }), Some(lock))
             }
             None => (None, None),
         };
-        fs::rename(&copy, &path).and_then(|()| sync(&self.directory)).map_err(failed)?;
+        fs::rename(&copy, &path).map_err(|error| undone(&path, failed(error)))?;
+        sync(&self.directory).map_err(failed)?;
         drop(in_use);
         Ok(replaced)
     }
@@ -262,6 +265,64 @@ fn keep(path: &Path, kept: &Path) -> io::Result<()> {
     absent_is_fine(fs::rename(beside(path, "-wal"), beside(kept, "-wal")))?;
     absent_is_fine(fs::remove_file(beside(path, "-shm")))?;
     sync(path.parent().ok_or(io::ErrorKind::InvalidInput)?)
+}
+
+/// Takes back what [`keep`] has done to the database at `path`, if whoever called it came no further: the second name is
+/// the very file that is in use, and whoever wipes that wipes the database.
+///
+/// # Errors
+/// [`Reason::StoreUnavailable`] when the files cannot be renamed.
+pub(super) fn recover(path: &Path) -> Result<(), Refusal> {
+    let directory = path.parent().unwrap_or(path);
+    match path.symlink_metadata() {
+        Ok(metadata) if metadata.nlink() > 1 => match File::open(directory) {
+            Ok(turn) if flock(&turn, FlockOperation::NonBlockingLockExclusive).is_ok() => take_back(path),
+            // A restore is under way, and goes on.
+            _ => Ok(()),
+        },
+        // Whatever is wrong with it is said by who opens it.
+        _ => Ok(()),
+    }
+}
+
+/// The same, by who has the directory for itself.
+fn take_back(path: &Path) -> Result<(), Refusal> {
+    let taken_back = || {
+        let Ok(metadata) = path.symlink_metadata() else { return Ok(()) };
+        let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
+        let prefix = beside(Path::new(FILE_NAME), ".replaced-");
+        for entry in fs::read_dir(directory)? {
+            let entry = entry?;
+            let is_kept = entry.file_name().as_bytes().starts_with(prefix.as_os_str().as_bytes());
+            if !is_kept || entry.ino() != metadata.ino() || entry.metadata()?.dev() != metadata.dev() {
+                continue;
+            }
+            let (log, kept_log) = (beside(path, "-wal"), beside(&entry.path(), "-wal"));
+            if kept_log.symlink_metadata().is_ok() {
+                fs::rename(kept_log, log)?;
+            }
+            fs::remove_file(entry.path())?;
+            sync(directory)?;
+            tracing::warn!("a restore of {} was broken off before it changed anything", path.display());
+            // There is one, and what was renamed may still be in the list.
+            break;
+        }
+        Ok(())
+    };
+    taken_back().map_err(|error: io::Error| {
+        refusal(format!(
+            "a restore of {} was broken off and cannot be taken back ({error}): mend that and repeat",
+            path.display()
+        ))
+    })
+}
+
+/// The refusal of a restore that has not changed anything in the end.
+fn undone(path: &Path, why: Refusal) -> Refusal {
+    match take_back(path) {
+        Ok(()) => why,
+        Err(other) => why.and(&other.to_string()),
+    }
 }
 
 fn sync(directory: &Path) -> io::Result<()> {

@@ -22,6 +22,33 @@ fn a_new_database_is_private_and_durable() {
 }
 
 #[test]
+fn a_restore_that_was_broken_off_leaves_the_database_with_its_log_and_one_name() {
+    let (directory, copy) = (private_directory(), private_directory());
+    let store = Store::open(directory.path()).unwrap();
+    let reader = store.keep_log();
+    store.enrol(&record("in-the-log")).unwrap();
+    // As a power cut leaves it before the backup has the database's name.
+    let path = |name: &str| copy.path().join(name);
+    fs::copy(directory.path().join("volcrypt.db"), path("volcrypt.db")).unwrap();
+    fs::hard_link(path("volcrypt.db"), path("volcrypt.db.replaced-x")).unwrap();
+    fs::copy(directory.path().join("volcrypt.db-wal"), path("volcrypt.db.replaced-x-wal")).unwrap();
+    // Another restore came to its end.
+    fs::write(path("volcrypt.db.replaced-earlier"), "other").unwrap();
+    drop(reader);
+    {
+        // A restore that is under way looks after its names itself.
+        let turn = fs::File::open(copy.path()).unwrap();
+        rustix::fs::flock(&turn, rustix::fs::FlockOperation::LockExclusive).unwrap();
+        restore::recover(&path("volcrypt.db")).unwrap();
+        assert!(path("volcrypt.db.replaced-x").exists());
+    }
+    let store = Store::open(copy.path()).unwrap();
+    assert_eq!(store.volumes().unwrap().len(), 1, "what is in the log alone is missed");
+    drop(store);
+    assert!(contents(copy.path()).keys().eq(["volcrypt.db", "volcrypt.db.replaced-earlier"]));
+}
+
+#[test]
 fn a_directory_or_file_that_others_can_enter_is_refused() {
     let directory = private_directory();
     for mode in [0o755, 0o701, 0o770, 0o702] {

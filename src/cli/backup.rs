@@ -93,7 +93,7 @@ pub(super) fn restore(config: &Path, backup: &Path) -> Result<String, CommandErr
         (Some(store), Some(contents)) if needs_kek(&config, contents) => {
             let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
             EmbeddedKeyManager::open(store, credentials.as_deref(), directory)
-                .and_then(|keys| keys.check_all())
+                .and_then(|keys| keys.check_all(config.server().is_none()))
                 .map_err(|refusal| refused(not_opened(backup, directory, contents, credentials.is_some(), &refusal)))?
         }
         _ => 0,

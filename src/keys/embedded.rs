@@ -73,15 +73,16 @@ impl EmbeddedKeyManager {
         Ok(manager)
     }
 
-    /// Opens every key, and holds those of volumes that have a record against it. Returns how many there are.
+    /// Opens every key, and if they are the volumes' keys (`are_used`) and not left over from another key manager, holds
+    /// those of volumes that have a record against it. Returns how many there are.
     ///
     /// # Errors
     /// Those of the first key that does not open or is not the right one.
-    pub fn check_all(&self) -> Result<u64, Refusal> {
+    pub fn check_all(&self, are_used: bool) -> Result<u64, Refusal> {
         let mut checked = 0;
         for info in self.store.key_infos()?.iter().filter(|info| !info.destroyed) {
             let mut key = self.version(&info.volume, info.key.version)?;
-            if let Some(record) = self.store.volume(&info.volume)? {
+            if are_used && let Some(record) = self.store.volume(&info.volume)? {
                 if record.key != info.key {
                     key = self.get_enrolled(&record.recorded_key())?;
                 }

@@ -204,7 +204,7 @@ impl Store {
         }
     }
 
-    /// Whether there is any key record, destroyed ones included.
+    /// Whether there is any key that a key-encryption key wraps.
     pub(crate) fn has_keys(&self) -> Result<bool, Refusal> {
         any_key(&self.connection()).map_err(|error| self.fault(&error))
     }
@@ -215,7 +215,7 @@ impl Store {
 }
 
 pub(super) fn any_key(connection: &Connection) -> rusqlite::Result<bool> {
-    connection.query_row("SELECT EXISTS (SELECT 1 FROM keys)", [], |row| row.get(0))
+    connection.query_row("SELECT EXISTS (SELECT 1 FROM keys WHERE wrapped IS NOT NULL)", [], |row| row.get(0))
 }
 
 /// What [`read_row`] reads.

@@ -132,6 +132,7 @@ impl KeyCache {
             return Ok(());
         }
         self.refused().remove(volume);
+        self.wipe_refused();
         Ok(())
     }
 
@@ -177,8 +178,17 @@ impl KeyCache {
         }
     }
 
-    /// Wipes the keys whose time is over.
+    /// Wipes what could not be wiped when it was to be, lest the next start of the daemon uses it.
+    fn wipe_refused(&self) {
+        let refused: Vec<VolumeId> = self.refused().iter().cloned().collect();
+        for volume in refused {
+            self.evict(&volume);
+        }
+    }
+
+    /// Wipes the keys whose time is over, and those that could not be wiped when they were to be.
     pub(super) fn tidy(&self) {
+        self.wipe_refused();
         let Some(now) = self.clock.now() else { return };
         let store = self.keks.store();
         let wiped = store.expire_cached(now.saturating_sub(self.lifetime));

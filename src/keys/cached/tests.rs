@@ -386,6 +386,30 @@ fn what_cannot_be_wiped_is_not_used_all_the_same() {
 }
 
 #[test]
+fn what_could_not_be_wiped_is_wiped_as_soon_as_that_can_be_done() {
+    let host = Host::new();
+    let manager = host.start();
+    use_once(&host, &manager);
+    let Cache::On(cache) = &manager.shared.cache else { panic!() };
+    let trigger = |statement: &str| {
+        rusqlite::Connection::open(host.path().join("volcrypt.db")).unwrap().execute_batch(statement).unwrap();
+    };
+    let full = "CREATE TRIGGER full BEFORE DELETE ON key_cache BEGIN SELECT RAISE(ABORT, 'full'); END";
+    for wipes in ["tidy", "keep"] {
+        trigger(full);
+        manager.wipe_copy(&one());
+        assert_eq!(host.store().cached_keys().unwrap().len(), 1);
+        trigger("DROP TRIGGER full");
+        match wipes {
+            "tidy" => cache.tidy(),
+            _ => cache.keep(&"two".parse().unwrap(), &KeyHandle::first(&"two".parse().unwrap()), &key_of(2)),
+        }
+        assert!(host.store().cached_key(&one()).unwrap().is_none(), "{wipes}");
+        use_once(&host, &manager);
+    }
+}
+
+#[test]
 fn a_key_of_a_retired_or_destroyed_volume_is_not_kept() {
     for state in [VolumeState::Retired, VolumeState::Destroyed] {
         let host = Host::new();
@@ -486,6 +510,14 @@ fn a_cache_that_was_switched_off_may_have_another_key_encryption_key() {
     KeyCache::switch_off(&host.store()).unwrap();
     use_once(&host, &host.start());
     assert!(get(&host.start(), &one()).is_ok());
+    // Also where a key was destroyed before the keys went to the server.
+    let path = host.path();
+    let embedded = crate::keys::EmbeddedKeyManager::open(host.store(), None, path).unwrap();
+    embedded.make(&"destroyed".parse().unwrap(), 256.try_into().unwrap()).unwrap();
+    embedded.destroy(&"destroyed".parse().unwrap()).unwrap();
+    std::fs::remove_file(path.join("kek")).unwrap();
+    KeyCache::switch_off(&host.store()).unwrap();
+    use_once(&host, &host.start());
     // But not where that would cost a key.
     let embedded = crate::keys::EmbeddedKeyManager::open(host.store(), None, host.path()).unwrap();
     embedded.make(&"two".parse().unwrap(), 256.try_into().unwrap()).unwrap();

@@ -196,10 +196,10 @@ impl<'a> KeyMigration<'a> {
             }
             listed.insert(volume);
         }
-        // A volume that is used here must not lose its key with the old key manager only because that does not list it.
-        let used =
-            states.into_iter().filter(|(volume, state)| *state == VolumeState::Enrolled && !listed.contains(volume));
-        volumes.extend(used.map(|(volume, _)| volume));
+        // A volume of this host's must not lose its key with the old key manager only because that does not list it.
+        let others =
+            states.into_iter().filter(|(volume, state)| *state != VolumeState::Destroyed && !listed.contains(volume));
+        volumes.extend(others.map(|(volume, _)| volume));
         let Planned { resumed, remaining } = self.store.plan_copies(self.route, &volumes)?;
         Ok(MigrationProgress { resumed, remaining, ..progress })
     }

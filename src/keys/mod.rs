@@ -111,6 +111,14 @@ pub trait KeyManager: Send + Sync {
         Ok(())
     }
 
+    /// Whether the key manager would destroy the key of `volume` now, as far as that can be told without doing it.
+    ///
+    /// # Errors
+    /// Those of [`destroy`](KeyManager::destroy).
+    fn check_destroyable(&self, _volume: &VolumeId) -> Result<(), Refusal> {
+        Ok(())
+    }
+
     /// How long after a mark was set every host that asks for it sees it.
     fn seen_after(&self) -> Duration {
         Duration::ZERO

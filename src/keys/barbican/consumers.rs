@@ -195,23 +195,28 @@ impl BarbicanKeyManager {
         Ok(())
     }
 
-    /// Refuses if anybody but this host is registered as a user of one of `secrets`, keys of `volume` that are about to
-    /// be deleted; this host's own registration ends.
+    /// Refuses if anybody but this host is registered as a user of one of `secrets`, keys of `volume`.
+    pub(super) fn check_used_by_nobody_else(&self, volume: &VolumeId, secrets: &[Secret]) -> Result<(), Refusal> {
+        let host = Host::this();
+        for secret in secrets {
+            let id = secret.id().map_err(|no_answer| self.refusal(About::Volume(volume), no_answer))?;
+            let others: Vec<&Consumer> = secret.consumers.iter().filter(|consumer| !host.is(consumer)).collect();
+            if let Some(first) = others.first() {
+                return Err(self.in_use_elsewhere(volume, id, first, &others));
+            }
+        }
+        Ok(())
+    }
+
+    /// The same of keys that are about to be deleted; this host's own registration ends.
     pub(super) fn check_unused(
         &self,
         asking: &mut Asking<'_>,
         volume: &VolumeId,
         secrets: &[Secret],
     ) -> Result<(), Refusal> {
-        let host = Host::this();
+        self.check_used_by_nobody_else(volume, secrets)?;
         let refusal = |no_answer| self.refusal(About::Volume(volume), no_answer);
-        for secret in secrets {
-            let id = secret.id().map_err(refusal)?;
-            let others: Vec<&Consumer> = secret.consumers.iter().filter(|consumer| !host.is(consumer)).collect();
-            if let Some(first) = others.first() {
-                return Err(self.in_use_elsewhere(volume, id, first, &others));
-            }
-        }
         for secret in secrets {
             let id = secret.id().map_err(refusal)?;
             for consumer in &secret.consumers {

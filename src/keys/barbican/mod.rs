@@ -314,6 +314,13 @@ impl KeyManager for BarbicanKeyManager {
     }
 
     /// # Errors
+    /// [`Reason::NotAllowed`] when another host uses the key, and those of [`get`](KeyManager::get).
+    fn check_destroyable(&self, volume: &VolumeId) -> Result<(), Refusal> {
+        let secrets = self.named(&self.client.begin(), volume)?;
+        self.check_used_by_nobody_else(volume, &secrets)
+    }
+
+    /// # Errors
     /// As [`get`](KeyManager::get).
     fn leaving(&self, volume: &VolumeId) -> Result<Option<Leaving>, Refusal> {
         let found = self.find_all(&self.client.begin(), volume)?;

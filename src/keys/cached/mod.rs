@@ -355,6 +355,12 @@ impl KeyManager for CachedKeyManager {
         self.shared.server.note_leaving(volume, leaving)
     }
 
+    /// # Errors
+    /// Those of the key server's.
+    fn check_destroyable(&self, volume: &VolumeId) -> Result<(), Refusal> {
+        self.shared.server.check_destroyable(volume)
+    }
+
     fn seen_after(&self) -> Duration {
         self.shared.server.seen_after()
     }

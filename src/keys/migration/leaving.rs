@@ -10,7 +10,8 @@
 //! 3. looks at the other copy: it has no mark, whoever's, and after that it is there and is the same key;
 //! 4. notes in its mark that the key manager is asked to destroy the key, and asks it.
 //!
-//! If the third step fails, it takes its mark back and destroys nothing.
+//! If the third step fails, or the key manager would not destroy the key because another host uses it, it takes its mark
+//! back and destroys nothing.
 //!
 //! Why no two hosts destroy both copies: say that one host came through the third step with its mark on A, and another one
 //! with its mark on B. Take the one whose mark was set last. When it looked at the other copy, after that, the mark there
@@ -54,7 +55,8 @@ impl KeyMigration<'_> {
     /// Destroys the key of `volume` in the source, of which the target has `copy`, which is the same.
     pub(super) fn leave(&self, volume: &VolumeId, copy: &Key) -> Result<(), Refusal> {
         let mark = self.mark(volume)?;
-        if let Err(refusal) = self.check_stays(volume, copy) {
+        let destroyable = self.check_stays(volume, copy).and_then(|()| self.source.check_destroyable(volume));
+        if let Err(refusal) = destroyable {
             if mark.is_some_and(|mark| mark.is_fresh)
                 && let Err(other) = self.source.note_leaving(volume, None)
             {

@@ -152,6 +152,10 @@ struct Server {
     stored: Mutex<BTreeMap<VolumeId, usize>>,
     marks: Mutex<BTreeMap<VolumeId, Leaving>>,
     forgotten: Mutex<BTreeSet<VolumeId>>,
+    /// Whether another host uses every key.
+    in_use: bool,
+    /// Whether its list is empty still.
+    lags: bool,
 }
 
 impl Server {
@@ -236,6 +240,13 @@ impl KeyManager for Server {
         removed.map(drop).ok_or_else(|| Refusal::new(Reason::NoKey, "the server has no key"))
     }
 
+    fn check_destroyable(&self, _: &VolumeId) -> Result<(), Refusal> {
+        match self.in_use {
+            true => Err(Refusal::new(Reason::NotAllowed, "another host uses it")),
+            false => Ok(()),
+        }
+    }
+
     fn leaving(&self, volume: &VolumeId) -> Result<Option<Leaving>, Refusal> {
         self.answers()?;
         Ok(self.marks.lock().unwrap().get(volume).cloned())
@@ -264,7 +275,7 @@ impl KeyManager for Server {
             destroyed: false,
             hosts: Vec::new(),
         };
-        Ok(keys.iter().map(info).collect())
+        Ok(keys.iter().filter(|_| !self.lags).map(info).collect())
     }
 }
 
@@ -282,6 +293,33 @@ fn every_key_is_copied_with_what_is_known_of_its_volume_and_the_old_ones_stay() 
     // Once more, all are compared.
     let sum = host.migrate(ROUTE, Aim::Copy, (&old, &new)).unwrap();
     assert_eq!(sum, Sum { present: 40, ..Sum::default() });
+}
+
+#[test]
+fn the_key_of_a_retired_volume_that_a_server_does_not_list_is_looked_for_all_the_same() {
+    let host = Host::with_volumes(2);
+    let (old, new) = (Server::default(), Server::default());
+    host.migrate(ROUTE, Aim::Copy, (&host.embedded(), &old)).unwrap();
+    host.store.change_state(&id("volume-001"), &[VolumeState::Enrolled], VolumeState::Retired, None).unwrap();
+    let route = Route { from: ManagerKind::Kmip, to: ManagerKind::Barbican };
+    let old = Server { lags: true, ..old };
+    let sum = host.migrate(route, Aim::Copy, (&old, &new)).unwrap();
+    assert_eq!(sum, Sum { stored: 2, ..Sum::default() });
+    host.assert_all_in(&new);
+}
+
+#[test]
+fn a_key_that_another_host_uses_stays_and_has_no_mark() {
+    let host = Host::with_volumes(2);
+    let (old, new) = (Server::default(), host.embedded());
+    host.migrate(ROUTE, Aim::Copy, (&new, &old)).unwrap();
+    host.migrate(BACK, Aim::Copy, (&old, &new)).unwrap();
+    let old = Server { in_use: true, ..old };
+    let sum = host.migrate(BACK, Aim::DestroyOld, (&old, &new)).unwrap();
+    assert_eq!((sum.removed, sum.refused.len()), (0, 2));
+    assert!(old.marks.lock().unwrap().is_empty());
+    host.assert_all_in(&old);
+    assert_eq!(host.recorded(Kind::DestructionStarted), 0);
 }
 
 #[test]

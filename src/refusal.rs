@@ -16,7 +16,7 @@ pub struct Refusal {
     unanswered: bool,
 }
 
-/// The kinds of refusal, each with an errno of its own.
+/// The kinds of refusal, each with an errno of its own, but for keys that may not be used any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reason {
     /// There is no key for the volume, or it cannot be unwrapped.
@@ -25,6 +25,8 @@ pub enum Reason {
     WrongKey,
     /// The key was destroyed on purpose.
     KeyDestroyed,
+    /// The key may not be used any more, but is still there.
+    KeyRevoked,
     /// The volume does not belong to who asks for it.
     NotAllowed,
     /// The device does not hold what was enrolled: foreign data, or another volume.
@@ -44,12 +46,17 @@ pub enum Reason {
 }
 
 impl Reason {
+    /// Whether the volume had a key that nobody may use any more.
+    pub fn is_about_an_ended_key(self) -> bool {
+        matches!(self, Reason::KeyDestroyed | Reason::KeyRevoked)
+    }
+
     /// The errno that the opener gets.
     pub fn errno(self) -> i32 {
         match self {
             Reason::NoKey => libc::ENOKEY,
             Reason::WrongKey => libc::EKEYREJECTED,
-            Reason::KeyDestroyed => libc::EKEYREVOKED,
+            Reason::KeyDestroyed | Reason::KeyRevoked => libc::EKEYREVOKED,
             Reason::NotAllowed => libc::EACCES,
             Reason::ForeignData => libc::EMEDIUMTYPE,
             Reason::TimedOut => libc::ETIMEDOUT,
@@ -66,7 +73,7 @@ impl Reason {
         match self {
             Reason::NoKey => "ENOKEY",
             Reason::WrongKey => "EKEYREJECTED",
-            Reason::KeyDestroyed => "EKEYREVOKED",
+            Reason::KeyDestroyed | Reason::KeyRevoked => "EKEYREVOKED",
             Reason::NotAllowed => "EACCES",
             Reason::ForeignData => "EMEDIUMTYPE",
             Reason::TimedOut => "ETIMEDOUT",

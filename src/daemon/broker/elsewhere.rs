@@ -5,7 +5,7 @@ use super::lifecycle::is_gone;
 use super::migration::named;
 use crate::daemon::pool::while_waiting;
 use crate::keys::ManagerKind;
-use crate::refusal::Refusal;
+use crate::refusal::{Reason, Refusal};
 use crate::store::VolumeRecord;
 
 /// The key managers that several hosts ask: what this host's database has is looked at apart.
@@ -51,6 +51,7 @@ impl Broker {
                     // It is not the one that the volume was enrolled with.
                     Ok(_) => return None,
                     Err(refusal) if is_gone(&refusal) => return None,
+                    Err(refusal) if refusal.reason() == Reason::KeyRevoked => Answer::Has,
                     Err(refusal) => Answer::Unasked(refusal),
                 },
             };

@@ -71,12 +71,15 @@ impl Broker {
             };
             let goes_on = |why: &str| begins().map(|_| Event::new(Kind::Reinstated, id, why));
             let usable = [VolumeState::Enrolled, VolumeState::Retired];
+            // Who ends before the look behind the change must not leave a volume destroyed that a guest uses.
+            if (has_key || record.state != VolumeState::Destroyed) && self.is_mapped(id)? {
+                return Err(in_use(id));
+            }
             // From here on no open gets a mapping; one that was on its way is found now, or finds this.
             let before = vault.store.change_state(id, &usable, VolumeState::Destroyed, begins())?;
             match before {
                 Some(before) => self.check_unused(id, VolumeState::Destroyed, before, goes_on("because it is in use"))?,
                 // An earlier attempt may have ended before it got as far as the key.
-                None if has_key && self.is_mapped(id)? => return Err(in_use(id)),
                 None => begins().map_or(Ok(()), |event| vault.store.append_audit(event).map(drop))?,
             }
             if let Err(refusal) = vault.keys.destroy(id) {
@@ -101,10 +104,8 @@ impl Broker {
                         };
                         return self.finish_destruction(&record, &gone);
                     }
-                    (Some(_), Err(answer)) if is_gone(&answer) => {
-                        if has_key {
-                            self.finish_destruction(&record, &format!("it is gone, though: {refusal}"))?;
-                        }
+                    (Some(_), Err(answer)) if has_key && is_gone(&answer) => {
+                        self.finish_destruction(&record, &format!("it is gone, though: {refusal}"))?;
                     }
                     (Some(before), answer) => {
                         let event = goes_on(match answer {
@@ -144,6 +145,9 @@ impl Broker {
             };
             match key_elsewhere(&*vault.keys, &record) {
                 Err(refusal) if is_gone(&refusal) => {}
+                Err(refusal) if refusal.reason() == Reason::KeyRevoked => {
+                    return refused(refusal.reason(), format!("{used} has one that was revoked: repeat without --gone"));
+                }
                 Err(refusal) => return refused(refusal.reason(), format!("{used} does not say so ({refusal})")),
                 Ok(_) => return refused(Reason::NotAllowed, format!("{used} has one: repeat without --gone")),
             }
@@ -396,7 +400,7 @@ fn has_key_of(record: &VolumeRecord, answer: Result<Key, Refusal>) -> Result<boo
                  destroyed: whoever made it may use it"
             ),
         )),
-        Err(refusal) if is_gone(&refusal) => Ok(false),
+        Err(refusal) if is_gone(&refusal) || refusal.reason() == Reason::KeyRevoked => Ok(false),
         Err(refusal) => Err(Refusal::new(
             refusal.reason(),
             format!(

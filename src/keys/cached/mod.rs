@@ -163,7 +163,7 @@ impl Shared {
                 self.silence.begin(Instant::now());
                 let _ = self.wake.send(());
             }
-            Reason::NoKey | Reason::WrongKey | Reason::KeyDestroyed | Reason::NotAllowed => {
+            Reason::NoKey | Reason::WrongKey | Reason::KeyDestroyed | Reason::KeyRevoked | Reason::NotAllowed => {
                 self.silence.end(Instant::now());
                 self.evict(volume);
             }

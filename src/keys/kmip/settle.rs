@@ -208,7 +208,7 @@ fn chosen(volume: &VolumeId, found: &mut Vec<Found>) -> Result<Option<Found>, Re
              administrator register the same key anew, with the same names and application specific information",
             revoked.identifier
         );
-        return Err(Refusal::new(Reason::KeyDestroyed, sentence));
+        return Err(Refusal::new(Reason::KeyRevoked, sentence));
     }
     match found.iter().any(is(State::Destroyed)) {
         true => Err(Refusal::new(

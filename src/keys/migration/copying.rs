@@ -21,7 +21,7 @@ impl KeyMigration<'_> {
         }
         let found = match (self.found(volume, record.as_ref()), &record) {
             // The source may remember what an earlier run has destroyed there.
-            (Err(refusal), Some(record)) if refusal.reason() == Reason::KeyDestroyed => {
+            (Err(refusal), Some(record)) if refusal.reason().is_about_an_ended_key() => {
                 return self.is_there_alone(record).map_err(|other| match other.reason() {
                     Reason::NoKey => refusal,
                     _ => other,

@@ -22,7 +22,7 @@ impl KeyMigration<'_> {
                 self.forget(volume, detail)?;
             }
             Err(refusal) if refusal.reason() == Reason::NoKey && !self.lists(volume)? => self.forget_gone(volume)?,
-            Err(refusal) if refusal.reason() == Reason::KeyDestroyed => self.forget_gone(volume)?,
+            Err(refusal) if refusal.reason().is_about_an_ended_key() => self.forget_gone(volume)?,
             Err(refusal) => return Err(refusal),
         }
         Ok(Done::Removed)
@@ -51,7 +51,7 @@ impl KeyMigration<'_> {
             // An earlier run has destroyed it and come no further, or not wiped all of it. One that only cannot be read is
             // nothing to compare with.
             Err(refusal) if refusal.reason() == Reason::NoKey && !self.lists(volume)? => self.forget_gone(volume)?,
-            Err(refusal) if refusal.reason() == Reason::KeyDestroyed => self.forget_gone(volume)?,
+            Err(refusal) if refusal.reason().is_about_an_ended_key() => self.forget_gone(volume)?,
             Err(refusal) => return Err(refusal),
         }
         Ok(Done::Removed)
@@ -61,7 +61,7 @@ impl KeyMigration<'_> {
     pub(super) fn not_there_any_more(&self, volume: &VolumeId, refusal: Refusal) -> Refusal {
         let Route { from, to } = self.route;
         match refusal.reason() {
-            Reason::NoKey | Reason::KeyDestroyed => Refusal::new(
+            Reason::NoKey | Reason::KeyDestroyed | Reason::KeyRevoked => Refusal::new(
                 refusal.reason(),
                 format!(
                     "{to} has no key of volume {volume} any more, so that in {from} was not destroyed: run 'volcrypt key migrate \

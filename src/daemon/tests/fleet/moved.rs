@@ -104,6 +104,34 @@ fn a_volume_of_which_no_key_was_found_is_not_marked_as_destroyed() {
 }
 
 #[test]
+fn a_volume_of_which_no_key_was_found_needs_the_operators_word_also_after_the_server_was_away() {
+    let keys = Shared::default();
+    let [(_, here, one), _] = hosts_with(&keys);
+    let record = one.enrol(here, None).unwrap();
+    keys.0.lock().unwrap().clear();
+    keys.1.lock().unwrap().destroy = Some((Reason::TimedOut, false));
+    assert_eq!(one.destroy(&record.id).unwrap_err().reason(), Reason::TimedOut);
+    assert_eq!(one.volume(&record.id).unwrap().state, VolumeState::Enrolled);
+    keys.1.lock().unwrap().destroy = Some((Reason::NoKey, true));
+    let refusal = one.destroy(&record.id).unwrap_err();
+    assert!(refusal.to_string().ends_with("repeat with --gone, which records that"), "{refusal}");
+}
+
+#[test]
+fn a_key_that_was_revoked_is_not_gone_and_can_be_destroyed() {
+    let keys = Shared::default();
+    let [(_, here, one), _] = hosts_with(&keys);
+    let record = one.enrol(here, None).unwrap();
+    keys.1.lock().unwrap().get = Some(Reason::KeyRevoked);
+    let refusal = one.record_gone(&record.id).unwrap_err();
+    assert!(refusal.to_string().ends_with("has one that was revoked: repeat without --gone"), "{refusal}");
+    assert_eq!(one.volume(&record.id).unwrap().state, VolumeState::Enrolled);
+    keys.1.lock().unwrap().get = Some(Reason::KeyRevoked);
+    one.destroy(&record.id).unwrap();
+    assert!(keys.get(&record.id).is_err());
+}
+
+#[test]
 fn a_key_that_is_gone_everywhere_is_recorded_as_that_on_request() {
     let keys = Shared::default();
     let [(mut world, here, one), (_, there, other)] = hosts_with(&keys);

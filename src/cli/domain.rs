@@ -2,7 +2,7 @@ use std::path::Path;
 
 use super::table::printable;
 use super::{CommandError, Daemon, Libvirt, rewrite, status};
-use crate::domain::{Adoption, Disk, Domain, Release, Source, adopt, quoted, release, unrewrite};
+use crate::domain::{Adoption, Disk, Domain, Release, Source, adopt, quoted, release};
 use crate::policy::Intercept;
 use crate::volume::VolumeId;
 
@@ -88,10 +88,10 @@ pub(super) fn rewrite_domain(daemon: &Daemon<'_>, name: &str, libvirt: Libvirt) 
 }
 
 /// Gives the disks of the domain `name` the sources back that they had before it was rewritten.
-pub(super) fn unrewrite_domain(name: &str, libvirt: Libvirt) -> Result<String, CommandError> {
+pub(super) fn unrewrite_domain(daemon: &Daemon<'_>, name: &str, libvirt: Libvirt) -> Result<String, CommandError> {
     let (before, running) = definition(name, libvirt.look)?;
     let shown = printable(name);
-    let after = unrewrite(&before).map_err(CommandError::Refused)?;
+    let after = rewrite::back(daemon, before.clone())?;
     let mut text = match after == before {
         true => format!("Domain {shown} was not rewritten: it stays as it is.\n"),
         false => {
@@ -222,22 +222,31 @@ mod tests {
         }
     }
 
-    /// What the command says, asking a daemon that works so and rewrites as one to which /dev/sda is the volume `a`.
-    fn rewritten_with(intercept: Intercept) -> Result<String, CommandError> {
+    /// What `command` says, asking a daemon that works so and rewrites as one to which /dev/sda is the volume `a`, and puts
+    /// back nothing if it was `moved`.
+    fn ask(
+        intercept: Intercept,
+        moved: bool,
+        command: fn(&Daemon<'_>, &str, Libvirt) -> Result<String, CommandError>,
+    ) -> Result<String, CommandError> {
         let folder = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(folder.path().join("control.sock")).unwrap();
         std::thread::spawn(move || {
             while let Ok((mut stream, _)) = listener.accept() {
                 let mut line = String::new();
                 BufReader::new(&stream).read_line(&mut line).unwrap();
-                let reply = match serde_json::from_str(&line).unwrap() {
+                let response = match serde_json::from_str(&line).unwrap() {
+                    Request::Unrewrite { .. } if moved => {
+                        Response::Refused { sentence: "/dev/sda is volume b now".into(), errno: libc::EACCES }
+                    }
+                    Request::Unrewrite { xml } => Response::Done(Reply::Xml(crate::domain::unrewrite(&xml).unwrap())),
                     Request::Rewrite { xml } => {
                         let of_sda = |_: Option<&crate::domain::Facts>, source: &Source| {
                             Ok((*source == Source::Path("/dev/sda".into())).then(|| "a".parse().unwrap()))
                         };
-                        Reply::Xml(crate::domain::rewrite(&xml, &of_sda).unwrap().xml)
+                        Response::Done(Reply::Xml(crate::domain::rewrite(&xml, &of_sda).unwrap().xml))
                     }
-                    _ => Reply::Status(Box::new(Status {
+                    _ => Response::Done(Reply::Status(Box::new(Status {
                         version: "x".into(),
                         configuration_error: None,
                         key_store_error: None,
@@ -247,12 +256,20 @@ mod tests {
                         intercept,
                         guard: GuardStatus::default(),
                         key_cache: None,
-                    })),
+                    }))),
                 };
-                writeln!(stream, "{}", serde_json::to_string(&Response::Done(reply)).unwrap()).unwrap();
+                writeln!(stream, "{}", serde_json::to_string(&response).unwrap()).unwrap();
             }
         });
-        rewrite_domain(&Daemon { socket: &folder.path().join("control.sock") }, "web", libvirt())
+        command(&Daemon { socket: &folder.path().join("control.sock") }, "web", libvirt())
+    }
+
+    fn rewritten_with(intercept: Intercept) -> Result<String, CommandError> {
+        ask(intercept, false, rewrite_domain)
+    }
+
+    fn unrewritten() -> Result<String, CommandError> {
+        ask(Intercept::Open, false, unrewrite_domain)
     }
 
     #[test]
@@ -272,15 +289,18 @@ mod tests {
         assert_eq!(again, "Domain web names no protected volume by its own device: it stays as it is.\n");
         assert_eq!(KEPT.with_borrow(Clone::clone), kept);
 
+        let refused = ask(Intercept::Open, true, unrewrite_domain).unwrap_err().to_string();
+        assert_eq!(refused, "/dev/sda is volume b now");
+        assert_eq!(KEPT.with_borrow(Clone::clone), kept);
         assert_eq!(
-            unrewrite_domain("web", libvirt()).unwrap(),
+            unrewritten().unwrap(),
             "Domain web has its own sources again from its next start on: vda. What runs now goes on as it is.\n"
         );
         assert_eq!(KEPT.with_borrow(Clone::clone).as_deref(), Some(RAW));
-        assert_eq!(unrewrite_domain("web", libvirt()).unwrap(), "Domain web was not rewritten: it stays as it is.\n");
+        assert_eq!(unrewritten().unwrap(), "Domain web was not rewritten: it stays as it is.\n");
         // One that was attached on its mapping has no note.
         KEPT.set(Some(RAW.replace("/dev/sdx", "/dev/mapper/volcrypt-b")));
-        let text = unrewrite_domain("web", libvirt()).unwrap();
+        let text = unrewritten().unwrap();
         assert!(text.contains("Disk vdb (volume b) stays on its mapping: it was attached so"), "{text}");
     }
 }

@@ -147,7 +147,7 @@ pub fn run(arguments: &Arguments, socket: &Path, libvirt: Libvirt) -> Result<Out
         Command::Domain(DomainCommand::Adopt { name }) => domain::adopt_domain(name, libvirt.look, libvirt.define)?,
         Command::Domain(DomainCommand::Release { name }) => domain::release_domain(name, libvirt.look, libvirt.define)?,
         Command::Domain(DomainCommand::Rewrite { name }) => domain::rewrite_domain(daemon, name, libvirt)?,
-        Command::Domain(DomainCommand::Unrewrite { name }) => domain::unrewrite_domain(name, libvirt)?,
+        Command::Domain(DomainCommand::Unrewrite { name }) => domain::unrewrite_domain(daemon, name, libvirt)?,
         Command::AttachDevice(arguments) => device::attach(daemon, arguments, libvirt)?,
         Command::DetachDevice(arguments) => device::detach(daemon, arguments, libvirt)?,
         Command::Hold { domain, release: false } => device::hold(daemon, domain, io::stdin().lock(), libvirt.find)?,

@@ -14,6 +14,14 @@ pub(super) fn forward(daemon: &Daemon<'_>, input: impl Read) -> Result<String, C
     }
 }
 
+/// `xml`, a `<domain>`, as it was before, if the daemon finds that every disk gets its volume back.
+pub(super) fn back(daemon: &Daemon<'_>, xml: String) -> Result<String, CommandError> {
+    match daemon.call(&Request::Unrewrite { xml })? {
+        Reply::Xml(xml) => Ok(xml),
+        _ => Err(CommandError::UnexpectedReply),
+    }
+}
+
 /// The XML in `input` as it was before, for which nobody has to be asked.
 pub(super) fn reverse(input: impl Read) -> Result<String, CommandError> {
     unrewrite(&read(input)?).map_err(CommandError::Refused)

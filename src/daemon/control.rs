@@ -166,6 +166,7 @@ impl Control {
                 Ok(Reply::Identification(identify(&self.broker, place)?))
             }
             Request::Rewrite { xml } => Ok(Reply::Xml(rewrite::rewrite(&self.broker, &xml)?)),
+            Request::Unrewrite { xml } => Ok(Reply::Xml(rewrite::unrewrite(&self.broker, &xml)?)),
             Request::Attach { domain, device, live, keep } => self.attach(&domain, &device, live, keep, held),
             Request::Detach { domain, device } => {
                 let Device { xml, volume, .. } = attach::detach(&self.broker, &Recipient::parse(&domain)?, &device);

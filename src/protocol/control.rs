@@ -68,6 +68,12 @@ pub enum Request {
         /// The XML of a domain, or of a lone disk.
         xml: String,
     },
+    /// Give the disks in a domain's XML the sources back that they had before it was rewritten, if these lead to the
+    /// same volumes.
+    Unrewrite {
+        /// The XML of a domain.
+        xml: String,
+    },
     /// Make a device ready to be attached to a domain. Its mapping, if it is a protected disk, is held as long as the
     /// client stays connected, or until [`Request::Release`] if it is to be kept.
     Attach {
@@ -209,7 +215,7 @@ pub enum Reply {
     AuditVerified(Verified),
     /// The answer to [`Request::Identify`].
     Identification(Identification),
-    /// The answer to [`Request::Rewrite`]; and to a hook whose domain libvirt is to read from this in the place of
+    /// The answer to [`Request::Rewrite`] and to [`Request::Unrewrite`]; and to a hook whose domain libvirt is to read from this in the place of
     /// what it has.
     Xml(String),
     /// The answer to [`Request::Attach`] and to [`Request::Detach`].

@@ -1,4 +1,4 @@
-use super::super::rewrite::rewrite;
+use super::super::rewrite::{rewrite, unrewrite};
 use super::*;
 
 fn disk(path: &Path) -> String {
@@ -75,4 +75,55 @@ fn a_faulty_configuration_refuses_every_device() {
     let node = Node::new("/dev", world.add_volume("faulty", 63));
     let sentence = refused(&world.broker_with("nonsense"), &disk(&node.0));
     assert!(sentence.starts_with("disk sda: volcrypt.toml:1:"), "{sentence}");
+}
+
+#[test]
+fn a_disk_gets_its_own_volume_back_or_nothing_is_put_back() {
+    let world = World::new();
+    let (own, other) = (world.add_volume("own", 64), world.add_volume("other", 65));
+    let (own, other) = (Node::new("/dev", own), Node::new("/dev", other));
+    let broker = world.broker(true);
+    let before = domain(&disk(&own.0));
+    let rewritten = rewrite(&broker, &before).unwrap();
+    assert_eq!(unrewrite(&broker, &rewritten).unwrap(), before);
+    assert_eq!(unrewrite(&broker, &before).unwrap(), before);
+
+    // After a reboot, devices have other names.
+    let refused = |path: &str| {
+        let moved = rewritten.replace(&own.0.display().to_string(), path);
+        assert!(moved.contains(&format!("dev=\"{path}\"")), "{moved}");
+        unrewrite(&broker, &moved).expect_err(path).to_string()
+    };
+    let path = other.0.display().to_string();
+    assert_eq!(
+        refused(&path),
+        format!(
+            "disk sda: it is on volume own, and {path}, which it was before, is volume other now: have the disk name the \
+             device of volume own ('virsh edit vm'), and run the command again for the others"
+        )
+    );
+    for path in ["/dev/null", "/srv/nowhere"] {
+        let sentence = refused(path);
+        assert!(
+            sentence.contains(&format!("and {path}, which it was before, is no protected volume now")),
+            "{sentence}"
+        );
+    }
+    assert_eq!(refused("/dev/none"), "disk sda: /dev/none does not exist: log in to its target first");
+    world.change(DeviceNumber { major: 250, minor: 64 }, |identity| identity.lun = Some(2));
+    assert!(unrewrite(&broker, &rewritten).unwrap_err().to_string().contains("is no protected volume now"));
+}
+
+/// A disk that was detached, and attached again on its mapping, leaves what it was in the note.
+#[test]
+fn what_the_note_says_of_an_earlier_disk_is_held_against_the_volume_too() {
+    let world = World::new();
+    let (own, other) = (world.add_volume("stale", 66), world.add_volume("newer", 67));
+    let (own, other) = (Node::new("/dev", own), Node::new("/dev", other));
+    let broker = world.broker(true);
+    let rewritten = rewrite(&broker, &domain(&disk(&own.0))).unwrap();
+    let again = rewritten.replace("<target dev='sda'/>", "<target dev='sdq'/>");
+    assert_eq!(unrewrite(&broker, &again).unwrap(), domain(&disk(&own.0).replace("sda", "sdq")));
+    let moved = again.replace(&own.0.display().to_string(), &other.0.display().to_string());
+    assert!(unrewrite(&broker, &moved).unwrap_err().to_string().starts_with("disk sdq: it is on volume stale, and "));
 }

@@ -32,7 +32,7 @@ fn images(disk: &Disk) -> String {
         };
         if is_looked_into { source + " on what libvirt finds in it" } else { source }
     };
-    disk.images().map(|(source, is_looked_into)| image(source, is_looked_into)).collect::<Vec<_>>().join(" on ")
+    disk.images().map(|of| image(of.source, of.is_looked_into)).collect::<Vec<_>>().join(" on ")
 }
 
 #[test]

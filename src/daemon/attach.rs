@@ -5,6 +5,7 @@ use super::by_xml::{check_alone, check_guarded, given_twice};
 use super::holds::Mapped;
 use super::inspection::{by_adopting, check_commands, check_emulator};
 use super::rewrite::judge;
+use super::sight::check_in_sight;
 use crate::audit::Asker;
 use crate::domain::{self, Disk, Domain, Facts, Source, in_disk, lone_disk};
 use crate::guest::block_device_at;
@@ -109,6 +110,8 @@ impl Attaching<'_> {
 
     /// Whether a disk is no mapping under another name, and stands on none.
     fn check_no_mapping(&self, disk: &Disk) -> Result<(), Refusal> {
+        let in_sight = disk.images().try_for_each(|image| check_in_sight(self.broker, image));
+        in_sight.map_err(|refusal| in_disk(disk, &refusal))?;
         let Source::Path(path) = &disk.source else { return Ok(()) };
         let Ok(device) =
             block_device_at(path).map_err(|_| ()).and_then(|number| self.broker.identify(number).map_err(|_| ()))

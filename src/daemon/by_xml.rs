@@ -12,7 +12,10 @@ use super::broker::{Broker, Finder, no_such_device};
 use super::holds::{Mapped, Until};
 use super::inspection::{check_commands, check_unit};
 use super::rewrite::rewrite;
-use crate::domain::{Disk, Domain, Facts, InvalidXml, Release, Source, in_disk, quoted, release, sources_before};
+use super::sight::check_in_sight;
+use crate::domain::{
+    Disk, Domain, Facts, Image, InvalidXml, Release, Source, in_disk, quoted, release, sources_before,
+};
 use crate::guest::{block_device_at, is_no_device};
 use crate::policy::{Config, DEFAULT_PARTITION, OtherEmulators};
 use crate::refusal::{Reason, Refusal};
@@ -41,8 +44,8 @@ pub fn prepare(
     let mut mapped = Vec::new();
     for disk in &domain.disks {
         // libvirt looks into the mapping here, so it sees on what the image there stands.
-        for (source, _) in disk.images() {
-            mapped.extend(preparation.image(disk, source).map_err(|refusal| in_disk(disk, &refusal))?);
+        for image in disk.images() {
+            mapped.extend(preparation.image(disk, image).map_err(|refusal| in_disk(disk, &refusal))?);
         }
     }
     broker.holds().hold(name, mapped, Until::Started);
@@ -69,7 +72,7 @@ pub fn admit(broker: &Broker, config: &Config, xml: &str) -> Result<Option<Strin
     let (facts, once_at) = (domain.facts(), sources_before(&here).unwrap_or_default());
     let finder = Finder::new(broker, config, &facts);
     for disk in &domain.disks {
-        let mapped = disk.images().filter_map(|(source, _)| source.mapped_volume());
+        let mapped = disk.images().filter_map(|image| image.source.mapped_volume());
         for volume in mapped {
             let check = || {
                 check_commands(disk, &volume)?;
@@ -96,7 +99,8 @@ struct Preparation<'a> {
 }
 
 impl<'a> Preparation<'a> {
-    fn image(&mut self, disk: &'a Disk, source: &Source) -> Result<Vec<Mapped>, Refusal> {
+    fn image(&mut self, disk: &'a Disk, image: Image<'_>) -> Result<Vec<Mapped>, Refusal> {
+        let source = image.source;
         let path = match source {
             Source::Path(path) => path,
             Source::IscsiUnit { target, lun } => {
@@ -108,6 +112,7 @@ impl<'a> Preparation<'a> {
             self.give(disk, source, &volume)?;
             return Ok(vec![self.mapping(disk, &volume)?]);
         }
+        check_in_sight(self.broker, image)?;
         let device = match block_device_at(path) {
             Ok(number) => self.broker.identify(number)?,
             // An image file, which no rule protects; or nothing yet, about which libvirt says its own.

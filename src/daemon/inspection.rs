@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use super::broker::{Broker, Ready};
-use crate::domain::{Disk, Domain, Facts, Source, in_disk, is_hidden, passes_commands, quoted, reached_by_qemu};
+use super::sight::check_in_sight;
+use crate::domain::{Disk, Domain, Facts, Image, Source, in_disk, is_hidden, passes_commands, quoted, reached_by_qemu};
 use crate::policy::OtherEmulators;
 use crate::protocol::EMULATOR_DIRECTORY;
 use crate::refusal::{Reason, Refusal};
@@ -35,12 +36,14 @@ impl Inspection<'_> {
     /// Whether the domain will get one of its disks, and nothing past its mappings: what was found of each of its
     /// images, from the top.
     pub(super) fn of_disk(&self, disk: &Disk) -> Result<Vec<Ready>, Refusal> {
-        disk.images().map(|(source, is_looked_into)| self.of_image(disk, source, is_looked_into)).collect()
+        disk.images().map(|image| self.of_image(disk, image)).collect()
     }
 
-    fn of_image(&self, disk: &Disk, source: &Source, is_looked_into: bool) -> Result<Ready, Refusal> {
-        let ready = match source {
-            Source::Path(path) => (self.ready)(path, &self.domain.facts()),
+    fn of_image(&self, disk: &Disk, image: Image<'_>) -> Result<Ready, Refusal> {
+        let ready = match image.source {
+            Source::Path(path) => {
+                check_in_sight(self.broker, image).and_then(|()| (self.ready)(path, &self.domain.facts()))
+            }
             Source::IscsiUnit { target, lun } => {
                 check_unit(self.broker, target, *lun, &self.domain.facts()).map(|()| Ready::default())
             }
@@ -48,7 +51,7 @@ impl Inspection<'_> {
         };
         let ready = ready.map_err(|refusal| in_disk(disk, &refusal))?;
         if let Some(volume) = &ready.volume {
-            let hidden = if is_looked_into { Err(is_hidden(volume)) } else { Ok(()) };
+            let hidden = if image.is_looked_into { Err(is_hidden(volume)) } else { Ok(()) };
             let checked = check_commands(disk, volume).and(hidden);
             checked.map_err(|refusal| in_disk(disk, &refusal.of(volume)))?;
             self.of_emulator(&format!("the protected volume {volume}")).map_err(|refusal| refusal.of(volume))?;

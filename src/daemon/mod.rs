@@ -24,6 +24,7 @@ mod registrar;
 mod rewrite;
 mod server;
 mod service_manager;
+mod sight;
 mod status;
 mod turns;
 mod uses;

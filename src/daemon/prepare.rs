@@ -53,8 +53,8 @@ fn prepare_domain(broker: &Broker, name: &str, domain: &Domain) -> Result<(), Re
     for disk in &domain.disks {
         let refused = |refusal: Refusal| in_disk(disk, &refusal);
         let images = inspection.of_disk(disk)?;
-        for ((source, _), ready) in disk.images().zip(images) {
-            if let Source::Path(path) = source {
+        for (image, ready) in disk.images().zip(images) {
+            if let Source::Path(path) = image.source {
                 for volume in &ready.mapped {
                     let detail = format!("made ready for disk {} as {}", disk.target, path.display());
                     broker.record_use(Kind::KeyUsed, volume, &detail).map_err(refused)?;

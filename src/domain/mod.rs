@@ -17,7 +17,7 @@ pub use refusals::{in_disk, is_hidden, passes_commands, reached_by_qemu};
 pub use rewrite::{
     Judge, MAX_XML, OnMapping, Rewritten, lone_disk, rewrite, rewrite_device, sources_before, unrewrite,
 };
-pub use xml::{Disk, Domain, InvalidXml, Layer, Source};
+pub use xml::{Disk, Domain, Image, InvalidXml, Layer, Source};
 
 /// A domain's name as a word of the shell.
 pub fn quoted(name: &str) -> String {

@@ -45,6 +45,8 @@ pub struct Disk {
     pub is_written_alone: bool,
     /// Whether libvirt looks into the image to learn on which others it stands: see [`Layer::is_looked_into`].
     pub is_looked_into: bool,
+    /// Whether the XML says that it is a block device (`type='block'`).
+    pub is_device: bool,
     /// The images on which it stands, as far as the XML says so, from the top.
     pub beneath: Vec<Layer>,
 }
@@ -57,6 +59,19 @@ pub struct Layer {
     /// Whether libvirt looks into the image itself to learn on which others it stands. It does where the format
     /// knows such things, as qcow2 does, and the XML does not say it; `<backingStore/>` says that there is none.
     pub is_looked_into: bool,
+    /// Whether the XML says that it is a block device.
+    pub is_device: bool,
+}
+
+/// One of the images that a disk is made of.
+#[derive(Clone, Copy, Debug)]
+pub struct Image<'a> {
+    /// Where its data is.
+    pub source: &'a Source,
+    /// See [`Layer::is_looked_into`].
+    pub is_looked_into: bool,
+    /// Whether the XML says that it is a block device.
+    pub is_device: bool,
 }
 
 /// Where a disk's data is.
@@ -133,6 +148,7 @@ impl Disk {
                 && child(disk, "readonly").is_none()
                 && child(disk, "shareable").is_none(),
             is_looked_into: is_looked_into(disk, "driver"),
+            is_device: is_device(disk),
             beneath: std::iter::successors(layer(disk), layer).map(|layer| Layer::read(&layer)).collect(),
         }
     }
@@ -142,21 +158,32 @@ impl Disk {
         matches!(self.device.as_str(), "cdrom" | "floppy")
     }
 
-    /// The images that it is made of, from the top, each with whether libvirt looks into it.
-    pub fn images(&self) -> impl Iterator<Item = (&Source, bool)> {
-        let beneath = self.beneath.iter().map(|layer| (&layer.source, layer.is_looked_into));
-        std::iter::once((&self.source, self.is_looked_into)).chain(beneath)
+    /// The images that it is made of, from the top.
+    pub fn images(&self) -> impl Iterator<Item = Image<'_>> {
+        let Disk { source, is_looked_into, is_device, beneath, .. } = self;
+        let top = Image { source, is_looked_into: *is_looked_into, is_device: *is_device };
+        let beneath = beneath.iter().map(|Layer { source, is_looked_into, is_device }| Image {
+            source,
+            is_looked_into: *is_looked_into,
+            is_device: *is_device,
+        });
+        std::iter::once(top).chain(beneath)
     }
 }
 
 impl Layer {
     fn read(layer: &Node<'_, '_>) -> Self {
-        Layer { source: source_of(layer), is_looked_into: is_looked_into(layer, "format") }
+        Layer { source: source_of(layer), is_looked_into: is_looked_into(layer, "format"), is_device: is_device(layer) }
     }
 }
 
 fn source_of(image: &Node<'_, '_>) -> Source {
     child(image, "source").map_or(Source::Other, |source| Source::read(&source))
+}
+
+/// libvirt reads `dev` of a block device, and `file` of everything else that has a path.
+fn is_device(image: &Node<'_, '_>) -> bool {
+    image.attribute("type") == Some("block") || child(image, "source").is_some_and(|source| source.has_attribute("dev"))
 }
 
 /// The image beneath a disk or another image. An empty element says that there is none.

@@ -8,7 +8,7 @@ mod request;
 mod written;
 
 pub use libvirt::{Domains, LibvirtState};
-pub use node::{Located, Node, block_device_at, is_no_device, locate};
+pub use node::{Located, Node, block_device_at, block_device_seen_by, is_no_device, locate};
 pub use process::{
     open_block_devices, open_devices, process_of, processes, processes_with_open, start_time, writes_file,
 };

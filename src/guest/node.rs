@@ -3,6 +3,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, StatVfsMountFlags, StatxFlags};
 use rustix::io::Errno;
@@ -150,6 +151,20 @@ pub(super) fn end(tid: u32, Origin { root, start }: &Origin, request: &OpenReque
     }
 }
 
+/// Where `path` ends as thread `tid` sees it: what others keep in /tmp or /home may be something else for the daemon.
+///
+/// # Errors
+/// Those of path_resolution(7), and `ESRCH` when the thread is gone.
+pub(super) fn look_as(tid: u32, path: &Path) -> rustix::io::Result<End> {
+    let path = path.as_os_str().as_bytes().to_vec();
+    let request = OpenRequest { directory: None, in_root: false, path, flags: OFlags::PATH };
+    let origin = origin(tid, &request).map_err(|error| match error {
+        Errno::NOENT => Errno::SRCH,
+        error => error,
+    })?;
+    end(tid, &origin, &request)
+}
+
 fn examine(tid: u32, request: &OpenRequest, node: &OwnedFd, wait: bool) -> rustix::io::Result<Located> {
     // What the kernel knows already is enough: a type never changes, and asking a dead NFS server
     // would hang.
@@ -199,12 +214,26 @@ fn block_device_behind(number: DeviceNumber) -> Option<DeviceNumber> {
 ///
 /// # Errors
 /// Those of stat(2), and `ENOTBLK` when it is no block device.
-pub fn block_device_at(path: &std::path::Path) -> io::Result<DeviceNumber> {
+pub fn block_device_at(path: &Path) -> io::Result<DeviceNumber> {
     use std::os::unix::fs::{FileTypeExt, MetadataExt};
     let metadata = fs::metadata(path)?;
     match metadata.file_type().is_block_device() {
         true => Ok(DeviceNumber::from_raw(metadata.rdev())),
         false => Err(io::Error::from_raw_os_error(libc::ENOTBLK)),
+    }
+}
+
+/// The same as thread `tid` sees it.
+///
+/// # Errors
+/// Those of [`block_device_at`], and `ESRCH` when the thread is gone.
+pub fn block_device_seen_by(tid: u32, path: &Path) -> io::Result<DeviceNumber> {
+    let End::Place(place) = look_as(tid, path)? else { return Err(Errno::NOENT.into()) };
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let status = rustix::fs::statx(&place, c"", flags, StatxFlags::TYPE)?;
+    match FileType::from_raw_mode(status.stx_mode.into()) {
+        FileType::BlockDevice => Ok(DeviceNumber { major: status.stx_rdev_major, minor: status.stx_rdev_minor }),
+        _ => Err(Errno::NOTBLK.into()),
     }
 }
 

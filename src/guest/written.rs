@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use super::OpenRequest;
 use super::lookup::End;
-use super::node::{block_device_at, end, origin};
+use super::node::{block_device_at, end, look_as, origin};
 use super::process::writes_file;
 use crate::domain::Given;
 use crate::volume::DeviceNumber;
@@ -159,7 +159,7 @@ fn is_device(path: &Path, device: DeviceNumber) -> bool {
 
 impl WrittenFile {
     fn is_at(&self, path: &Path) -> bool {
-        match (self.look(path), self.number) {
+        match (look_as(self.tid, path), self.number) {
             (Ok(End::Place(place)), Some(own)) => {
                 let status = rustix::fs::statx(&place, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, WANTED);
                 status.is_ok_and(|status| number(&status) == own)
@@ -172,17 +172,10 @@ impl WrittenFile {
     }
 
     fn is_within(&self, folder: &Path) -> bool {
-        match self.look(folder) {
+        match look_as(self.tid, folder) {
             Ok(End::Place(place)) => path_of(&place).is_ok_and(|folder| self.path.starts_with(folder)),
             _ => false,
         }
-    }
-
-    /// Where `path` ends as the writer sees it: what others keep in /tmp or /home may be something else for this process.
-    fn look(&self, path: &Path) -> rustix::io::Result<End> {
-        let path = path.as_os_str().as_bytes().to_vec();
-        let request = OpenRequest { directory: None, in_root: false, path, flags: OFlags::PATH };
-        end(self.tid, &origin(self.tid, &request)?, &request)
     }
 }
 

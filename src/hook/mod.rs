@@ -154,7 +154,7 @@ fn ask(domain: &str, operation: HookOperation, xml: &str, hook: &HookConfig) -> 
 fn refuse_protected(config: &Config, domain: &str, xml: &str) -> Result<(), String> {
     let sysfs = Sysfs::system();
     let domain_xml = Domain::parse(xml).map_err(|error| error.to_string())?;
-    for (disk, source) in domain_xml.disks.iter().flat_map(|disk| disk.images().map(move |(source, _)| (disk, source)))
+    for (disk, source) in domain_xml.disks.iter().flat_map(|disk| disk.images().map(move |image| (disk, image.source)))
     {
         let identity = match source {
             // Only the daemon makes it.

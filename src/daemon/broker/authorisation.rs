@@ -2,15 +2,16 @@
 
 use std::cell::OnceCell;
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
 use super::{Broker, Vault, enrolled_device};
 use crate::domain::{Facts, Given, Requester};
-use crate::guest::{Domains, process_of};
+use crate::guest::{Domains, block_device_seen_by, process_of};
 use crate::policy::Config;
 use crate::refusal::{Reason, Refusal};
 use crate::store::{Store, VolumeRecord, seconds_now};
-use crate::volume::{Identity, VolumeId};
+use crate::volume::{DeviceNumber, Identity, VolumeId};
 
 /// The domain that a thread which waits for an open runs. It is looked up when it matters, which it does
 /// for few opens, and anew for each of them: libvirt may have given the domain to another owner.
@@ -30,6 +31,14 @@ impl Guest<'_> {
     /// When the thread is gone.
     pub fn process(&self) -> io::Result<u32> {
         process_of(self.tid)
+    }
+
+    /// The block device that the thread finds at `path`.
+    ///
+    /// # Errors
+    /// Those of [`block_device_seen_by`].
+    pub(super) fn sees(&self, path: &Path) -> io::Result<DeviceNumber> {
+        block_device_seen_by(self.tid, path)
     }
 
     /// What libvirt has given to the domain; nothing if there is none.

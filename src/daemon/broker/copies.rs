@@ -115,9 +115,18 @@ impl Broker {
         })
     }
 
-    /// Whether there is a protected volume among what `given` names `besides`. What cannot be looked at may be one.
+    /// Whether there is a protected volume among what `given` names `besides`, for the guest or for the daemon: the guest
+    /// does not have all of /dev, nor the daemon what is in /tmp or /home. What cannot be looked at may be one.
     fn holds_a_volume(&self, config: &Config, given: &Given, besides: &Path, guest: &Guest<'_>) -> bool {
-        given.besides(besides).any(|path| match block_device_at(path) {
+        given.besides(besides).any(|path| {
+            [guest.sees(path), block_device_at(path)]
+                .into_iter()
+                .any(|found| self.may_hold_a_volume(config, found, guest))
+        })
+    }
+
+    fn may_hold_a_volume(&self, config: &Config, found: io::Result<DeviceNumber>, guest: &Guest<'_>) -> bool {
+        match found {
             Ok(device) => match self.devices.identify(device) {
                 Ok(device) => {
                     !device.own_mappings().is_empty() || !matches!(self.protection(config, &device, guest), Ok(None))
@@ -125,7 +134,7 @@ impl Broker {
                 Err(_) => true,
             },
             Err(error) => !is_no_device(&error),
-        })
+        }
     }
 }
 

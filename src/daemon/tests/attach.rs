@@ -186,6 +186,8 @@ fn what_the_domain_may_not_have_is_refused_with_nothing_held() {
     let unit = "<hostdev mode='subsystem' type='scsi'><source protocol='iscsi' \
                 name='iqn.2026-11.org.lab:volume-x/1'/></hostdev>";
     assert!(daemon.refused(unit).contains("QEMU's own iSCSI client"));
+    let sentence = daemon.refused(&disk("/var/tmp/volcrypt-none"));
+    assert!(sentence.starts_with("disk sdb: /var/tmp/volcrypt-none is or leads to where volcryptd sees"), "{sentence}");
     for alike in ["<x:disk xmlns:x='y'/>", "<disk xmlns='y'/>"] {
         assert!(daemon.refused(alike).starts_with("the device is a <disk> of the namespace y"));
     }

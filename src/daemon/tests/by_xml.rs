@@ -50,6 +50,18 @@ fn held(broker: &Broker) -> Vec<String> {
 }
 
 #[test]
+fn a_device_that_the_daemon_cannot_see_is_refused() {
+    let broker = World::new().broker_saying(false, XML);
+    let sentence = refused(&broker, &domain(&[&disk("/var/tmp/volcrypt-none/lun")]));
+    assert!(
+        sentence.starts_with("disk sda: /var/tmp/volcrypt-none/lun is or leads to where volcryptd sees"),
+        "{sentence}"
+    );
+    prepare(&broker, "vm", &domain(&[&disk("/var/tmp/x").replace("dev='/", "file='/").replace("block", "file")]))
+        .unwrap();
+}
+
+#[test]
 fn the_mappings_that_a_domain_names_are_held_until_it_has_started() {
     let world = World::new();
     let broker = world.broker_saying(false, XML);

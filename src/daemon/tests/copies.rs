@@ -7,6 +7,7 @@ use std::time::Instant;
 use super::server::as_guest;
 use super::*;
 use crate::audit::{Entry, Kind};
+use crate::guest::{OpenRequest, Written, written_file};
 use crate::store::{AuditQuery, Store};
 
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -172,6 +173,44 @@ fn an_overlay_of_a_protected_volume_is_given_to_nobody() {
     assert_eq!(copier.open("", &[&overlay, &base]), [REFUSED, REFUSED]);
     copier.gives(&[&overlay, &base]);
     assert_eq!(copier.open("", &[&overlay, &base]), [None, None]);
+}
+
+/// systemd gives the daemon a /home and a /tmp of its own (ProtectHome=, PrivateTmp=), in which nothing is.
+#[test]
+fn an_overlay_of_a_volume_that_only_the_guest_sees_is_given_to_nobody() {
+    let copier = Copier::new(241);
+    let (overlay, hidden) = (copier.file("overlay"), tempfile::tempdir_in("/var/tmp").unwrap());
+    let at = |name: &str| hidden.path().join(name);
+    let script = format!(
+        "mount -t tmpfs none {0} && ln -s {1} {0}/lun && touch {0}/base {0}/ready && sleep 60",
+        hidden.path().display(),
+        copier.node.0.display()
+    );
+    let mut guest =
+        Command::new("unshare").args(["--mount", "sh", "-c", &script]).spawn().expect("run the tests as root");
+    let ready = format!("/proc/{}/root{}", guest.id(), at("ready").display());
+    while !Path::new(&ready).exists() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert!(!at("lun").exists() && !at("base").exists());
+    let broker = copier.world.broker(true);
+    let write = |tid: u32| {
+        let path = overlay.to_str().unwrap().as_bytes().to_vec();
+        let request = OpenRequest { directory: None, in_root: false, path, flags: OFlags::RDWR };
+        let (guest, written) = (broker.guest(tid), written_file(std::process::id(), &request).unwrap().unwrap());
+        let doubt = broker.check_written(Written::File(written), &guest).map_err(|refusal| refusal.to_string())?;
+        doubt.map_or(Ok(()), |doubt| broker.look_up_written(&doubt, &guest).map_err(|refusal| refusal.to_string()))
+    };
+    copier.gives(&[&overlay, &at("base")]);
+    assert_eq!(write(guest.id()), Ok(()));
+    copier.gives(&[&overlay, &at("lun")]);
+    let sentence = write(guest.id()).unwrap_err();
+    assert!(sentence.starts_with(&format!("QEMU of domain vm may not write to {}", overlay.display())), "{sentence}");
+    guest.kill().unwrap();
+    guest.wait().unwrap();
+    // What nobody can look at any more may have been one.
+    copier.gives(&[&overlay, &at("base")]);
+    assert!(write(guest.id()).is_err());
 }
 
 #[test]

@@ -3,6 +3,7 @@ use std::os::unix::ffi::OsStrExt;
 
 use proptest::prelude::*;
 
+use super::super::incoming::admit;
 use super::super::prepare::prepare;
 use super::*;
 
@@ -209,4 +210,40 @@ fn what_an_image_in_a_protected_volume_stands_on_has_to_be_said() {
     world.change(DeviceNumber { major: 250, minor: 28 }, |identity| identity.wwid = Some("naa.other".to_owned()));
     let sentence = disk("qcow2", &beneath("raw", "")).unwrap_err();
     assert!(sentence.contains("is not the device that volume base was enrolled on"), "{sentence}");
+}
+
+/// The unit's settings hide some folders from the daemon, and what is there may be a link to a volume.
+#[test]
+fn a_device_that_the_daemon_cannot_see_is_refused_and_an_image_file_there_is_not() {
+    let broker = World::new().broker(true);
+    let links = tempfile::tempdir_in("/dev/shm").unwrap();
+    let link = links.path().join("lun");
+    std::os::unix::fs::symlink("/var/tmp/volcrypt-none/lun", &link).unwrap();
+    let overlay = |kind: &str, source: &str| {
+        format!(
+            "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/srv/o.qcow2'/><backingStore \
+             type='{kind}'><format type='raw'/><source {source}/><backingStore/></backingStore><target dev='sda'/></disk>"
+        )
+    };
+    for path in ["/var/tmp/lun", "/tmp/volcrypt-none", "/home/x/lun", "/root/x/lun", "/run/user/7/lun"] {
+        for disk in [block_disk("disk", Path::new(path)), overlay("block", &format!("dev='{path}'"))] {
+            let xml = domain(WRAPPER, &disk);
+            let expected = format!(
+                "disk sda: {path} is or leads to where volcryptd sees nothing of the host (/home, /root, /run/user, /tmp, \
+                 /var/tmp), and may be a protected volume: name the device in /dev"
+            );
+            assert_eq!(refused(&broker, &xml), expected);
+            assert_eq!(admit(&broker, "vm", &xml).unwrap_err().to_string(), expected);
+            prepare(&World::new().broker_with(""), "vm", &xml).unwrap();
+        }
+        let file =
+            block_disk("disk", Path::new(path)).replace("type='block'", "type='file'").replace("dev='/", "file='/");
+        for disk in [file, overlay("file", &format!("file='{path}'"))] {
+            prepare(&broker, "vm", &domain(WRAPPER, &disk)).unwrap();
+            assert_eq!(admit(&broker, "vm", &domain(WRAPPER, &disk)).unwrap(), None);
+        }
+    }
+    let sentence = refused(&broker, &domain(WRAPPER, &block_disk("disk", &link)));
+    assert!(sentence.contains("lun is or leads to where volcryptd sees nothing"), "{sentence}");
+    prepare(&broker, "vm", &domain(WRAPPER, &block_disk("disk", Path::new("/srv/none")))).unwrap();
 }

@@ -2,13 +2,18 @@
 //! XML, stays empty.
 
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 
 use assert_cmd::cargo::CommandCargoExt;
 
 /// Runs the hook as libvirt does; gives exit code, stdout and stderr.
 fn hook(operation: &str, sub_operation: &str, xml: &str) -> (i32, String, String) {
-    let mut hook = Command::cargo_bin("volcrypt-hook").unwrap();
+    run(Command::cargo_bin("volcrypt-hook").unwrap(), operation, sub_operation, xml)
+}
+
+fn run(mut hook: Command, operation: &str, sub_operation: &str, xml: &str) -> (i32, String, String) {
     hook.args(["vm", operation, sub_operation, "-"]);
     let mut child = hook.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     // A hook that does not read its input may be gone by now.
@@ -44,4 +49,21 @@ fn what_must_never_fail_does_not() {
     }
     let (_, _, sentence) = hook("restore", "begin", DOMAIN);
     assert!(sentence.starts_with("volcrypt: volcryptd cannot be reached on "), "{sentence}");
+}
+
+/// Whose libvirtd runs as a user.
+#[test]
+fn a_session_of_a_user_is_none_of_its_business() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o755)).unwrap();
+    let program = folder.path().join("volcrypt-hook");
+    std::fs::copy(Command::cargo_bin("volcrypt-hook").unwrap().get_program(), &program).unwrap();
+    for (operation, sub_operation) in
+        [("prepare", "begin"), ("migrate", "begin"), ("restore", "begin"), ("started", "begin"), ("release", "end")]
+    {
+        let mut command = Command::new(&program);
+        command.uid(65534).gid(65534);
+        let outcome = run(command, operation, sub_operation, DOMAIN);
+        assert_eq!(outcome, (0, String::new(), String::new()), "{operation}");
+    }
 }

@@ -11,7 +11,8 @@ use std::path::Path;
 
 use super::broker::{Broker, Ready, no_such_device};
 use super::by_xml;
-use super::inspection::Inspection;
+use super::inspection::{Inspection, check_emulator};
+use super::rewrite::judge;
 use crate::audit::Asker;
 use crate::domain::{Adoption, Disk, Domain, Facts, InvalidXml, Source, adopt, in_disk, unrewrite};
 use crate::guest::{block_device_at, is_no_device};
@@ -27,11 +28,12 @@ use crate::volume::VolumeId;
 /// # Errors
 /// When a protected disk is not here or could not be opened, or would be opened past its mapping.
 pub fn admit(broker: &Broker, name: &str, xml: &str) -> Result<Option<String>, Refusal> {
-    inspect(broker, name, xml, |_| true)
+    inspect(broker, name, xml, &|domain| inspect_domain(broker, name, domain, &HashMap::new()).map(|()| None))
 }
 
 /// The XML with which libvirt is to restore the domain in `xml` from a file, if it is another: as for [`admit`]. What
-/// names no mapping is looked at when it starts. `is_there` says whether a program can be run.
+/// names no mapping is looked at when it starts, with the wrapper if it was saved before that was its emulator: what an
+/// operator defines since then is not what it is restored from. `is_there` says whether a program can be run.
 ///
 /// # Errors
 /// As for [`admit`].
@@ -41,7 +43,7 @@ pub fn restore(
     xml: &str,
     is_there: &dyn Fn(&Path) -> bool,
 ) -> Result<Option<String>, Refusal> {
-    let restored = inspect(broker, name, xml, |mapped| !mapped.is_empty())?;
+    let restored = inspect(broker, name, xml, &|domain| Ok(adopted(broker, name, domain, xml)))?;
     // XML that libvirt does not take has it delete a managed save as well. What names no such emulator is refused when the
     // domain starts.
     Ok(restored.filter(|xml| {
@@ -54,7 +56,7 @@ fn inspect(
     broker: &Broker,
     name: &str,
     xml: &str,
-    concerns: fn(&HashMap<String, VolumeId>) -> bool,
+    unmapped: &dyn Fn(&Domain) -> Result<Option<String>, Refusal>,
 ) -> Result<Option<String>, Refusal> {
     let domain = Domain::parse(xml).map_err(unreadable);
     let uuid = domain.as_ref().ok().and_then(|domain| domain.uuid.clone());
@@ -66,8 +68,7 @@ fn inspect(
             return admitted.inspect_err(|refusal| broker.record_refusal(refusal));
         }
         let inspected = domain.and_then(|domain| match mapped(&domain) {
-            mapped if !concerns(&mapped) => Ok(None),
-            mapped if mapped.is_empty() => inspect_domain(broker, name, &domain, &mapped).map(|()| None),
+            mapped if mapped.is_empty() => unmapped(&domain),
             mapped => {
                 let xml = off_mappings(xml)?;
                 let domain = Domain::parse(&xml).map_err(unreadable)?;
@@ -90,6 +91,31 @@ fn off_mappings(xml: &str) -> Result<String, Refusal> {
         Adoption::Changed { xml, .. } => Ok(xml),
         Adoption::Already => Ok(xml),
     }
+}
+
+/// The domain with the wrapper as its emulator, if its start would be refused for the one that it has. One that cannot be
+/// adopted is refused then.
+fn adopted(broker: &Broker, name: &str, domain: &Domain, xml: &str) -> Option<String> {
+    let runs_the_wrapper = check_emulator(name, domain, "its volumes", &with_the_wrapper).is_ok();
+    if runs_the_wrapper || !needs_the_wrapper(broker, name, domain) {
+        return None;
+    }
+    match adopt(xml).ok()? {
+        Adoption::Changed { xml, from, to } => {
+            tracing::info!(domain = name, "domain {name} is restored with the emulator {to} in the place of {from}");
+            Some(xml)
+        }
+        Adoption::Already => None,
+    }
+}
+
+/// Whether no other emulator may run the domain: any domain that is run so is refused, or it has a protected volume.
+fn needs_the_wrapper(broker: &Broker, name: &str, domain: &Domain) -> bool {
+    let ready = |_: &Path, _: &Facts| Ok(Ready::default());
+    let facts = domain.facts();
+    let is_protected = |source: &Source| matches!(judge(broker, Some(&facts), source), Ok(Some(_)));
+    Inspection { broker, name, domain, ready: &ready, remedy: &with_the_wrapper }.of_domain().is_err()
+        || domain.disks.iter().flat_map(Disk::images).any(|image| is_protected(image.source))
 }
 
 /// `mapped` has the volumes of those disks that named a mapping before.

@@ -171,3 +171,44 @@ fn what_is_restored_is_looked_at_when_it_starts_unless_it_names_mappings() {
     // libvirt would delete a managed save that names an emulator which is not there.
     assert_eq!(restore(&broker, "vm", &saved, &|_| false).unwrap(), None);
 }
+
+/// libvirt starts it from the XML in the file, whatever is defined since then.
+#[test]
+fn what_was_saved_before_it_was_adopted_is_restored_with_the_wrapper() {
+    let world = World::new();
+    let device = world.add_volume("before", 77);
+    let node = Node::new("/dev", device);
+    let broker = world.broker(false);
+    let with =
+        |broker: &Broker, xml: &str| restore(broker, "vm", xml, &|program| program == Path::new(WRAPPER)).unwrap();
+    for disks in [disk("sda", &node.0), disk("sda", Path::new("/srv/nowhere.img")), String::new()] {
+        let saved = domain(BARE, &disks);
+        assert!(prepare(&broker, "vm", &saved).unwrap_err().to_string().contains("volcrypt domain adopt vm"));
+        let restored = with(&broker, &saved).expect("libvirt is to use another XML");
+        assert!(restored.contains(&format!("<emulator>{WRAPPER}</emulator>{disks}</devices>")), "{restored}");
+        assert!(restored.contains(&format!("emulator=\"{BARE}\"")), "what it had is kept: {restored}");
+        assert_eq!(with(&broker, &restored), None, "it needs no more");
+        // libvirt would delete a managed save that names an emulator which is not there.
+        assert_eq!(restore(&broker, "vm", &saved, &|_| false).unwrap(), None);
+        // With a faulty configuration only what runs the wrapper starts.
+        assert!(with(&world.broker_with("nonsense"), &saved).is_some());
+        assert_eq!(with(&world.broker_with(""), &saved), None);
+    }
+    // Its start still needs all that a start needs.
+    let saved = domain(BARE, &disk("sda", &node.0));
+    let restored = with(&broker, &saved).unwrap();
+    assert!(
+        prepare(&broker, "vm", &restored).unwrap_err().to_string().contains("volume before on /dev/sd77 has no key")
+    );
+    broker.enrol(device, None).unwrap();
+    prepare(&broker, "vm", &restored).unwrap();
+
+    let lax = world.broker_saying(false, "[hook]\nother_emulators = \"start\"\n");
+    assert_eq!(with(&lax, &saved).as_ref(), Some(&restored));
+    for disks in ["", &disk("sda", Path::new("/dev/null"))] {
+        assert_eq!(with(&lax, &domain(BARE, disks)), None);
+    }
+    // What names no program cannot be adopted, and is refused when it starts.
+    assert_eq!(with(&broker, &domain("", "")), None);
+    assert_eq!(with(&broker, &domain("/usr/bin/..", "")), None);
+}

@@ -62,6 +62,18 @@ case_a_refused_start_leaves_the_managed_save() {
     is_restored
 }
 
+# The definition may have been adopted since; libvirt goes by the XML in the file.
+case_a_managed_save_from_before_the_wrapper_is_restored_with_it() {
+    virsh --quiet managedsave saved
+    virsh managedsave-dumpxml saved | sed 's#/usr/libexec/volcrypt/emulators/#/usr/bin/#' >/root/saved.xml
+    grep -q '<emulator>/usr/bin/' /root/saved.xml
+    virsh --quiet managedsave-define saved /root/saved.xml
+    expect_contains "$(virsh managedsave-dumpxml saved)" '<emulator>/usr/bin/' 'XML in the file'
+    domain_start saved
+    is_restored
+    expect_contains "$(virsh dumpxml saved)" '<emulator>/usr/libexec/volcrypt/emulators/' 'emulator'
+}
+
 # As a host leaves it that points disks to mappings in the XML.
 case_a_managed_save_that_names_a_mapping_is_restored() {
     virsh --quiet managedsave saved

@@ -22,8 +22,6 @@ pub struct Device {
     pub volume: Option<VolumeId>,
     /// The mapping that libvirt's QEMU is about to open.
     pub mapped: Option<Mapped>,
-    /// Whether it is a disk that no other domain may have.
-    pub is_written_alone: bool,
 }
 
 /// Which domain a device is for.
@@ -92,7 +90,7 @@ impl Attaching<'_> {
             };
             check().map_err(|refusal| in_disk(disk, &refusal))?;
         }
-        Ok(Device { xml: xml.to_owned(), volume: None, mapped: None, is_written_alone: false })
+        Ok(Device { xml: xml.to_owned(), volume: None, mapped: None })
     }
 
     fn by_xml(&self, xml: &str, live: bool) -> Result<Device, Refusal> {
@@ -102,10 +100,10 @@ impl Attaching<'_> {
         let volume = disk.as_ref().and_then(|disk| disk.source.mapped_volume());
         let (Some(disk), Some(volume)) = (&disk, volume) else {
             disk.iter().try_for_each(|disk| self.check_no_mapping(disk))?;
-            return Ok(Device { xml, volume: None, mapped: None, is_written_alone: false });
+            return Ok(Device { xml, volume: None, mapped: None });
         };
         let mapped = self.map(disk, &volume, live).map_err(|refusal| in_disk(disk, &refusal.of(&volume)))?;
-        Ok(Device { is_written_alone: disk.is_written_alone, xml, volume: Some(volume), mapped })
+        Ok(Device { xml, volume: Some(volume), mapped })
     }
 
     /// Whether a disk is no mapping under another name, and stands on none.
@@ -145,10 +143,9 @@ impl Attaching<'_> {
         if let Some(other) = domain.disks.iter().find(|other| other.source.mapped_volume().as_ref() == Some(volume)) {
             return Err(given_twice(&domain.name, volume, other));
         }
-        if disk.is_written_alone {
-            check_alone(self.broker, &domain.name, volume)?;
-        }
-        self.broker.map(&device, facts, &format!("mapped for disk {} to be attached", disk.target)).map(Some)
+        check_alone(self.broker, &domain.name, volume, disk.is_written_alone)?;
+        let what = format!("mapped for disk {} to be attached", disk.target);
+        self.broker.map(&device, facts, disk.is_written_alone, &what).map(Some)
     }
 }
 
@@ -167,5 +164,5 @@ pub fn detach(broker: &Broker, recipient: &Recipient, xml: &str) -> Device {
     let disk = lone_disk(&xml);
     let present = disk.as_ref().and_then(|disk| recipient.disk_called(&disk.target));
     let volume = present.or(disk.as_ref()).and_then(|disk| disk.source.mapped_volume());
-    Device { xml, volume, mapped: None, is_written_alone: false }
+    Device { xml, volume, mapped: None }
 }

@@ -13,6 +13,7 @@ mod mapped;
 mod migration;
 mod policy;
 mod readiness;
+mod sharing;
 
 use std::cell::Cell;
 use std::io;

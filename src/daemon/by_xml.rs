@@ -40,7 +40,8 @@ pub fn prepare(
     let facts = domain.facts();
     let finder = Finder::new(broker, config, &facts);
     let (guard, given) = (OnceCell::new(), HashMap::new());
-    let mut preparation = Preparation { broker, config, domain, facts: &facts, finder, once_at, guard, given };
+    let used = Vec::new();
+    let mut preparation = Preparation { broker, config, domain, facts: &facts, finder, once_at, guard, given, used };
     let mut mapped = Vec::new();
     for disk in &domain.disks {
         // libvirt looks into the mapping here, so it sees on what the image there stands.
@@ -96,6 +97,8 @@ struct Preparation<'a> {
     guard: OnceCell<Result<(), Refusal>>,
     /// The volumes that disks are the whole of.
     given: HashMap<VolumeId, &'a Disk>,
+    /// Every volume that is mapped, with the disk for which it is, and whether that writes to it alone.
+    used: Vec<(VolumeId, &'a Disk, bool)>,
 }
 
 impl<'a> Preparation<'a> {
@@ -108,9 +111,10 @@ impl<'a> Preparation<'a> {
             }
             Source::Other => return Ok(Vec::new()),
         };
+        let writes_alone = *source == disk.source && disk.is_written_alone;
         if let Some(volume) = VolumeId::of_mapping(path) {
             self.give(disk, source, &volume)?;
-            return Ok(vec![self.mapping(disk, &volume)?]);
+            return Ok(vec![self.mapping(disk, &volume, writes_alone)?]);
         }
         check_in_sight(self.broker, image)?;
         let device = match block_device_at(path) {
@@ -128,35 +132,47 @@ impl<'a> Preparation<'a> {
         if let Some(volume) = device.own_volume() {
             self.give(disk, source, &volume)?;
         }
-        // A mapping that is there already for somebody else, under another name, or what stands on one.
-        device.own_mappings().iter().map(|(volume, _)| self.mapping(disk, volume)).collect()
+        // A mapping that is there already for somebody else, under another name, or what stands on one, of which others
+        // may have another part.
+        let itself = device.own_volume();
+        let mapped =
+            |(volume, _): (VolumeId, _)| self.mapping(disk, &volume, writes_alone && itself.as_ref() == Some(&volume));
+        device.own_mappings().into_iter().map(mapped).collect()
     }
 
     /// Notes that `volume` is `source`, which may be a disk itself or what one stands on and only reads.
     fn give(&mut self, disk: &'a Disk, source: &Source, volume: &VolumeId) -> Result<(), Refusal> {
-        if *source != disk.source || !disk.is_written_alone {
+        if *source != disk.source {
             return Ok(());
         }
-        match self.given.insert(volume.clone(), disk) {
-            Some(other) => Err(given_twice(&self.domain.name, volume, other).of(volume)),
-            None => Ok(()),
+        match self.given.get(volume) {
+            Some(other) if disk.is_written_alone || other.is_written_alone => {
+                Err(given_twice(&self.domain.name, volume, other).of(volume))
+            }
+            Some(_) => Ok(()),
+            None => {
+                self.given.insert(volume.clone(), disk);
+                Ok(())
+            }
         }
     }
 
-    /// Whether no other domain has what the domain is to write to.
+    /// Whether no other domain has what the domain is to write to, nor writes what the domain is to have.
     fn check_alone(&self) -> Result<(), Refusal> {
-        let alone = |(volume, disk): (&VolumeId, &&Disk)| {
-            check_alone(self.broker, &self.domain.name, volume).map_err(|refusal| in_disk(disk, &refusal.of(volume)))
-        };
-        self.given.iter().try_for_each(alone)
+        self.used.iter().try_for_each(|(volume, disk, is_written_alone)| {
+            let alone = check_alone(self.broker, &self.domain.name, volume, *is_written_alone);
+            alone.map_err(|refusal| in_disk(disk, &refusal.of(volume)))
+        })
     }
 
-    fn mapping(&self, disk: &Disk, volume: &VolumeId) -> Result<Mapped, Refusal> {
+    fn mapping(&mut self, disk: &'a Disk, volume: &VolumeId, is_written_alone: bool) -> Result<Mapped, Refusal> {
         check_commands(disk, volume).map_err(|refusal| refusal.of(volume))?;
         let guard = self.guard.get_or_init(|| check_guarded(self.broker, self.config, self.domain));
         guard.clone().map_err(|refusal| refusal.of(volume))?;
         let device = self.finder.find(volume, self.once_at.get(volume))?;
-        let mapped = self.broker.map(&device, self.facts, &format!("mapped for disk {}", disk.target))?;
+        let what = format!("mapped for disk {}", disk.target);
+        let mapped = self.broker.map(&device, self.facts, is_written_alone, &what)?;
+        self.used.push((volume.clone(), disk, is_written_alone));
         tracing::info!(
             domain = self.domain.name, volume = %volume,
             "the mapping of volume {volume} is there for disk {} of domain {}", disk.target.escape_debug(), self.domain.name
@@ -206,9 +222,10 @@ pub fn given_twice(domain: &str, volume: &VolumeId, other: &Disk) -> Refusal {
     Refusal::new(Reason::NotAllowed, sentence)
 }
 
-/// Whether no domain but `domain` has `volume`. Each QEMU has a node of its own for it here, so their locks do not meet.
-pub fn check_alone(broker: &Broker, domain: &str, volume: &VolumeId) -> Result<(), Refusal> {
-    match broker.other_user(volume, domain)? {
+/// Whether no domain but `domain` has `volume`; if none of them is to write to it alone, they may have it together. Each
+/// QEMU has a node of its own for it here, so their locks do not meet.
+pub fn check_alone(broker: &Broker, domain: &str, volume: &VolumeId, is_written_alone: bool) -> Result<(), Refusal> {
+    match broker.rival(volume, domain, is_written_alone)? {
         None => Ok(()),
         Some(other) => {
             let sentence = format!(

@@ -218,25 +218,24 @@ impl Control {
     ) -> Result<Reply, Refusal> {
         let recipient = Recipient::parse(domain)?;
         let attached = || self.recorded(attach::attach(&self.broker, &recipient, device, live));
-        let Device { xml, volume, mapped, is_written_alone } = recipient.asker().ask(attached)?;
+        let Device { xml, volume, mapped } = recipient.asker().ask(attached)?;
         if let Some(mapped) = mapped {
-            let (holds, began, volume) = (self.broker.holds(), Instant::now(), mapped.0.clone());
+            let (holds, began, volume) = (self.broker.holds(), Instant::now(), mapped.volume.clone());
+            let is_written_alone = mapped.is_written_alone;
             tracing::info!(
-                domain = recipient.name(), volume = %mapped.0,
-                "the mapping of volume {} is there to be attached to domain {}", mapped.0, printable(recipient.name())
+                domain = recipient.name(), volume = %volume,
+                "the mapping of volume {volume} is there to be attached to domain {}", printable(recipient.name())
             );
             match keep {
                 true => holds.hold(recipient.name(), vec![mapped], Until::Released),
                 false => *held = Some(holds.hold_for_caller(recipient.name(), vec![mapped])),
             }
             // Only now does another domain that gets it at the same time see this one.
-            if is_written_alone {
-                let alone = || self.recorded_of(&volume, check_alone(&self.broker, recipient.name(), &volume));
-                recipient.asker().ask(alone).inspect_err(|_| {
-                    holds.undo_since(began);
-                    *held = None;
-                })?;
-            }
+            let alone = || check_alone(&self.broker, recipient.name(), &volume, is_written_alone);
+            recipient.asker().ask(|| self.recorded_of(&volume, alone())).inspect_err(|_| {
+                holds.undo_since(began);
+                *held = None;
+            })?;
         }
         Ok(Reply::Device { xml, volume })
     }

@@ -46,8 +46,8 @@ pub trait Devices: Send + Sync {
     /// When that cannot be told.
     fn open_by(&self, pid: u32) -> io::Result<Vec<DeviceNumber>>;
 
-    /// The domains whose processes have a block device open.
-    fn domains_with_open(&self, device: DeviceNumber) -> Vec<String>;
+    /// The domains whose processes have a block device open: process and name of each.
+    fn domains_with_open(&self, device: DeviceNumber) -> Vec<(u32, String)>;
 
     /// Every block device.
     ///
@@ -111,9 +111,9 @@ impl Devices for HostDevices {
         open_block_devices(pid)
     }
 
-    fn domains_with_open(&self, device: DeviceNumber) -> Vec<String> {
+    fn domains_with_open(&self, device: DeviceNumber) -> Vec<(u32, String)> {
         let has_open = |pid: u32| !processes_with_open(&[pid], (FileType::BlockDevice, device), false).is_empty();
-        LibvirtState::system().running().into_iter().filter(|(pid, _)| has_open(*pid)).map(|(_, name)| name).collect()
+        LibvirtState::system().running().into_iter().filter(|(pid, _)| has_open(*pid)).collect()
     }
 
     fn all(&self) -> io::Result<Vec<DeviceNumber>> {

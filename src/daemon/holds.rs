@@ -18,7 +18,15 @@ use crate::volume::VolumeId;
 pub const HELD_FOR: Duration = Duration::from_secs(600);
 
 /// A mapping that was made and is open.
-pub type Mapped = (VolumeId, OwnedFd);
+#[derive(Debug)]
+pub struct Mapped {
+    /// The volume that it is of.
+    pub volume: VolumeId,
+    /// Whether whom it is for is to write to it, and to be the only one.
+    pub is_written_alone: bool,
+    /// Keeps it.
+    pub opened: OwnedFd,
+}
 
 /// The mappings that are held.
 pub struct Holds {
@@ -36,6 +44,7 @@ struct State {
 struct Held {
     domain: String,
     volume: VolumeId,
+    is_written_alone: bool,
     until: Until,
     /// The thread that works on the request, and since when it is held.
     by: (ThreadId, Instant),
@@ -68,7 +77,14 @@ impl Holds {
     /// Holds `mappings` for `domain`.
     pub fn hold(&self, domain: &str, mappings: Vec<Mapped>, until: Until) {
         let by = (thread::current().id(), Instant::now());
-        let held = |(volume, mapping): Mapped| Held { domain: domain.to_owned(), volume, until, by, _mapping: mapping };
+        let held = |Mapped { volume, is_written_alone, opened }| Held {
+            domain: domain.to_owned(),
+            volume,
+            is_written_alone,
+            until,
+            by,
+            _mapping: opened,
+        };
         self.state().held.extend(mappings.into_iter().map(held));
         self.changed.notify_all();
     }
@@ -116,6 +132,13 @@ impl Holds {
             }
         }
         domains
+    }
+
+    /// A domain that `volume` is held for and that `fits`, of which is said whether it is to write there alone.
+    pub fn find(&self, volume: &VolumeId, fits: impl Fn(&str, bool) -> bool) -> Option<String> {
+        let state = self.state();
+        let mut held = state.held.iter().filter(|held| held.volume == *volume);
+        held.find(|held| fits(&held.domain, held.is_written_alone)).map(|held| held.domain.clone())
     }
 
     /// Waits until nothing is held, for `limit` at most.
@@ -177,7 +200,7 @@ mod tests {
     /// A descriptor, and what tells when it was closed.
     fn mapping(volume: &str) -> (PipeReader, Mapped) {
         let (reader, writer): (PipeReader, PipeWriter) = std::io::pipe().unwrap();
-        (reader, (id(volume), writer.into()))
+        (reader, Mapped { volume: id(volume), is_written_alone: true, opened: writer.into() })
     }
 
     fn id(volume: &str) -> VolumeId {

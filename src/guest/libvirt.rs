@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use roxmltree::{Document, Node};
 
-use crate::domain::{Domain, Facts, Given};
+use crate::domain::{Disk, Domain, Facts, Given};
 
 /// Where libvirtd and virtqemud keep the state of running domains.
 const STATE: &str = "/run/libvirt/qemu";
@@ -33,6 +33,12 @@ pub trait Domains: Send + Sync {
     /// # Errors
     /// Those of [`Domains::of`].
     fn given(&self, pid: u32) -> io::Result<Vec<Given>>;
+
+    /// The disks of the domain that process `pid` runs; nothing if libvirt knows of none.
+    ///
+    /// # Errors
+    /// Those of [`Domains::of`].
+    fn disks(&self, pid: u32) -> io::Result<Vec<Disk>>;
 }
 
 /// What libvirt wrote down on this host.
@@ -55,6 +61,10 @@ impl Domains for LibvirtState {
 
     fn given(&self, pid: u32) -> io::Result<Vec<Given>> {
         Ok(self.live(pid, Given::read)?.unwrap_or_default())
+    }
+
+    fn disks(&self, pid: u32) -> io::Result<Vec<Disk>> {
+        Ok(self.live(pid, |domain| Domain::from_element(domain).disks)?.unwrap_or_default())
     }
 }
 

@@ -28,21 +28,20 @@ impl Broker {
         self.devices.guard_fault()
     }
 
-    /// Another domain than `domain` that has the mapping of `volume` open or is about to open it.
-    pub fn other_user(&self, volume: &VolumeId, domain: &str) -> Result<Option<String>, Refusal> {
-        let held_for = self.holds.by_volume().remove(volume).unwrap_or_default();
-        let mapping = self.encryptor.mappings()?.into_iter().find(|mapping| mapping.volume == *volume);
-        let open_in = mapping.map(|mapping| self.devices.domains_with_open(mapping.device)).unwrap_or_default();
-        Ok(held_for.into_iter().chain(open_in).find(|other| other != domain))
-    }
-
-    /// Makes and opens the mapping of the protected volume on `device` for `domain`, and waits until it has its
-    /// name in /dev. `what` is for the audit log, where the use stands before the key is used.
+    /// Makes and opens the mapping of the protected volume on `device` for `domain`, which may be to write to it
+    /// alone, and waits until it has its name in /dev. `what` is for the audit log, where the use stands before the key
+    /// is used.
     ///
     /// # Errors
     /// When `device` is not protected, or an open of it would be refused; [`Reason::TimedOut`] when udev does not
     /// name the mapping.
-    pub fn map(&self, device: &Identity, domain: &Facts, what: &str) -> Result<Mapped, Refusal> {
+    pub fn map(
+        &self,
+        device: &Identity,
+        domain: &Facts,
+        is_written_alone: bool,
+        what: &str,
+    ) -> Result<Mapped, Refusal> {
         let unprotected = || Refusal::new(Reason::Configuration, format!("no rule protects {device} any more"));
         let Ready { volume, cached_since, .. } = self.make_ready(device, domain)?;
         let volume = volume.ok_or_else(unprotected)?;
@@ -67,7 +66,7 @@ impl Broker {
             Ok(opened)
         };
         let opened = made().map_err(|refusal| refusal.of(&volume))?;
-        Ok((volume, opened))
+        Ok(Mapped { volume, is_written_alone, opened })
     }
 
     /// Waits for the link that udev makes. A mapping that was not there before is new to udev since then.

@@ -214,6 +214,15 @@ fn what_the_domain_may_not_have_is_refused_with_nothing_held() {
         "{sentence}"
     );
     let shared = device(0).replace("</disk>", "<shareable/></disk>");
+    let sentence = daemon.attach_to(&owned, &shared, true, false).0.unwrap_err();
+    assert!(
+        sentence.starts_with("disk sdb: domain other has volume theirs, and the two would overwrite"),
+        "{sentence}"
+    );
+    hang_up(&kept);
+    let (answer, kept) = daemon.attach_to(&other, &shared, true, false);
+    answer.unwrap();
+    daemon.attach_to(&owned, &device(0), true, false).0.unwrap_err();
     daemon.attach_to(&owned, &shared, true, false).0.unwrap();
     hang_up(&kept);
 }

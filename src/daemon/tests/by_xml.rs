@@ -335,6 +335,10 @@ fn a_volume_is_given_once() {
     };
     twice("<readonly/></disk>");
     twice("<shareable/></disk>");
+    let both = [on_mapping("once").replace("</disk>", "<shareable/></disk>"), as_second(on_mapping("once"))];
+    for disks in [[&both[0], &both[1]], [&both[1], &both[0]]] {
+        assert!(refused(&broker, &domain(&disks.map(String::as_str))).contains("domain vm has volume once already"));
+    }
     let base = "<backingStore type='block'><format type='raw'/><source dev='/dev/mapper/volcrypt-once'/></backingStore></disk>";
     let overlays = ["top", "tip"].map(|volume| on_mapping(volume).replace("</disk>", base));
     prepare(&broker, "vm", &domain(&[&overlays[0], &as_second(overlays[1].clone())])).unwrap();
@@ -350,17 +354,60 @@ fn a_volume_that_another_domain_has_is_refused_unless_it_is_shared() {
                     down or detach the volume from it, or mark the disk <shareable/> in both if what is in it is made for \
                     that";
     assert_eq!(refused(&broker, &domain(&[&on_mapping("ours")])), expected);
-    let shared = on_mapping("ours").replace("</disk>", "<shareable/></disk>");
-    prepare(&broker, "vm", &domain(&[&shared])).unwrap();
+    let marked = |with: &str| domain(&[&on_mapping("ours").replace("</disk>", &format!("{with}</disk>"))]);
+    let (shared, read_only) = (marked("<shareable/>"), marked("<readonly/>"));
+    // What libvirt has of the other one does not say how it uses the volume, or that it writes there alone.
+    let twice = shared.replace("</devices>", &format!("{}</devices>", on_mapping("ours")));
+    for unshared in ["<domain/>", &marked(""), &shared.replace("ours", "other"), &twice] {
+        *world.given.lock().unwrap() = unshared.to_owned();
+        for xml in [&shared, &read_only] {
+            assert_eq!(refused(&broker, xml), expected, "{unshared}");
+        }
+    }
+    for live in [&shared, &read_only] {
+        *world.given.lock().unwrap() = live.clone();
+        assert_eq!(refused(&broker, &marked("")), expected, "{live}");
+        prepare(&broker, "vm", &shared).unwrap();
+        broker.holds().ended("vm");
+    }
 
     // One that starts as well has not opened it yet.
     world.users.lock().unwrap().clear();
-    let other = domain(&[&on_mapping("ours")]).replace("<name>vm", "<name>other");
-    let sentence = prepare(&broker, "other", &other).unwrap_err().to_string();
-    assert!(sentence.contains("domain vm has volume ours"), "{sentence}");
-    assert_eq!(held(&broker), ["ours: vm"], "what the other one has stays");
+    let other = |xml: &str| {
+        let started = prepare(&broker, "other", &xml.replace("<name>vm", "<name>other"));
+        assert_eq!(held(&broker).len(), 1, "what the other one has stays");
+        broker.holds().ended("other");
+        started.map_err(|refusal| refusal.to_string())
+    };
+    for (first, second) in [(marked(""), marked("")), (marked(""), shared.clone()), (shared.clone(), marked(""))] {
+        prepare(&broker, "vm", &first).unwrap();
+        assert!(other(&second).unwrap_err().contains("domain vm has volume ours"), "{first} {second}");
+        broker.holds().ended("vm");
+    }
+    prepare(&broker, "vm", &shared).unwrap();
+    other(&shared).unwrap();
     broker.holds().ended("vm");
-    prepare(&broker, "other", &other).unwrap();
+    other(&marked("")).unwrap();
+}
+
+#[test]
+fn what_another_domain_writes_is_no_image_to_stand_on() {
+    let world = World { mapped: true, ..World::new() };
+    let broker = world.broker_saying(false, XML);
+    for (volume, minor) in [("base", 104), ("top", 105)] {
+        broker.enrol(world.add_volume(volume, minor), None).unwrap();
+    }
+    let base = "<backingStore type='block'><format type='raw'/><source dev='/dev/mapper/volcrypt-base'/></backingStore></disk>";
+    let overlay = on_mapping("top").replace("</disk>", base);
+    let writer = domain(&[&on_mapping("base")]).replace("<name>vm", "<name>writer");
+    prepare(&broker, "writer", &writer).unwrap();
+    let sentence = prepare(&broker, "vm", &domain(&[&overlay])).unwrap_err().to_string();
+    assert!(sentence.starts_with("disk sda: domain writer has volume base"), "{sentence}");
+    broker.holds().ended("writer");
+    // Two may stand on it.
+    prepare(&broker, "vm", &domain(&[&overlay])).unwrap();
+    prepare(&broker, "other", &domain(&[&overlay.replace("-top", "-base")]).replace("<name>vm", "<name>other"))
+        .unwrap_err();
 }
 
 #[test]

@@ -33,7 +33,7 @@ use tempfile::TempDir;
 
 use super::broker::Broker;
 use super::devices::Devices;
-use crate::domain::{Facts, Given, given};
+use crate::domain::{Disk, Domain, Facts, Given, given};
 use crate::encryptor::{Mapping, MappingSpec, VolumeEncryptor};
 use crate::guest::Domains;
 use crate::keys::{CheckValue, Key};
@@ -73,7 +73,7 @@ struct World {
     open: Arc<Mutex<Vec<DeviceNumber>>>,
     /// Those among them that are closed once they were looked for.
     closing: Arc<Mutex<Vec<DeviceNumber>>>,
-    /// The live XML of the domain.
+    /// The live XML of every domain.
     given: Arc<Mutex<String>>,
     /// The domains that have every mapping open.
     users: Arc<Mutex<Vec<String>>>,
@@ -199,8 +199,8 @@ impl Devices for World {
         Ok(open)
     }
 
-    fn domains_with_open(&self, _device: DeviceNumber) -> Vec<String> {
-        self.users.lock().unwrap().clone()
+    fn domains_with_open(&self, _device: DeviceNumber) -> Vec<(u32, String)> {
+        (0..).zip(self.users.lock().unwrap().clone()).collect()
     }
 
     fn all(&self) -> io::Result<Vec<DeviceNumber>> {
@@ -233,6 +233,10 @@ impl Domains for World {
 
     fn given(&self, _pid: u32) -> io::Result<Vec<Given>> {
         Ok(given(&self.given.lock().unwrap()))
+    }
+
+    fn disks(&self, _pid: u32) -> io::Result<Vec<Disk>> {
+        Ok(Domain::parse(&self.given.lock().unwrap()).unwrap().disks)
     }
 }
 

@@ -3,7 +3,7 @@
 use super::broker::{Broker, Finder};
 use super::by_xml::{check_alone, check_guarded, given_twice};
 use super::holds::Mapped;
-use super::inspection::{by_adopting, check_commands, check_emulator};
+use super::inspection::{by_adopting, check_chain, check_commands, check_emulator};
 use super::rewrite::judge;
 use super::sight::check_in_sight;
 use crate::audit::Asker;
@@ -131,6 +131,7 @@ impl Attaching<'_> {
     fn map(&self, disk: &Disk, volume: &VolumeId, live: bool) -> Result<Option<Mapped>, Refusal> {
         let Recipient { domain, facts } = self.recipient;
         check_commands(disk, volume)?;
+        check_chain(volume, disk.is_looked_into)?;
         check_guarded(self.broker, self.config, domain)?;
         let once_at = self.before.as_ref().and_then(|before| match &before.source {
             Source::Path(path) => Some(path),

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use super::broker::{Broker, Finder, no_such_device};
 use super::holds::{Mapped, Until};
-use super::inspection::{check_commands, check_unit};
+use super::inspection::{check_chain, check_commands, check_unit};
 use super::rewrite::rewrite;
 use super::sight::check_in_sight;
 use crate::domain::{
@@ -44,7 +44,6 @@ pub fn prepare(
     let mut preparation = Preparation { broker, config, domain, facts: &facts, finder, once_at, guard, given, used };
     let mut mapped = Vec::new();
     for disk in &domain.disks {
-        // libvirt looks into the mapping here, so it sees on what the image there stands.
         for image in disk.images() {
             mapped.extend(preparation.image(disk, image).map_err(|refusal| in_disk(disk, &refusal))?);
         }
@@ -73,10 +72,11 @@ pub fn admit(broker: &Broker, config: &Config, xml: &str) -> Result<Option<Strin
     let (facts, once_at) = (domain.facts(), sources_before(&here).unwrap_or_default());
     let finder = Finder::new(broker, config, &facts);
     for disk in &domain.disks {
-        let mapped = disk.images().filter_map(|image| image.source.mapped_volume());
-        for volume in mapped {
+        let mapped = disk.images().filter_map(|image| Some((image.source.mapped_volume()?, image.is_looked_into)));
+        for (volume, is_looked_into) in mapped {
             let check = || {
                 check_commands(disk, &volume)?;
+                check_chain(&volume, is_looked_into)?;
                 check_guarded(broker, config, &domain)?;
                 broker.check_ready(&finder.find(&volume, once_at.get(&volume))?, &facts)
             };
@@ -103,7 +103,7 @@ struct Preparation<'a> {
 
 impl<'a> Preparation<'a> {
     fn image(&mut self, disk: &'a Disk, image: Image<'_>) -> Result<Vec<Mapped>, Refusal> {
-        let source = image.source;
+        let Image { source, is_looked_into, .. } = image;
         let path = match source {
             Source::Path(path) => path,
             Source::IscsiUnit { target, lun } => {
@@ -114,7 +114,7 @@ impl<'a> Preparation<'a> {
         let writes_alone = *source == disk.source && disk.is_written_alone;
         if let Some(volume) = VolumeId::of_mapping(path) {
             self.give(disk, source, &volume)?;
-            return Ok(vec![self.mapping(disk, &volume, writes_alone)?]);
+            return Ok(vec![self.mapping(disk, &volume, writes_alone, is_looked_into)?]);
         }
         check_in_sight(self.broker, image)?;
         let device = match block_device_at(path) {
@@ -135,8 +135,9 @@ impl<'a> Preparation<'a> {
         // A mapping that is there already for somebody else, under another name, or what stands on one, of which others
         // may have another part.
         let itself = device.own_volume();
-        let mapped =
-            |(volume, _): (VolumeId, _)| self.mapping(disk, &volume, writes_alone && itself.as_ref() == Some(&volume));
+        let mapped = |(volume, _): (VolumeId, _)| {
+            self.mapping(disk, &volume, writes_alone && itself.as_ref() == Some(&volume), is_looked_into)
+        };
         device.own_mappings().into_iter().map(mapped).collect()
     }
 
@@ -165,8 +166,15 @@ impl<'a> Preparation<'a> {
         })
     }
 
-    fn mapping(&mut self, disk: &'a Disk, volume: &VolumeId, is_written_alone: bool) -> Result<Mapped, Refusal> {
-        check_commands(disk, volume).map_err(|refusal| refusal.of(volume))?;
+    fn mapping(
+        &mut self,
+        disk: &'a Disk,
+        volume: &VolumeId,
+        is_written_alone: bool,
+        is_looked_into: bool,
+    ) -> Result<Mapped, Refusal> {
+        let checked = check_commands(disk, volume).and(check_chain(volume, is_looked_into));
+        checked.map_err(|refusal| refusal.of(volume))?;
         let guard = self.guard.get_or_init(|| check_guarded(self.broker, self.config, self.domain));
         guard.clone().map_err(|refusal| refusal.of(volume))?;
         let device = self.finder.find(volume, self.once_at.get(volume))?;

@@ -4,7 +4,9 @@ use std::path::Path;
 
 use super::broker::{Broker, Ready};
 use super::sight::check_in_sight;
-use crate::domain::{Disk, Domain, Facts, Image, Source, in_disk, is_hidden, passes_commands, quoted, reached_by_qemu};
+use crate::domain::{
+    Disk, Domain, Facts, Image, Source, in_disk, is_believed, is_hidden, passes_commands, quoted, reached_by_qemu,
+};
 use crate::policy::OtherEmulators;
 use crate::protocol::EMULATOR_DIRECTORY;
 use crate::refusal::{Reason, Refusal};
@@ -99,6 +101,15 @@ pub(super) fn check_commands(disk: &Disk, volume: &VolumeId) -> Result<(), Refus
     match disk.device.as_str() {
         "lun" => Err(passes_commands(volume)),
         _ => Ok(()),
+    }
+}
+
+/// Whether libvirt, which sees what is in a mapping that the XML names, takes nothing that stands there for the images that
+/// a disk stands on.
+pub(super) fn check_chain(volume: &VolumeId, is_looked_into: bool) -> Result<(), Refusal> {
+    match is_looked_into {
+        true => Err(is_believed(volume)),
+        false => Ok(()),
     }
 }
 

@@ -13,7 +13,7 @@ pub use facts::{Facts, Nobody, Requester};
 pub use given::Given;
 #[cfg(test)]
 pub use given::given;
-pub use refusals::{in_disk, is_hidden, passes_commands, reached_by_qemu};
+pub use refusals::{in_disk, is_believed, is_hidden, passes_commands, reached_by_qemu};
 pub use rewrite::{
     Judge, MAX_XML, OnMapping, Rewritten, lone_disk, rewrite, rewrite_device, sources_before, unrewrite,
 };

@@ -35,6 +35,19 @@ pub fn is_hidden(volume: &VolumeId) -> Refusal {
     )
 }
 
+/// libvirt looks into the mapping of a protected volume to learn on which others the image there stands, and gives the
+/// guest what it finds. A guest that had the volume as a raw disk could have written that.
+pub fn is_believed(volume: &VolumeId) -> Refusal {
+    Refusal::new(
+        Reason::NotAllowed,
+        format!(
+            "libvirt would look into the protected volume {volume} for the image on which the one there stands, and give \
+             the guest whatever it finds named, which a guest may have written there itself: say it with <backingStore> in \
+             the disk's XML, where <backingStore/> stands for none"
+        ),
+    )
+}
+
 /// QEMU reaches a protected volume by its own iSCSI client: it never opens a device, so nothing would encrypt
 /// what it sends.
 pub fn reached_by_qemu(target: &str, lun: u64) -> Refusal {

@@ -228,6 +228,22 @@ fn what_the_domain_may_not_have_is_refused_with_nothing_held() {
 }
 
 #[test]
+fn what_a_guest_wrote_into_its_volume_names_no_image_for_the_one_it_is_attached_to() {
+    let world = World::new();
+    let daemon = Daemon::new(&world, XML);
+    daemon.broker.enrol(world.add_volume("written", 110), None).unwrap();
+    let with = |chain: &str| {
+        disk(&format!("{MAPPED}written"))
+            .replace("</disk>", &format!("<driver name='qemu' type='qcow2'/>{chain}</disk>"))
+    };
+    for live in [true, false] {
+        let sentence = daemon.attach_to(&domain(&[]), &with(""), live, false).0.unwrap_err();
+        assert!(sentence.starts_with("disk sdb: libvirt would look into the protected volume written"), "{sentence}");
+        daemon.attach_to(&domain(&[]), &with("<backingStore/>"), live, false).0.unwrap();
+    }
+}
+
+#[test]
 fn of_two_domains_that_get_a_volume_at_once_not_both_do() {
     let world = World { delay: Duration::from_millis(300), ..World::new() };
     let daemon = Daemon::new(&world, XML);

@@ -411,6 +411,41 @@ fn what_another_domain_writes_is_no_image_to_stand_on() {
 }
 
 #[test]
+fn what_a_guest_wrote_into_its_volume_names_no_image() {
+    let world = World::new();
+    let broker = world.broker_saying(false, XML);
+    for (volume, minor) in [("own", 106), ("below", 107)] {
+        broker.enrol(world.add_volume(volume, minor), None).unwrap();
+    }
+    let with = |chain: &str| {
+        let driver = format!("<driver name='qemu' type='qcow2'/>{chain}</disk>");
+        domain(&[&on_mapping("own").replace("</disk>", &driver)])
+    };
+    let layer = |of: &str, inner: &str| {
+        format!(
+            "<backingStore type='block'><format type='{of}'/><source dev='/dev/mapper/volcrypt-below'/>{inner}</backingStore>"
+        )
+    };
+    for (chain, volume) in [(String::new(), "own"), (layer("qcow2", ""), "below")] {
+        let expected = format!(
+            "disk sda: libvirt would look into the protected volume {volume} for the image on which the one there stands, and \
+             give the guest whatever it finds named, which a guest may have written there itself: say it with \
+             <backingStore> in the disk's XML, where <backingStore/> stands for none"
+        );
+        assert_eq!(refused(&broker, &with(&chain)), expected);
+        // A chain of volumes does not come at all.
+        if volume == "own" {
+            assert_eq!(admit(&broker, "vm", &with(&chain)).unwrap_err().to_string(), expected);
+        }
+    }
+    assert_eq!(admit(&broker, "vm", &with("<backingStore/>")).unwrap(), None);
+    for chain in ["<backingStore/>", &layer("raw", ""), &layer("qcow2", "<backingStore/>")] {
+        prepare(&broker, "vm", &with(chain)).unwrap();
+        broker.holds().ended("vm");
+    }
+}
+
+#[test]
 fn a_device_that_passes_and_is_shut_by_the_guard_is_refused() {
     let world = World::new();
     let pass = "[[rules]]\nname = 'by-name'\niscsi_target = 'iqn.*'\ndomain = 'vm'\naction = 'pass'\n";

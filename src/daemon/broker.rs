@@ -79,8 +79,11 @@ pub struct Vault {
 pub enum Verdict {
     /// Nothing encrypts it.
     LetThrough,
-    /// It is a mapping itself, or stands on one: it is let through.
+    /// It stands on a mapping: it is let through.
     OnMapping,
+    /// It is the mapping of the volume itself, and this is the host's own node of it, opened. QEMU's locks are a node's, and
+    /// each guest has one of its own: by these, two guests would not notice each other.
+    Named(VolumeId, OwnedFd),
     /// It is protected: this is the opened mapping of the volume, and when the key server last gave its key, if that had to
     /// come from the cache.
     Mapping(VolumeId, OwnedFd, Option<i64>),
@@ -171,7 +174,7 @@ impl Broker {
         let protection = self.protection(&config, &identity, guest)?;
         let on_mapping = self.use_mappings(&identity, permitted, guest)?;
         match protection {
-            None if on_mapping => Ok(Verdict::OnMapping),
+            None if on_mapping => self.open_named(&identity, flags),
             None => Ok(Verdict::LetThrough),
             Some(protection) => {
                 let asker = Asker::current().known_as(guest.facts());

@@ -37,6 +37,13 @@ pub trait VolumeEncryptor: Send + Sync {
         key: &dyn Fn() -> Result<Key, Refusal>,
     ) -> Result<OwnedFd, Refusal>;
 
+    /// Opens the mapping of `volume`, which is there as `device`, with `flags`: as for [`VolumeEncryptor::open`], the host's
+    /// own node of it.
+    ///
+    /// # Errors
+    /// When it is not there any more, and when the kernel refuses.
+    fn open_present(&self, volume: &VolumeId, device: DeviceNumber, flags: OFlags) -> Result<OwnedFd, Refusal>;
+
     /// All of volcrypt's mappings in the kernel.
     ///
     /// # Errors

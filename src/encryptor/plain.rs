@@ -11,7 +11,7 @@ use super::{Mapping, MappingSpec, VolumeEncryptor};
 use crate::keys::Key;
 use crate::refusal::{Reason, Refusal};
 use crate::sys::keyring::ThreadKey;
-use crate::volume::{MAPPING_PREFIX, OWN_UUID_PREFIX, parse_own_uuid};
+use crate::volume::{DeviceNumber, MAPPING_PREFIX, OWN_UUID_PREFIX, VolumeId, parse_own_uuid};
 
 const FORMAT: &str = "PLAIN";
 
@@ -40,6 +40,18 @@ impl VolumeEncryptor for PlainEncryptor {
         key: &dyn Fn() -> Result<Key, Refusal>,
     ) -> Result<OwnedFd, Refusal> {
         self.locks.with(&wanted.record.id, || Opening::new(wanted)?.open(flags, key))
+    }
+
+    fn open_present(&self, volume: &VolumeId, device: DeviceNumber, flags: OFlags) -> Result<OwnedFd, Refusal> {
+        let name = format!("{MAPPING_PREFIX}{volume}");
+        let opened = self.locks.with(volume, || Ok(connect()?.open(&name, device, flags)))?;
+        opened.map_err(|error| match is_gone(&error) {
+            true => Refusal::new(
+                Reason::DeviceGone,
+                format!("the mapping {name} is not there any more: name the volume's own device, which has it made"),
+            ),
+            false => failed("open mapping", &name, error),
+        })
     }
 
     fn mappings(&self) -> Result<Vec<Mapping>, Refusal> {
@@ -272,7 +284,6 @@ fn describe(mapper: &DeviceMapper, name: &str) -> io::Result<Option<Mapping>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::volume::VolumeId;
 
     #[test]
     fn the_longest_id_fits_device_mapper() {

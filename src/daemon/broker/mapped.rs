@@ -1,8 +1,11 @@
 //! Volumes that a domain names by their mapping, `/dev/mapper/volcrypt-<volume id>`, or by what stands on it.
 
-use super::Broker;
+use rustix::fs::OFlags;
+
 use super::authorisation::known;
+use super::{Broker, Verdict};
 use crate::audit::{Asker, Kind};
+use crate::daemon::pool::while_waiting;
 use crate::domain::Requester;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::{Identity, VolumeId};
@@ -40,6 +43,18 @@ impl Broker {
         })?;
         self.merge_audit_soon();
         Ok(true)
+    }
+
+    /// Opens a device that is a mapping, or stands on one, which its guest may have.
+    pub(super) fn open_named(&self, device: &Identity, flags: OFlags) -> Result<Verdict, Refusal> {
+        let Some(volume) = device.own_volume() else { return Ok(Verdict::OnMapping) };
+        if device.read_only && flags.intersects(OFlags::WRONLY | OFlags::RDWR) {
+            let sentence = format!("{device} can only be read: mark the disk <readonly/>");
+            return Err(Refusal::new(Reason::NotAllowed, sentence).of(&volume));
+        }
+        let opened = while_waiting(|| self.encryptor.open_present(&volume, device.number, flags));
+        let opened = opened.map_err(|refusal| refusal.of(&volume))?;
+        Ok(Verdict::Named(volume, opened))
     }
 
     fn check_mapping(

@@ -142,7 +142,7 @@ impl Server {
                 guest.takes_volume();
                 open.let_through();
             }
-            Ok(Verdict::Mapping(volume, mapping, _)) => {
+            Ok(Verdict::Mapping(volume, mapping, _) | Verdict::Named(volume, mapping)) => {
                 guest.takes_volume();
                 let close_on_exec = open.request.flags.contains(OFlags::CLOEXEC);
                 match listener.inject(open.call.id, mapping.as_fd(), close_on_exec) {

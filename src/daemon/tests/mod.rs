@@ -39,7 +39,7 @@ use crate::guest::Domains;
 use crate::keys::{CheckValue, Key};
 use crate::policy::Config;
 use crate::refusal::{Reason, Refusal};
-use crate::volume::{Details, DeviceNumber, Identity, Portrait};
+use crate::volume::{Details, DeviceNumber, Identity, Portrait, VolumeId};
 
 /// What is written on every simulated mapping.
 const ON_THE_MAPPING: &str = "plaintext of the mapping";
@@ -259,6 +259,11 @@ impl VolumeEncryptor for World {
         }
         self.opened.lock().unwrap().push(wanted.device.to_string());
         Ok(rustix::fs::open(self.folder.path().join(name), flags, Mode::empty()).unwrap())
+    }
+
+    fn open_present(&self, volume: &VolumeId, device: DeviceNumber, flags: OFlags) -> Result<OwnedFd, Refusal> {
+        self.opened.lock().unwrap().push(format!("{volume} at {device}"));
+        Ok(rustix::fs::open(self.folder.path().join("mapping"), flags, Mode::empty()).unwrap())
     }
 
     fn mappings(&self) -> Result<Vec<Mapping>, Refusal> {

@@ -93,6 +93,26 @@ fn a_protected_device_opens_as_its_mapping_whatever_call_opens_it() {
     assert_eq!(world.opened(), ["250:11"; 5]);
 }
 
+#[test]
+fn a_mapping_by_its_name_is_the_same_node_as_by_its_volumes_device() {
+    let world = World::new();
+    let device = world.add_volume("met", 312);
+    let mapping = world.add_mapping("met", device, 313);
+    let broker = world.broker(true);
+    let nodes = [Node::new("/dev", device), Node::new("/dev", mapping)];
+    let paths = nodes.each_ref().map(|node| node.0.clone());
+    let opened = as_guest(broker, Duration::from_secs(5), move || {
+        paths.map(|path| {
+            let file = OpenOptions::new().read(true).write(true).open(path).unwrap();
+            let status = rustix::fs::fstat(&file).unwrap();
+            (status.st_dev, status.st_ino)
+        })
+    });
+    // QEMU's locks are the node's.
+    assert_eq!(opened[0], opened[1]);
+    assert_eq!(world.opened(), ["250:312", "met at 250:313"]);
+}
+
 /// open(2) itself, which no library uses any more.
 #[allow(unsafe_code)]
 fn raw_open(path: &CString) -> File {

@@ -84,6 +84,11 @@ case_a_grant_ends() {
     refused two 0 'Permission denied' 'belongs to "p1"'
 }
 
+# attach_shared NAME PATH TARGET_DEV: as disk_attach, for domains that share it.
+attach_shared() {
+    disk_xml "$2" "$3" | sed 's,</disk>,<shareable/></disk>,' | virsh --quiet attach-device "$1" /dev/stdin --live
+}
+
 # The mapping that one domain has is the volume under another name: for who may have the volume.
 case_a_mapping_is_for_those_who_may_have_its_volume() {
     local since mapping=/dev/mapper/volcrypt-prot-own-0
@@ -99,7 +104,13 @@ case_a_mapping_is_for_those_who_may_have_its_volume() {
     expect_contains "$OUTPUT" 'volume prot-own-0 belongs to "p1" and domain namer to nobody' 'virsh start'
     domain_undefine namer
     volcrypt grant add prot-own-0 two --for 1h
-    disk_attach two "$mapping" sdb
+    # By this name as well it is the volume that one writes to alone.
+    expect_fails disk_attach two "$mapping" sdb
+    expect_contains "$OUTPUT" lock 'attaching the mapping to two'
+    disk_detach one sdb
+    nothing_left
+    attach_shared one "$(lun_path prot-own 0)" sdb
+    attach_shared two "$mapping" sdb
     qemu_io two sdb 'read -P 0xcd 0 64k' >/dev/null
     volcrypt audit show --volume prot-own-0 --kind key-used --json |
         jq --exit-status 'any(.[]; .domain == "two" and (.detail | contains("volcrypt-prot-own-0")))' >/dev/null ||

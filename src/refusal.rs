@@ -31,6 +31,8 @@ pub enum Reason {
     NotAllowed,
     /// The device does not hold what was enrolled: foreign data, or another volume.
     ForeignData,
+    /// Another domain has the volume, and the two would not notice each other.
+    InUse,
     /// Something that is asked for did not answer in time.
     TimedOut,
     /// The device is not there (any more).
@@ -59,6 +61,7 @@ impl Reason {
             Reason::KeyDestroyed | Reason::KeyRevoked => libc::EKEYREVOKED,
             Reason::NotAllowed => libc::EACCES,
             Reason::ForeignData => libc::EMEDIUMTYPE,
+            Reason::InUse => libc::EBUSY,
             Reason::TimedOut => libc::ETIMEDOUT,
             Reason::DeviceGone => libc::ENODEV,
             Reason::StoreUnavailable => libc::EROFS,
@@ -76,6 +79,7 @@ impl Reason {
             Reason::KeyDestroyed | Reason::KeyRevoked => "EKEYREVOKED",
             Reason::NotAllowed => "EACCES",
             Reason::ForeignData => "EMEDIUMTYPE",
+            Reason::InUse => "EBUSY",
             Reason::TimedOut => "ETIMEDOUT",
             Reason::DeviceGone => "ENODEV",
             Reason::StoreUnavailable => "EROFS",

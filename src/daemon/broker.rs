@@ -174,7 +174,7 @@ impl Broker {
         let protection = self.protection(&config, &identity, guest)?;
         let on_mapping = self.use_mappings(&identity, permitted, guest)?;
         match protection {
-            None if on_mapping => self.open_named(&identity, flags),
+            None if on_mapping => self.open_named(&identity, flags, guest),
             None => Ok(Verdict::LetThrough),
             Some(protection) => {
                 let asker = Asker::current().known_as(guest.facts());
@@ -217,12 +217,13 @@ impl Broker {
         let key = || self.key(&record).inspect(|key| cached_since.set(key.from_cache()));
         let opened = while_waiting(|| self.encryptor.open(&spec, flags, &key))?;
         self.in_use.opened();
+        self.check_locks_meet(volume, Some(identity.number), &opened, flags, guest)?;
         // The device number may have been given to another device while all this went on; the
         // mapping holds it now, so what is there now stays.
         self.check_device(&self.devices.identify(identity.number)?, &record)?;
         // So may the volume have been retired, destroyed or given to somebody else.
         match self.vault()?.store.volume(volume)? == Some(record) {
-            true => Ok(Verdict::Mapping(volume.clone(), opened, cached_since.get())),
+            true => Ok(Verdict::Mapping(volume.clone(), opened.descriptor, cached_since.get())),
             false => Err(Refusal::new(Reason::NoKey, format!("volume {volume} was changed while it was being opened"))),
         }
     }

@@ -1,5 +1,6 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
@@ -8,7 +9,9 @@ use std::time::{Duration, Instant};
 use rustix::fs::FileType;
 
 use crate::guard::{Guard, Shown};
-use crate::guest::{Domains, LibvirtState, block_device_at, open_block_devices, processes, processes_with_open};
+use crate::guest::{
+    Domains, LibvirtState, block_device_at, open_block_devices, opens_past, processes, processes_with_open,
+};
 use crate::refusal::Refusal;
 use crate::volume::{DeviceNumber, Identity, Portrait, Sysfs};
 
@@ -48,6 +51,9 @@ pub trait Devices: Send + Sync {
 
     /// The domains whose processes have a block device open: process and name of each.
     fn domains_with_open(&self, device: DeviceNumber) -> Vec<(u32, String)>;
+
+    /// The domains among them that have it open by another node than `node`, which is one of its nodes.
+    fn domains_past(&self, device: DeviceNumber, node: BorrowedFd<'_>) -> Vec<(u32, String)>;
 
     /// Every block device.
     ///
@@ -114,6 +120,14 @@ impl Devices for HostDevices {
     fn domains_with_open(&self, device: DeviceNumber) -> Vec<(u32, String)> {
         let has_open = |pid: u32| !processes_with_open(&[pid], (FileType::BlockDevice, device), false).is_empty();
         LibvirtState::system().running().into_iter().filter(|(pid, _)| has_open(*pid)).collect()
+    }
+
+    fn domains_past(&self, device: DeviceNumber, node: BorrowedFd<'_>) -> Vec<(u32, String)> {
+        LibvirtState::system()
+            .running()
+            .into_iter()
+            .filter(|(pid, _)| opens_past(*pid, (FileType::BlockDevice, device), node))
+            .collect()
     }
 
     fn all(&self) -> io::Result<Vec<DeviceNumber>> {

@@ -1,5 +1,7 @@
 use serde::{Deserialize, Serialize};
 
+use super::Disk;
+
 /// Which domain somebody is, as libvirt says it and the guest cannot change it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Facts {
@@ -15,6 +17,11 @@ pub struct Facts {
 pub trait Requester {
     /// Which domain it is; nothing if that is not known, or if it is none.
     fn facts(&self) -> Option<&Facts>;
+
+    /// The disks that libvirt has given to it, as far as that is known.
+    fn disks(&self) -> Vec<Disk> {
+        Vec::new()
+    }
 }
 
 impl Requester for Facts {

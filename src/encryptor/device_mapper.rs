@@ -8,7 +8,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::RangeInclusive;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -19,6 +19,7 @@ use aws_lc_rs::rand;
 use devicemapper::{DM, DevId, DeviceInfo, DmError, DmFlags, DmName, DmOptions, errors};
 use rustix::fs::OFlags;
 
+use super::Opened;
 use super::table::Target;
 use crate::sys::dm;
 use crate::volume::DeviceNumber;
@@ -138,13 +139,15 @@ impl DeviceMapper {
     ///
     /// # Errors
     /// Those of open(2), and `ENXIO` when the name or the number is another device's meanwhile.
-    pub fn open(&self, name: &str, number: DeviceNumber, flags: OFlags) -> io::Result<OwnedFd> {
+    pub fn open(&self, name: &str, number: DeviceNumber, flags: OFlags) -> io::Result<Opened> {
         let descriptor =
             rustix::fs::open(device_path(number), flags | OFlags::CLOEXEC | OFlags::NOCTTY, rustix::fs::Mode::empty())?;
         // An open device keeps its name and number, so from here on this holds.
         let opened = DeviceNumber::from_raw(rustix::fs::fstat(&descriptor)?.st_rdev);
         match self.find(name)? {
-            Some(device) if device.number == number && opened == number => Ok(descriptor),
+            Some(device) if device.number == number && opened == number => {
+                Ok(Opened { descriptor, was_open: device.open_count > 1 })
+            }
             _ => Err(io::Error::from_raw_os_error(libc::ENXIO)),
         }
     }

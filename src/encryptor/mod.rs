@@ -35,14 +35,14 @@ pub trait VolumeEncryptor: Send + Sync {
         wanted: &MappingSpec<'_>,
         flags: OFlags,
         key: &dyn Fn() -> Result<Key, Refusal>,
-    ) -> Result<OwnedFd, Refusal>;
+    ) -> Result<Opened, Refusal>;
 
     /// Opens the mapping of `volume`, which is there as `device`, with `flags`: as for [`VolumeEncryptor::open`], the host's
     /// own node of it.
     ///
     /// # Errors
     /// When it is not there any more, and when the kernel refuses.
-    fn open_present(&self, volume: &VolumeId, device: DeviceNumber, flags: OFlags) -> Result<OwnedFd, Refusal>;
+    fn open_present(&self, volume: &VolumeId, device: DeviceNumber, flags: OFlags) -> Result<Opened, Refusal>;
 
     /// All of volcrypt's mappings in the kernel.
     ///
@@ -57,6 +57,15 @@ pub trait VolumeEncryptor: Send + Sync {
     /// # Errors
     /// When device-mapper does not answer.
     fn sweep(&self) -> Result<Vec<String>, Refusal>;
+}
+
+/// A mapping that was opened.
+#[derive(Debug)]
+pub struct Opened {
+    /// The host's own node of it.
+    pub descriptor: OwnedFd,
+    /// Whether it was open already.
+    pub was_open: bool,
 }
 
 /// The mapping that a volume must have.

@@ -1,5 +1,4 @@
 use std::io;
-use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
@@ -7,7 +6,7 @@ use rustix::fs::OFlags;
 use super::device_mapper::{Device, DeviceMapper, is_gone};
 use super::locks::VolumeLocks;
 use super::table::{cipher_and_backing, crypt_target, key_description, shows_the_same};
-use super::{Mapping, MappingSpec, VolumeEncryptor};
+use super::{Mapping, MappingSpec, Opened, VolumeEncryptor};
 use crate::keys::Key;
 use crate::refusal::{Reason, Refusal};
 use crate::sys::keyring::ThreadKey;
@@ -38,11 +37,11 @@ impl VolumeEncryptor for PlainEncryptor {
         wanted: &MappingSpec<'_>,
         flags: OFlags,
         key: &dyn Fn() -> Result<Key, Refusal>,
-    ) -> Result<OwnedFd, Refusal> {
+    ) -> Result<Opened, Refusal> {
         self.locks.with(&wanted.record.id, || Opening::new(wanted)?.open(flags, key))
     }
 
-    fn open_present(&self, volume: &VolumeId, device: DeviceNumber, flags: OFlags) -> Result<OwnedFd, Refusal> {
+    fn open_present(&self, volume: &VolumeId, device: DeviceNumber, flags: OFlags) -> Result<Opened, Refusal> {
         let name = format!("{MAPPING_PREFIX}{volume}");
         let opened = self.locks.with(volume, || Ok(connect()?.open(&name, device, flags)))?;
         opened.map_err(|error| match is_gone(&error) {
@@ -100,7 +99,7 @@ impl<'a> Opening<'a> {
         Ok(Opening { wanted, mapper: connect()?, name: format!("{MAPPING_PREFIX}{id}"), uuid })
     }
 
-    fn open(&self, flags: OFlags, key: &dyn Fn() -> Result<Key, Refusal>) -> Result<OwnedFd, Refusal> {
+    fn open(&self, flags: OFlags, key: &dyn Fn() -> Result<Key, Refusal>) -> Result<Opened, Refusal> {
         let deadline = Instant::now() + GOING_DEADLINE;
         loop {
             match self.try_open(flags, key)? {
@@ -118,7 +117,7 @@ impl<'a> Opening<'a> {
     }
 
     /// The inner error is the kernel's about a mapping that may be on its way out.
-    fn try_open(&self, flags: OFlags, key: &dyn Fn() -> Result<Key, Refusal>) -> Result<io::Result<OwnedFd>, Refusal> {
+    fn try_open(&self, flags: OFlags, key: &dyn Fn() -> Result<Key, Refusal>) -> Result<io::Result<Opened>, Refusal> {
         let device = match self.mapper.find(&self.name).map_err(|error| self.failed("look at mapping", error))? {
             Some(device) => match self.check(&device)? {
                 Standing::AsExpected => device,
@@ -135,7 +134,7 @@ impl<'a> Opening<'a> {
             },
         };
         Ok(self.mapper.open(&self.name, device.number, flags).and_then(|opened| {
-            self.mapper.remove_at_last_close(&self.name, &opened)?;
+            self.mapper.remove_at_last_close(&self.name, &opened.descriptor)?;
             Ok(opened)
         }))
     }

@@ -1,5 +1,6 @@
 use std::fs;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, Statx, StatxFlags};
@@ -80,6 +81,19 @@ pub fn processes_with_open(pids: &[u32], device: (FileType, DeviceNumber), for_w
     pids.iter().copied().filter(has_open).collect()
 }
 
+/// Whether process `pid` has the device open, which is of this kind, by another node than `node`, which is one of its own.
+/// A lock (fcntl(2)) is a node's and not the device's.
+pub fn opens_past(pid: u32, device: (FileType, DeviceNumber), node: BorrowedFd<'_>) -> bool {
+    let wanted = StatxFlags::TYPE | StatxFlags::INO;
+    let place = |status: &Statx| (status.stx_dev_major, status.stx_dev_minor, status.stx_ino);
+    let known = rustix::fs::statx(node, c"", AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC, wanted).ok();
+    descriptors(pid).into_iter().flatten().flatten().any(|descriptor| {
+        open_device(&descriptor).is_ok_and(|open| open == Some(device))
+            && rustix::fs::statx(CWD, &descriptor, AtFlags::STATX_DONT_SYNC, wanted)
+                .is_ok_and(|status| known.as_ref().map(place) != Some(place(&status)))
+    })
+}
+
 /// The devices that process `pid` has open, each as often as it has. A process that is gone has none.
 pub fn open_devices(pid: u32) -> impl Iterator<Item = DeviceNumber> {
     let descriptors = descriptors(pid).into_iter().flatten().flatten();
@@ -153,6 +167,7 @@ fn device_at(path: &Path) -> rustix::io::Result<(FileType, DeviceNumber)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::unix::fs::OpenOptionsExt;
 
     #[test]
     fn a_file_that_is_written_is_told_from_one_that_is_read() {
@@ -215,6 +230,31 @@ mod tests {
         assert!(with_open("/dev/random", character, true).is_empty(), "it is only read");
         let _writes = fs::File::options().append(true).open("/dev/random").unwrap();
         assert_eq!(with_open("/dev/random", character, true), [own]);
+    }
+
+    #[test]
+    fn two_nodes_of_a_device_are_told_apart() {
+        use std::os::fd::AsFd;
+        let folder = tempfile::tempdir().unwrap();
+        let (path, mode) = (folder.path().join("full"), rustix::fs::Mode::RUSR);
+        let (kind, number) = (FileType::CharacterDevice, device_at(Path::new("/dev/full")).unwrap().1);
+        let raw = rustix::fs::makedev(number.major, number.minor);
+        rustix::fs::mknodat(CWD, &path, kind, mode, raw).expect("run the tests as root");
+        let place = |path: &Path| fs::OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(path).unwrap();
+        let (node, other) = (place(Path::new("/dev/full")), place(&path));
+        let mut holder = std::process::Command::new("sleep")
+            .arg("60")
+            .stdin(fs::File::open("/dev/full").unwrap())
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let past = [&node, &other].map(|node| opens_past(holder.id(), (kind, number), node.as_fd()));
+        let null = (kind, device_at(Path::new("/dev/null")).unwrap().1);
+        let of_another = opens_past(holder.id(), null, place(Path::new("/dev/null")).as_fd());
+        holder.kill().unwrap();
+        holder.wait().unwrap();
+        assert_eq!((past, of_another), ([false, true], false));
     }
 
     /// As a mapping is that an earlier daemon gave to a guest.

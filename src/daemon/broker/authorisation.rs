@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::{Broker, Vault, enrolled_device};
-use crate::domain::{Facts, Given, Requester};
+use crate::domain::{Disk, Facts, Given, Requester};
 use crate::guest::{Domains, block_device_seen_by, process_of};
 use crate::policy::Config;
 use crate::refusal::{Reason, Refusal};
@@ -59,6 +59,13 @@ impl Requester for Guest<'_> {
             })
         };
         self.facts.get_or_init(look_up).as_ref()
+    }
+
+    fn disks(&self) -> Vec<Disk> {
+        self.process().and_then(|pid| self.domains.disks(pid)).unwrap_or_else(|error| {
+            tracing::error!(tid = self.tid, "it cannot be told which disks thread {} has: {error}", self.tid);
+            Vec::new()
+        })
     }
 }
 

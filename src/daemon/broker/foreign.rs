@@ -167,7 +167,7 @@ impl Broker {
         };
         let opened = self.encryptor.open(spec, OFlags::RDONLY, &key)?;
         match is_made.get() {
-            true => Ok(File::from(opened)),
+            true => Ok(File::from(opened.descriptor)),
             false => Err(still_mapped(&spec.record.id)),
         }
     }

@@ -46,15 +46,23 @@ impl Broker {
     }
 
     /// Opens a device that is a mapping, or stands on one, which its guest may have.
-    pub(super) fn open_named(&self, device: &Identity, flags: OFlags) -> Result<Verdict, Refusal> {
+    pub(super) fn open_named(
+        &self,
+        device: &Identity,
+        flags: OFlags,
+        guest: &dyn Requester,
+    ) -> Result<Verdict, Refusal> {
         let Some(volume) = device.own_volume() else { return Ok(Verdict::OnMapping) };
         if device.read_only && flags.intersects(OFlags::WRONLY | OFlags::RDWR) {
             let sentence = format!("{device} can only be read: mark the disk <readonly/>");
             return Err(Refusal::new(Reason::NotAllowed, sentence).of(&volume));
         }
         let opened = while_waiting(|| self.encryptor.open_present(&volume, device.number, flags));
-        let opened = opened.map_err(|refusal| refusal.of(&volume))?;
-        Ok(Verdict::Named(volume, opened))
+        let below = device.underlying.first().map(|below| below.number);
+        let opened = opened
+            .and_then(|opened| self.check_locks_meet(&volume, below, &opened, flags, guest).map(|()| opened))
+            .map_err(|refusal| refusal.of(&volume))?;
+        Ok(Verdict::Named(volume, opened.descriptor))
     }
 
     fn check_mapping(

@@ -1,4 +1,5 @@
 use super::super::broker::Verdict;
+use super::super::holds::{Mapped, Until};
 use super::*;
 
 fn refusal(outcome: Result<Verdict, Refusal>) -> Refusal {
@@ -285,6 +286,62 @@ fn scsi_commands_reach_no_protected_volume() {
     let broker = world.broker(true);
     assert_eq!(refusal(broker.pass_commands(device, &vm())).errno(), libc::EACCES);
     assert!(matches!(broker.pass_commands(other, &vm()).unwrap(), Verdict::LetThrough));
+}
+
+#[test]
+fn a_volume_that_another_domain_has_by_its_xml_is_not_written_past_that() {
+    let world = World { by_xml: true, ..World::new() };
+    let disk = world.add_volume("one", 0);
+    let broker = world.broker(true);
+    let mapping = world.add_mapping("one", disk, 100);
+    let open = |device, flags| broker.open(device, true, flags, &vm());
+    open(disk, OFlags::RDWR).unwrap();
+    assert_eq!(world.asked.load(Ordering::Relaxed), 0, "nobody has it open");
+    world.users.lock().unwrap().push("vm".to_owned());
+    open(disk, OFlags::RDWR).unwrap();
+
+    world.users.lock().unwrap().push("other".to_owned());
+    let refused = |device| {
+        let refusal = refusal(open(device, OFlags::RDWR));
+        assert_eq!((refusal.errno(), refusal.volume().unwrap().as_str()), (libc::EBUSY, "one"));
+        refusal.to_string()
+    };
+    for device in [disk, mapping] {
+        let expected = "domain other has volume one by its XML, where QEMU's locks do not keep two domains from overwriting \
+                        each other's data: shut that one down or detach the volume from it first";
+        assert_eq!(refused(device), expected);
+        open(device, OFlags::RDONLY).unwrap();
+        // Both have to share it, and of this one it is not known yet.
+        let shared = "<domain><devices><disk type='block'><source dev='/dev/mapper/volcrypt-one'/><shareable/></disk>\
+                      </devices></domain>";
+        *world.given.lock().unwrap() = shared.to_owned();
+        assert_eq!(refused(device), expected);
+        let guest = broker.guest(std::process::id());
+        broker.open(device, true, OFlags::RDWR, &guest).unwrap();
+        *world.given.lock().unwrap() = shared.replace("<shareable/>", "");
+        assert_eq!(refusal(broker.open(device, true, OFlags::RDWR, &guest)).to_string(), expected);
+        *world.given.lock().unwrap() = shared.to_owned();
+        hold(&broker, &world, "vm", false);
+        open(device, OFlags::RDWR).unwrap();
+        broker.holds().ended("vm");
+    }
+
+    // One that is about to open it.
+    let world = World { by_xml: false, ..world };
+    let broker = world.broker(true);
+    broker.open(disk, true, OFlags::RDWR, &vm()).unwrap();
+    hold(&broker, &world, "third", false);
+    broker.open(disk, true, OFlags::RDWR, &vm()).unwrap();
+    hold(&broker, &world, "third", true);
+    let refusal = refusal(broker.open(disk, true, OFlags::RDWR, &vm()));
+    assert!(refusal.to_string().starts_with("domain third has volume one by its XML"), "{refusal}");
+}
+
+/// Has the mapping of volume `one` held for `domain`.
+fn hold(broker: &Broker, world: &World, domain: &str, is_written_alone: bool) {
+    let opened = File::open(world.path().join("mapping")).unwrap().into();
+    let mapped = Mapped { volume: "one".parse().unwrap(), is_written_alone, opened };
+    broker.holds().hold(domain, vec![mapped], Until::Started);
 }
 
 /// Adds what stands on `below`.

@@ -22,7 +22,7 @@ mod silence;
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -34,7 +34,7 @@ use tempfile::TempDir;
 use super::broker::Broker;
 use super::devices::Devices;
 use crate::domain::{Disk, Domain, Facts, Given, given};
-use crate::encryptor::{Mapping, MappingSpec, VolumeEncryptor};
+use crate::encryptor::{Mapping, MappingSpec, Opened, VolumeEncryptor};
 use crate::guest::Domains;
 use crate::keys::{CheckValue, Key};
 use crate::policy::Config;
@@ -77,6 +77,10 @@ struct World {
     given: Arc<Mutex<String>>,
     /// The domains that have every mapping open.
     users: Arc<Mutex<Vec<String>>>,
+    /// Whether they have them open by nodes of their own.
+    by_xml: bool,
+    /// How often it was asked who has.
+    asked: Arc<AtomicUsize>,
     /// How often an enrolment has ended.
     ended: Arc<AtomicUsize>,
     /// The key with which every mapping reads as the file `decrypted`, where not all read as the file `mapping`.
@@ -102,6 +106,8 @@ impl World {
             closing: Arc::default(),
             given: Arc::new(Mutex::new("<domain/>".to_owned())),
             users: Arc::default(),
+            by_xml: false,
+            asked: Arc::default(),
             ended: Arc::default(),
             readable: Arc::default(),
             reuses_mappings: false,
@@ -173,6 +179,12 @@ impl World {
         self.opened.lock().unwrap().clone()
     }
 
+    /// Opens what is a mapping here.
+    fn open_file(&self, name: &str, flags: OFlags) -> Opened {
+        let descriptor = rustix::fs::open(self.folder.path().join(name), flags, Mode::empty()).unwrap();
+        Opened { descriptor, was_open: !self.users.lock().unwrap().is_empty() }
+    }
+
     fn path(&self) -> &Path {
         self.folder.path()
     }
@@ -201,6 +213,11 @@ impl Devices for World {
 
     fn domains_with_open(&self, _device: DeviceNumber) -> Vec<(u32, String)> {
         (0..).zip(self.users.lock().unwrap().clone()).collect()
+    }
+
+    fn domains_past(&self, device: DeviceNumber, _node: BorrowedFd<'_>) -> Vec<(u32, String)> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        if self.by_xml { self.domains_with_open(device) } else { Vec::new() }
     }
 
     fn all(&self) -> io::Result<Vec<DeviceNumber>> {
@@ -246,7 +263,7 @@ impl VolumeEncryptor for World {
         wanted: &MappingSpec<'_>,
         flags: OFlags,
         key: &dyn Fn() -> Result<Key, Refusal>,
-    ) -> Result<OwnedFd, Refusal> {
+    ) -> Result<Opened, Refusal> {
         std::thread::sleep(self.delay);
         let mut name = "mapping";
         if !self.reuses_mappings {
@@ -258,12 +275,12 @@ impl VolumeEncryptor for World {
             }
         }
         self.opened.lock().unwrap().push(wanted.device.to_string());
-        Ok(rustix::fs::open(self.folder.path().join(name), flags, Mode::empty()).unwrap())
+        Ok(self.open_file(name, flags))
     }
 
-    fn open_present(&self, volume: &VolumeId, device: DeviceNumber, flags: OFlags) -> Result<OwnedFd, Refusal> {
+    fn open_present(&self, volume: &VolumeId, device: DeviceNumber, flags: OFlags) -> Result<Opened, Refusal> {
         self.opened.lock().unwrap().push(format!("{volume} at {device}"));
-        Ok(rustix::fs::open(self.folder.path().join("mapping"), flags, Mode::empty()).unwrap())
+        Ok(self.open_file("mapping", flags))
     }
 
     fn mappings(&self) -> Result<Vec<Mapping>, Refusal> {

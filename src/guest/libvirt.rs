@@ -191,6 +191,20 @@ mod tests {
     }
 
     #[test]
+    fn the_disks_of_a_domain_are_those_of_its_live_xml() {
+        let disks = "<devices><disk type='block' device='disk'><source dev='/dev/a'/><target dev='sda'/><shareable/></disk>\
+                     <disk type='block' device='disk'><source dev='/dev/b'/><target dev='sdb'/></disk></devices></domain>";
+        let host = Host::new(42, &status(42).replace("</domain>", disks), SCOPE);
+        let state = LibvirtState { state: host.0.path().join("state"), proc: host.0.path().join("proc") };
+        let found: Vec<_> =
+            state.disks(42).unwrap().into_iter().map(|disk| (disk.target, disk.is_written_alone)).collect();
+        assert_eq!(found, [("sda".to_owned(), false), ("sdb".to_owned(), true)]);
+        // That of an earlier domain of this name says nothing about the process.
+        host.write("vm.xml", &status(41).replace("</domain>", disks));
+        assert!(state.disks(42).unwrap().is_empty());
+    }
+
+    #[test]
     fn running_domains_are_those_with_a_process() {
         let host = Host::new(42, "", "");
         host.write("half.pid", "");

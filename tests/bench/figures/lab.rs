@@ -11,6 +11,8 @@ use crate::opens::{DEVICE_AIM, Openers};
 use crate::table::{Aim, Figure};
 
 const ROUNDS: usize = 7;
+/// A round takes minutes: each way has the daemon started anew.
+const WAY_ROUNDS: usize = 5;
 /// The daemon logs every mapping that it hands out, which takes an emulated machine's journal long.
 const OPEN_ROUNDS: usize = 10;
 /// On the controller that the domain has from the start.
@@ -129,7 +131,7 @@ pub fn attaches(domain: &str, prepare: &Path, ways: &[Way<'_>]) -> Outcome<Vec<F
             Ok(took)
         }));
     }
-    let attached = medians(ROUNDS, &mut runs)?;
+    let attached = medians(WAY_ROUNDS, &mut runs)?;
     let first = ways.first().zip(attached.first()).ok_or("nothing is to be attached")?;
     let figures = ways.iter().zip(&attached).skip(1).map(|(way, &value)| Figure {
         what: format!("attach, {}", way.name),

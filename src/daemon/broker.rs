@@ -89,6 +89,11 @@ pub enum Verdict {
     Mapping(VolumeId, OwnedFd, Option<i64>),
 }
 
+/// Whether who opens a device with `flags` can write to it.
+fn writes(flags: OFlags) -> bool {
+    flags.intersects(OFlags::WRONLY | OFlags::RDWR)
+}
+
 impl Broker {
     /// A broker that works by `config`. With a faulty configuration it refuses every block device:
     /// which of them are protected is not known then.
@@ -198,7 +203,7 @@ impl Broker {
                 format!("{identity} is the protected volume {volume}, and libvirt has not given it to this QEMU");
             return Err(Refusal::new(Reason::NotAllowed, sentence));
         }
-        if identity.read_only && flags.intersects(OFlags::WRONLY | OFlags::RDWR) {
+        if identity.read_only && writes(flags) {
             let sentence = format!("volume {volume} on {identity} can only be read: mark the disk <readonly/>");
             return Err(Refusal::new(Reason::NotAllowed, sentence));
         }

@@ -180,11 +180,7 @@ fn no_note(volume: &VolumeId) -> Refusal {
 }
 
 fn another(disk: &Disk, volume: &VolumeId, found: &Ready) -> Refusal {
-    let path = match &disk.source {
-        Source::Path(path) => path.display().to_string(),
-        _ => "its source".to_owned(),
-    };
-    let found = found.volume.as_ref().map_or("no protected volume".to_owned(), |found| format!("volume {found}"));
+    let (path, found) = what_is_where(&disk.source, found.volume.as_ref());
     Refusal::new(
         Reason::NotAllowed,
         format!(
@@ -194,6 +190,15 @@ fn another(disk: &Disk, volume: &VolumeId, found: &Ready) -> Refusal {
     )
 }
 
-fn unreadable(error: InvalidXml) -> Refusal {
+/// The place of a disk, and what was found there, in words.
+pub(super) fn what_is_where(source: &Source, found: Option<&VolumeId>) -> (String, String) {
+    let path = match source {
+        Source::Path(path) => path.display().to_string(),
+        _ => "its source".to_owned(),
+    };
+    (path, found.map_or("no protected volume".to_owned(), |found| format!("volume {found}")))
+}
+
+pub(super) fn unreadable(error: InvalidXml) -> Refusal {
     Refusal::new(Reason::Configuration, error.to_string())
 }

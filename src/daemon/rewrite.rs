@@ -2,7 +2,7 @@
 //! recorded.
 
 use super::broker::{Broker, no_such_device};
-use super::incoming::may_be_a_volume;
+use super::incoming::{may_be_a_volume, unreadable, what_is_where};
 use crate::domain::{self, Disk, Domain, Facts, Nobody, Requester, Source, in_disk, quoted};
 use crate::guest::{block_device_at, is_no_device};
 use crate::refusal::{Reason, Refusal};
@@ -29,7 +29,7 @@ pub fn rewrite(broker: &Broker, xml: &str) -> Result<String, Refusal> {
 /// Those of [`domain::unrewrite`]; and when the source that a disk had is no longer the volume that the disk is on.
 pub fn unrewrite(broker: &Broker, xml: &str) -> Result<String, Refusal> {
     let before = domain::unrewrite(xml)?;
-    let parse = |xml: &str| Domain::parse(xml).map_err(|error| Refusal::new(Reason::Configuration, error.to_string()));
+    let parse = |xml: &str| Domain::parse(xml).map_err(unreadable);
     let (now, then) = (parse(xml)?, parse(&before)?);
     let facts = then.facts();
     for (now, then) in now.disks.iter().zip(&then.disks).filter(|(now, then)| now.source != then.source) {
@@ -44,11 +44,7 @@ pub fn unrewrite(broker: &Broker, xml: &str) -> Result<String, Refusal> {
 }
 
 fn another(domain: &str, then: &Disk, volume: &VolumeId, found: Option<&VolumeId>) -> Refusal {
-    let path = match &then.source {
-        Source::Path(path) => path.display().to_string(),
-        _ => "its source".to_owned(),
-    };
-    let found = found.map_or("no protected volume".to_owned(), |found| format!("volume {found}"));
+    let (path, found) = what_is_where(&then.source, found);
     let sentence = format!(
         "it is on volume {volume}, and {path}, which it was before, is {found} now: have the disk name the device of \
          volume {volume} ('virsh edit {}'), and run the command again for the others",

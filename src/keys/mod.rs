@@ -75,8 +75,8 @@ pub trait KeyManager: Send + Sync {
     ///
     /// # Errors
     /// [`Reason::WrongKey`] when the volume has another key here, or one that is used in another way;
-    /// [`Reason::KeyDestroyed`] when its key was destroyed here, [`Reason::KeyRevoked`] when it may not be used any more; [`Reason::Configuration`] from a key manager that cannot
-    /// take keys.
+    /// [`Reason::KeyDestroyed`] when its key was destroyed here, [`Reason::KeyRevoked`] when it may not be used any more;
+    /// [`Reason::Configuration`] from a key manager that cannot take keys.
     fn import(&self, volume: &VolumeId, key: &Key, description: &Description) -> Result<Imported, Refusal>;
 
     /// What it can do.

@@ -3,7 +3,7 @@
 use rustix::fs::OFlags;
 
 use super::authorisation::known;
-use super::{Broker, Verdict};
+use super::{Broker, Verdict, writes};
 use crate::audit::{Asker, Kind};
 use crate::daemon::pool::while_waiting;
 use crate::domain::Requester;
@@ -53,7 +53,7 @@ impl Broker {
         guest: &dyn Requester,
     ) -> Result<Verdict, Refusal> {
         let Some(volume) = device.own_volume() else { return Ok(Verdict::OnMapping) };
-        if device.read_only && flags.intersects(OFlags::WRONLY | OFlags::RDWR) {
+        if device.read_only && writes(flags) {
             let sentence = format!("{device} can only be read: mark the disk <readonly/>");
             return Err(Refusal::new(Reason::NotAllowed, sentence).of(&volume));
         }

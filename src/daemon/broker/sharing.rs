@@ -4,7 +4,7 @@ use std::os::fd::AsFd;
 
 use rustix::fs::OFlags;
 
-use super::Broker;
+use super::{Broker, writes};
 use crate::domain::{Disk, Requester, Source};
 use crate::encryptor::Opened;
 use crate::guest::{block_device_at, is_local};
@@ -44,7 +44,7 @@ impl Broker {
         flags: OFlags,
         guest: &dyn Requester,
     ) -> Result<(), Refusal> {
-        if !opened.was_open || !flags.intersects(OFlags::WRONLY | OFlags::RDWR) {
+        if !opened.was_open || !writes(flags) {
             return Ok(());
         }
         let domain = guest.facts().map_or("", |domain| domain.name.as_str());

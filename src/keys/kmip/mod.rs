@@ -212,8 +212,8 @@ impl KmipKeyManager {
 
 impl KeyManager for KmipKeyManager {
     /// # Errors
-    /// [`Reason::NoKey`] when no server has such a key, [`Reason::KeyRevoked`] or [`Reason::KeyDestroyed`] when it was revoked or destroyed,
-    /// [`Reason::WrongKey`] when it is not the one that was made for the volume, [`Reason::NotAllowed`] when this
+    /// [`Reason::NoKey`] when no server has such a key, [`Reason::KeyRevoked`] or [`Reason::KeyDestroyed`] when it was
+    /// revoked or destroyed, [`Reason::WrongKey`] when it is not the one that was made for the volume, [`Reason::NotAllowed`] when this
     /// host may not have it, [`Reason::TimedOut`] when no server answers, [`Reason::KeyManager`] when an answer makes
     /// no sense.
     fn get(&self, volume: &VolumeId) -> Result<Key, Refusal> {

@@ -1,6 +1,8 @@
 # shellcheck shell=bash
 # The lab itself: plain libvirt and QEMU on plain volumes. If these fail, the others say nothing.
 # without: volcrypt
+# takes: 85
+# always: yes
 
 case_kernel_has_dm_crypt_and_iscsi() {
     modprobe --all dm-crypt iscsi_tcp iscsi_target_mod target_core_file

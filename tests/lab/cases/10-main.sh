@@ -1,6 +1,8 @@
 # shellcheck shell=bash
 # The main job: protected disks of domains at start, at attach and at every kind of end. The last function
 # leaves a domain and its volume for 11-reboot.
+# takes: 470
+# always: yes
 # shellcheck disable=SC2154 # Variables of guest/lib.sh.
 
 # A size that is no multiple of anything but the sector: nobody can have rounded it.

@@ -1,6 +1,8 @@
 # shellcheck shell=bash
 # What 10-main left is there after the hypervisor was restarted in good order, with a guest running.
 # needs: reboot
+# takes: 120
+# always: yes
 
 case_nothing_is_mapped_after_a_restart() {
     [ -e /root/kept-volume.json ] || skip '10-main has to run before, and leaves the volume that this file reads'

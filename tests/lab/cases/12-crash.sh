@@ -1,6 +1,8 @@
 # shellcheck shell=bash
 # What the guest flushed in 11-reboot is there after the hypervisor's power was cut, with two volumes mapped.
 # needs: crash
+# takes: 110
+# always: yes
 
 case_nothing_is_left_over_after_a_power_cut() {
     [ -e /root/late-volume.json ] || skip '11-reboot has to run before, and leaves the volumes that this file reads'

@@ -2,6 +2,7 @@
 # `volcrypt rewrite`, with what this machine's libvirt prints and takes.
 # LUNs of prot-paper: 0 and 1 are enrolled. The target plain is not protected.
 # machine: second
+# takes: 90
 
 image=/var/tmp/lab-paper.img
 

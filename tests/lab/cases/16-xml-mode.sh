@@ -5,6 +5,7 @@
 # definition names the mapping of LUN 0 as sda, and `free` as sdb.
 # machine: second
 # limit: 600
+# takes: 970
 
 by_xml_emulator=/usr/bin/qemu-system-x86_64
 

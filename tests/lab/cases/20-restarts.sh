@@ -2,6 +2,8 @@
 # Whatever is restarted while guests run, the daemon above all: the guests run on, and an open that waits
 # meanwhile is answered.
 # limit: 600
+# takes: 630
+# always: yes
 
 # The daemon's process; 0 while there is none.
 daemon_pid() {

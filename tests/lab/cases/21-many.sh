@@ -2,6 +2,7 @@
 # Many at once: four domains, eight protected volumes for each, all on one target, made at their first use.
 # limit: 900
 # machine: second
+# takes: 720
 
 many_domains=4
 many_luns=8

@@ -5,6 +5,8 @@
 # limit: 600
 # LUNs of prot-rf: 0 is enrolled; 1 is blank; 2 holds a file system; 3 a byte somewhere; 4 and 5 are blank.
 # machine: second
+# takes: 720
+# always: yes
 
 rf_hook=/etc/libvirt/hooks/qemu.d/50-volcrypt
 rf_database=/var/lib/volcrypt/volcrypt.db

@@ -3,6 +3,7 @@
 # Every use of a key and every refusal is recorded, with the domain and the process; the journal has the same; and
 # whoever changes the log is found out.
 # machine: second
+# takes: 110
 
 au_database=/var/lib/volcrypt/volcrypt.db
 

@@ -1,6 +1,8 @@
 # shellcheck shell=bash
 # A volume key is nowhere but in the daemon's memory and in the kernel, and the daemon's memory is its own.
 # Most of it is done with the key-file key manager, because a key that is known can be looked for.
+# takes: 420
+# always: yes
 
 key=/etc/volcrypt/lab.key
 traces=/root/traces

@@ -3,6 +3,7 @@
 # Domain `ks` has LUN 0 of prot-ks all the time; LUN 1 is attached to it now and then.
 # machine: second
 # limit: 600
+# takes: 190
 # shellcheck disable=SC2154 # Variables of guest/lib.sh.
 
 ks_folder=/var/lib/volcrypt

@@ -2,6 +2,8 @@
 # Who gets what: root the control socket, a QEMU the volumes that libvirt has given to its domain, and nobody
 # else anything.
 # machine: second
+# takes: 150
+# always: yes
 
 wrapper=/usr/libexec/volcrypt/emulators/qemu-system-x86_64
 

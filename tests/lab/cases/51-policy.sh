@@ -3,6 +3,8 @@
 # Whose volume it is, and what may still be done with it.
 # LUNs of prot-own: 0 belongs to project p1; 1 is blank; 2 belongs to nobody; 3 is destroyed in the end.
 # machine: second
+# takes: 400
+# always: yes
 
 wrapper=/usr/libexec/volcrypt/emulators/qemu-system-x86_64
 

@@ -6,6 +6,7 @@
 # LUNs of prot-taken: 0 is mine's, 1 is theirs'.
 # machine: second
 # limit: 600
+# takes: 320
 
 emulators=/run/lab-emulators
 folder=/var/tmp/lab-attack

@@ -3,6 +3,7 @@
 # Snapshots, block copies, backups, saved states and disks that are attached: what a guest with a protected volume
 # writes in clear, and what it does not.
 # limit: 600
+# takes: 780
 
 images=/var/lib/libvirt/images
 saved=/var/lib/libvirt/qemu/save

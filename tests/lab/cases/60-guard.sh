@@ -3,6 +3,7 @@
 # No way around: a guest that runs without the wrapper cannot open a protected volume, whatever became of the
 # daemon, and its domain is given the wrapper and released from it again.
 # limit: 600
+# takes: 410
 # LUNs of prot-guard: 0 and 1, both enrolled. Target `free` is not protected. Domain `plain` runs without the
 # wrapper, as one that was started before the package was installed; domain `wrapped` runs with it.
 

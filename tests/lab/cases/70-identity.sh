@@ -2,6 +2,7 @@
 # shellcheck disable=SC2154 # The helpers that are sourced first assign what is not assigned here.
 # A volume is what the kernel says of its device, never the path or the number it has at the moment.
 # limit: 600
+# takes: 480
 
 # domain NAME: runs, without disks.
 domain() {

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Domains that are saved to a file and restored: the mapping goes with QEMU and comes again, and what is refused loses
 # nothing.
+# takes: 260
 
 file=/var/tmp/saved.save
 managed=/var/lib/libvirt/qemu/save/saved.save

@@ -3,6 +3,7 @@
 # first also is the storage server.
 # machines: two
 # limit: 600
+# takes: 200
 
 # shellcheck disable=SC2034,SC2154 # The helpers read them, or set them.
 lab_portal=192.168.77.1:3260

@@ -3,6 +3,7 @@
 # the host's key, in the way of the README.
 # machines: two
 # limit: 600
+# takes: 250
 
 sealed=/etc/volcrypt/volcrypt.kek
 drop_in=/etc/systemd/system/volcryptd.service.d/kek.conf

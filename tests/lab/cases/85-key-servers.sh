@@ -5,6 +5,8 @@
 # machines: one
 # machine: second
 # limit: 600
+# takes: 560
+# always: yes
 # shellcheck disable=SC2154 # Variables of guest/lib.sh.
 
 case_the_servers_are_reached() {

@@ -4,6 +4,7 @@
 # them.
 # machines: one
 # limit: 600
+# takes: 300
 # shellcheck disable=SC2154 # Variables of guest/lib.sh.
 
 case_the_servers_are_reached() {

@@ -33,7 +33,7 @@ pub(super) fn adopt_domain(name: &str, look: Look, define: Define) -> Result<Str
             if !Path::new(&to).exists() {
                 return Err(CommandError::Domain(format!(
                     "domain {shown} runs {from}, and there is no {to}: give it an emulator that is installed in \
-                     {USUAL_DIRECTORY} ('virsh edit {0}'), and run '/usr/libexec/volcrypt/link-emulators'",
+                     {USUAL_DIRECTORY} as qemu-system-ARCH, and not a link to it or kvm ('virsh edit {0}'), and run '/usr/libexec/volcrypt/link-emulators'",
                     quoted(name)
                 )));
             }

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::{Broker, Vault, enrolled_device};
-use crate::domain::{Disk, Facts, Given, Requester};
+use crate::domain::{Disk, Facts, Given, Requester, quoted};
 use crate::guest::{Domains, block_device_seen_by, process_of};
 use crate::policy::Config;
 use crate::refusal::{Reason, Refusal};
@@ -138,13 +138,13 @@ impl Broker {
         if domain.owner.as_ref() == Some(owner) || self.vault()?.store.is_granted(&record.id, domain, seconds_now())? {
             return Ok(());
         }
-        let (volume, name) = (&record.id, &domain.name);
+        let (volume, name, argument) = (&record.id, &domain.name, quoted(&domain.name));
         let other = domain.owner.as_ref().map_or("to nobody".to_owned(), |other| format!("to {other:?}"));
         Err(Refusal::new(
             Reason::NotAllowed,
             format!(
                 "volume {volume} belongs to {owner:?} and domain {name} {other}: if it may have the volume, run 'volcrypt \
-                 grant add {volume} {name} --for 1h'"
+                 grant add {volume} {argument} --for 1h'"
             ),
         ))
     }

@@ -68,6 +68,7 @@ impl Broker {
             }
             let secret = self.secret_of(&vault, volume, secret)?;
             self.check_size(identity, profile)?;
+            check_tells_wwid(identity)?;
             if let Some(record) = self.take_over(identity, volume, secret.as_ref())? {
                 return self.enrol_again(identity, record, owner);
             }
@@ -184,5 +185,20 @@ impl Broker {
                 ),
             )),
         }
+    }
+}
+
+/// Refuses a device of which it could not be told later whether its target has given its number to another volume.
+pub(super) fn check_tells_wwid(identity: &Identity) -> Result<(), Refusal> {
+    match identity.hides_wwid() {
+        false => Ok(()),
+        true => Err(Refusal::new(
+            Reason::ForeignData,
+            format!(
+                "{identity} reports no WWID, and without it the volume cannot be told from another one that gets its number \
+                 later: run 'echo 1 >/sys/block/{}/device/rescan' or log in to its target again, and repeat",
+                identity.name.escape_debug()
+            ),
+        )),
     }
 }

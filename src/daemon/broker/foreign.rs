@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 
+use super::enrolment::check_tells_wwid;
 use super::{Broker, Vault, enrolled_device};
 use crate::encryptor::MappingSpec;
 use crate::keys::{Description, ForeignKey, ForeignSecrets, Key, PassphraseHash, SecretId};
@@ -71,6 +72,7 @@ impl Broker {
     ) -> Result<VolumeRecord, Refusal> {
         let Protection { volume, profile, profile_name, .. } = protection;
         self.check_size(identity, profile)?;
+        check_tells_wwid(identity)?;
         if profile.sector_size != SECTOR_SIZE {
             let sentence = format!(
                 "os-brick encrypts in sectors of {SECTOR_SIZE} bytes, and profile {profile_name:?} has sector_size = {}: have \

@@ -44,6 +44,25 @@ fn a_retired_volume_does_not_come_back_on_another_device() {
 }
 
 #[test]
+fn a_volume_without_a_wwid_is_not_enrolled() {
+    let world = World::new();
+    let device = world.add_volume("one", 0);
+    world.change(device, |identity| identity.wwid = None);
+    let broker = world.broker(true);
+    let refusals = [
+        broker.enrol(device, None).unwrap_err(),
+        // Nor by itself.
+        broker.open(device, true, OFlags::RDWR, &vm()).unwrap_err(),
+    ];
+    for refusal in refusals {
+        assert!(refusal.to_string().contains("reports no WWID"), "{refusal}");
+        assert!(refusal.to_string().contains("run 'echo 1 >/sys/block/sd0/device/rescan'"), "{refusal}");
+    }
+    world.change(device, |identity| identity.wwid = Some("naa.0".to_owned()));
+    broker.enrol(device, None).unwrap();
+}
+
+#[test]
 fn what_was_destroyed_stays_so() {
     let world = World::new();
     let device = world.add_volume("one", 0);

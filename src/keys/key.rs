@@ -22,8 +22,9 @@ impl Key {
     /// When no memory can be locked or the kernel gives no randomness.
     pub fn random(size: KeySize) -> Result<Self, Refusal> {
         let mut key = Key::zeroed(size.bytes())?;
-        rand::fill(key.pages.bytes_mut())
-            .map_err(|_| Refusal::new(Reason::NoKey, "the system's random number generator failed; no key was made"))?;
+        rand::fill(key.pages.bytes_mut()).map_err(|_| {
+            Refusal::new(Reason::Kernel, "the system's random number generator failed; no key was made")
+        })?;
         Ok(key)
     }
 
@@ -39,8 +40,9 @@ impl Key {
 
     fn zeroed(length: usize) -> Result<Self, Refusal> {
         let pages = SecretPages::new(length).map_err(|error| {
+            // Not NoKey, which would say of a key server that it has none.
             Refusal::new(
-                Reason::NoKey,
+                Reason::Kernel,
                 format!("no locked memory for a key ({error}): raise LimitMEMLOCK of volcryptd.service"),
             )
         })?;

@@ -151,6 +151,11 @@ impl Broker {
                 Err(refusal) => return refused(refusal.reason(), format!("{used} does not say so ({refusal})")),
                 Ok(_) => return refused(Reason::NotAllowed, format!("{used} has one: repeat without --gone")),
             }
+            // The database's own key manager says of a key that does not open what it says of one that is not there.
+            if vault.keys.records_destruction() && self.is_wrapped(id)? {
+                let why = "the database has one that does not open: repeat without --gone to destroy it".to_owned();
+                return refused(Reason::NoKey, why);
+            }
             self.check_not_left_behind(&record)?;
             let elsewhere = self.elsewhere(&record)?;
             if !elsewhere.is_empty() {
@@ -175,8 +180,8 @@ impl Broker {
 
     /// Refuses to destroy a volume whose key is in the database only, while another key manager is in use.
     fn check_not_left_behind(&self, record: &VolumeRecord) -> Result<(), Refusal> {
-        let (vault, id) = (self.vault()?, &record.id);
-        if vault.keys.records_destruction() || vault.store.wrapped_key(id)?.is_none_or(|key| key.wrapped.is_none()) {
+        let id = &record.id;
+        if self.vault()?.keys.records_destruction() || !self.is_wrapped(id)? {
             return Ok(());
         }
         let used = self.config()?.key_manager.kind();
@@ -189,6 +194,11 @@ impl Broker {
         ))
     }
 
+    /// Whether the database has a key of the volume, which need not open.
+    fn is_wrapped(&self, id: &VolumeId) -> Result<bool, Refusal> {
+        Ok(self.vault()?.store.wrapped_key(id)?.is_some_and(|key| key.wrapped.is_some()))
+    }
+
     /// Destroys what the database has of a key that is gone from the key manager in use, as after a move from one to the
     /// other, and records all of it.
     fn finish_destruction(&self, record: &VolumeRecord, detail: &str) -> Result<Option<String>, Refusal> {
@@ -197,7 +207,7 @@ impl Broker {
         let mut detail = detail.to_owned();
         let mut wiped = Ok(());
         if !vault.keys.records_destruction() {
-            let was_there = vault.store.wrapped_key(id)?.is_some_and(|key| key.wrapped.is_some());
+            let was_there = self.is_wrapped(id)?;
             // Also when it was not: an earlier attempt may not have wiped all of it.
             wiped = vault.store.forget_keys(id);
             if was_there {

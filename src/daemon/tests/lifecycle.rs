@@ -63,6 +63,25 @@ fn a_volume_without_a_wwid_is_not_enrolled() {
 }
 
 #[test]
+fn a_key_that_does_not_open_is_not_gone() {
+    let world = World::new();
+    let device = world.add_volume("one", 0);
+    let broker = world.broker(true);
+    broker.enrol(device, None).unwrap();
+    rusqlite::Connection::open(world.path().join("state/volcrypt.db"))
+        .unwrap()
+        .execute_batch("UPDATE keys SET wrapped = zeroblob(length(wrapped))")
+        .unwrap();
+    assert_eq!(errno(broker.open(device, true, OFlags::RDWR, &vm())), libc::ENOKEY);
+    let refusal = broker.record_gone(&id("one")).unwrap_err();
+    assert!(refusal.to_string().contains("the database has one that does not open"), "{refusal}");
+    assert_eq!(broker.volume(&id("one")).unwrap().state, VolumeState::Enrolled);
+    // Whoever means it says so without --gone.
+    broker.destroy(&id("one")).unwrap();
+    assert_eq!(broker.volume(&id("one")).unwrap().state, VolumeState::Destroyed);
+}
+
+#[test]
 fn what_was_destroyed_stays_so() {
     let world = World::new();
     let device = world.add_volume("one", 0);

@@ -119,6 +119,15 @@ pub trait KeyManager: Send + Sync {
         Ok(())
     }
 
+    /// Whether every server on which the key manager keeps its keys has `key` for `volume`, so that no other copy is needed.
+    /// One that has a single place is not asked.
+    ///
+    /// # Errors
+    /// When one has another or none, or cannot be asked.
+    fn check_everywhere(&self, _volume: &VolumeId, _key: &Key) -> Result<(), Refusal> {
+        Ok(())
+    }
+
     /// How long after a mark was set every host that asks for it sees it.
     fn seen_after(&self) -> Duration {
         Duration::ZERO

@@ -245,6 +245,29 @@ fn a_new_key_is_made_only_while_every_server_says_that_there_is_none() {
 }
 
 #[test]
+fn a_key_counts_as_kept_when_every_server_has_it_and_is_destroyed_on_each() {
+    let server = PyKmip::start();
+    let other = server.twin();
+    let id = volume("both");
+    let key = create(&server.manager(), &id).unwrap();
+    let both = KmipKeyManager::new(server.config("client", vec![server.address(), other.address()]));
+    assert!(both.get(&id).unwrap().same_as(&key));
+    let refusal = both.check_everywhere(&id, &key).unwrap_err();
+    assert_eq!(refusal.reason(), Reason::KeyManager);
+    assert!(refusal.to_string().contains(&other.address()), "{refusal}");
+    other.manager().import(&id, &key, &wanted()).unwrap();
+    both.check_everywhere(&id, &key).unwrap();
+
+    let unreachable = KmipKeyManager::new(server.config("client", vec![server.address(), "127.0.0.1:1".to_owned()]));
+    assert_eq!(unreachable.destroy(&id).unwrap_err().reason(), Reason::TimedOut);
+    assert!(server.manager().get(&id).unwrap().same_as(&key), "none was destroyed while one could not be asked");
+    both.destroy(&id).unwrap();
+    for each in [&server, &other] {
+        assert!(each.manager().get(&id).is_err());
+    }
+}
+
+#[test]
 fn a_host_that_has_used_a_key_has_it_whatever_else_has_its_name() {
     let server = PyKmip::start();
     let id = volume("one");

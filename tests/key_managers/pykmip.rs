@@ -23,7 +23,22 @@ pub struct PyKmip {
 impl PyKmip {
     /// Starts one with an empty database.
     pub fn start() -> Self {
+        PyKmip::of(Authority::new("authority"))
+    }
+
+    /// Another one, with an empty database of its own, that this one's clients believe.
+    pub fn twin(&self) -> Self {
         let authority = Authority::new("authority");
+        for entry in fs::read_dir(self.authority.folder()).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|extension| extension == "pem" || extension == "key") {
+                fs::copy(&path, authority.path(path.file_name().unwrap().to_str().unwrap())).unwrap();
+            }
+        }
+        PyKmip::of(authority)
+    }
+
+    fn of(authority: Authority) -> Self {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let process = run(&authority, port);
         PyKmip { authority, port, process }

@@ -361,6 +361,12 @@ impl KeyManager for CachedKeyManager {
         self.shared.server.check_destroyable(volume)
     }
 
+    /// # Errors
+    /// Those of the key server's.
+    fn check_everywhere(&self, volume: &VolumeId, key: &Key) -> Result<(), Refusal> {
+        self.shared.server.check_everywhere(volume, key)
+    }
+
     fn seen_after(&self) -> Duration {
         self.shared.server.seen_after()
     }

@@ -201,6 +201,25 @@ impl KmipKeyManager {
         }
     }
 
+    fn deadline(&self) -> Instant {
+        Instant::now() + self.client.config().deadline
+    }
+
+    /// What comes of `work`, which is about the key of `volume`, with each server, by their names. All have to answer.
+    fn with_every<T>(
+        &self,
+        volume: &VolumeId,
+        deadline: Instant,
+        work: impl Fn(&Talk<'_>) -> Result<T, Fault>,
+    ) -> Result<Vec<(String, T)>, Refusal> {
+        let each = self.client.order().map(|server| {
+            let talk = self.client.talk(server, deadline);
+            let done = work(&talk).map_err(|fault| self.not_asked(&key_of(volume), &talk, fault))?;
+            Ok((talk.name().to_owned(), done))
+        });
+        each.collect()
+    }
+
     /// The key of `volume` that counts, and what is known of the volume.
     fn fetch(&self, volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {
         self.with_any(&key_of(volume), |talk| {
@@ -282,46 +301,46 @@ impl KeyManager for KmipKeyManager {
         self.fetch(volume)
     }
 
-    /// To destroy a key again is no error where the server remembers it.
+    /// On every server, each of which has to answer before it is destroyed on any. To destroy a key again is no error where
+    /// a server remembers it.
     ///
     /// # Errors
-    /// [`Reason::NoKey`] when the server has no such key, and those of [`get`](KeyManager::get).
+    /// [`Reason::NoKey`] when no server has such a key, and those of [`get`](KeyManager::get).
     fn destroy(&self, volume: &VolumeId) -> Result<(), Refusal> {
-        let destroyed = self.with_any(&key_of(volume), |talk| {
-            let found = find(talk, volume)?;
-            for found in found.iter().filter(|found| found.attributes.state != State::Destroyed) {
-                if found.attributes.state == State::Active {
-                    unless_gone(talk, &Request::revoke(&found.identifier))?;
-                }
-                unless_gone(talk, &Request::destroy(&found.identifier))?;
-            }
-            clear_unfinished(talk, volume)?;
-            let left = find(talk, volume)?;
-            match left.iter().all(|found| found.attributes.state == State::Destroyed) {
-                true if found.is_empty() => Ok(None),
-                true => Ok(Some(())),
-                false => Err(Fault::Final(Refusal::new(
-                    Reason::KeyManager,
-                    format!(
-                        "the KMIP server still has a key of volume {volume} after it was destroyed: destroy it again"
-                    ),
-                ))),
-            }
+        let deadline = self.deadline();
+        let found = self.with_every(volume, deadline, |talk| find(talk, volume))?;
+        self.with_every(volume, deadline, |talk| destroy_on(talk, volume))?;
+        match found.iter().any(|(_, found)| !found.is_empty()) {
+            true => Ok(()),
+            false => Err(no_key(volume)),
+        }
+    }
+
+    /// # Errors
+    /// As [`get`](KeyManager::get), where every server has to answer, and [`Reason::KeyManager`] when one has another or none.
+    fn check_everywhere(&self, volume: &VolumeId, key: &Key) -> Result<(), Refusal> {
+        let have = self.with_every(volume, self.deadline(), |talk| match settle(&[talk], volume)? {
+            Some(found) => hand_out(talk, volume, &found).map(|(found, _)| found.same_as(key)),
+            None => Ok(false),
         })?;
-        destroyed.ok_or_else(|| no_key(volume))
+        match have.iter().find(|(_, has_it)| !has_it) {
+            None => Ok(()),
+            Some((server, _)) => Err(Refusal::new(
+                Reason::KeyManager,
+                format!(
+                    "the KMIP server {server} does not have the key of volume {volume} that the others have: all servers of \
+                     [kmip] have to hold the same keys, so have their administrator see to that, and repeat"
+                ),
+            )),
+        }
     }
 
     /// # Errors
     /// As [`get`](KeyManager::get), where every server has to answer.
     fn leaving(&self, volume: &VolumeId) -> Result<Option<Leaving>, Refusal> {
-        let deadline = Instant::now() + self.client.config().deadline;
-        let mut marks = Vec::new();
-        for server in self.client.order() {
-            let talk = self.client.talk(server, deadline);
-            let found = find(&talk, volume).map_err(|fault| self.not_asked(&key_of(volume), &talk, fault))?;
-            marks.extend(found.into_iter().filter_map(|found| found.attributes.leaving));
-        }
-        Ok(marks.first().map(|mark| Leaving::parse(mark)))
+        let found = self.with_every(volume, self.deadline(), |talk| find(talk, volume))?;
+        let mut marks = found.into_iter().flat_map(|(_, found)| found).filter_map(|found| found.attributes.leaving);
+        Ok(marks.next().map(|mark| Leaving::parse(&mark)))
     }
 
     /// # Errors
@@ -396,6 +415,27 @@ fn hand_out(talk: &Talk<'_>, volume: &VolumeId, found: &Found) -> Result<(Key, D
         Refusal::new(Reason::WrongKey, sentence)
     })?;
     Ok((key, description))
+}
+
+/// Destroys whatever the server has of the key of `volume`, unfinished ones included.
+fn destroy_on(talk: &Talk<'_>, volume: &VolumeId) -> Result<(), Fault> {
+    for found in find(talk, volume)?.iter().filter(|found| found.attributes.state != State::Destroyed) {
+        if found.attributes.state == State::Active {
+            unless_gone(talk, &Request::revoke(&found.identifier))?;
+        }
+        unless_gone(talk, &Request::destroy(&found.identifier))?;
+    }
+    clear_unfinished(talk, volume)?;
+    match find(talk, volume)?.iter().all(|found| found.attributes.state == State::Destroyed) {
+        true => Ok(()),
+        false => Err(Fault::Final(Refusal::new(
+            Reason::KeyManager,
+            format!(
+                "the KMIP server {} still has a key of volume {volume} after it was destroyed: destroy it again",
+                talk.name()
+            ),
+        ))),
+    }
 }
 
 fn unless_gone(talk: &Talk<'_>, request: &Request<'_>) -> Result<(), Fault> {

@@ -109,7 +109,7 @@ impl KeyMigration<'_> {
             return Err(self.left_to(volume, (to, from), &mark, "nothing was destroyed here"));
         }
         match self.target.get(volume) {
-            Ok(key) if key.same_as(copy) => Ok(()),
+            Ok(key) if key.same_as(copy) => self.target.check_everywhere(volume, copy),
             Ok(_) => Err(self.differing(volume, copy, &"nothing was destroyed")),
             Err(refusal) => Err(self.not_there_any_more(volume, refusal)),
         }

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use super::kek::CREDENTIAL;
 use super::kek_places::{Found, KekPlaces};
 use super::{
     Capabilities, CheckValue, Description, FIRST_VERSION, Imported, KekRotation, Key, KeyEncryptionKey, KeyHandle,
@@ -48,16 +49,21 @@ impl Ring {
 impl EmbeddedKeyManager {
     /// Opens the keys in `store` with the key-encryption key that [`KeyEncryptionKey::load`] finds in
     /// `credentials` or `directory`, or with the two that are in use while one takes the other's place. It is made only
-    /// for a database that never had one.
+    /// for a database that never had one. A credential counts at once where nothing is wrapped yet; where another key that
+    /// is in a file wraps something, that file is still used.
     ///
     /// # Errors
     /// [`Reason::NoKey`] when the key-encryption key is missing, unusable, or not the one that the database
     /// is used with; [`Reason::StoreUnavailable`] when the database fails.
     pub fn open(store: Arc<Store>, credentials: Option<&Path>, directory: &Path) -> Result<Self, Refusal> {
         let places = KekPlaces::new(credentials, directory);
-        if store.keks()?.current.is_none() {
-            let kek = places.first(!store.has_keys()?)?;
-            store.tie_to_kek(kek.check_value())?;
+        match store.keks()? {
+            Keks { current: None, .. } => {
+                let kek = places.first(!store.has_keys()?)?;
+                store.tie_to_kek(kek.check_value())?;
+            }
+            Keks { current: Some(unused), outgoing: None } => take_up_credential(&store, &places, unused)?,
+            Keks { current: Some(_), outgoing: Some(_) } => {}
         }
         let ring = RwLock::new(Arc::new(load(&store, &places, None)?));
         let manager = EmbeddedKeyManager { store, places, ring, rotating: Mutex::default(), pace: Pace::default() };
@@ -349,6 +355,23 @@ impl EmbeddedKeyManager {
     }
 }
 
+/// Has `store`, in which the key-encryption key `unused` wraps nothing, used with the one that has come as a credential
+/// since then. What the first question to a new daemon has made is in nobody's way.
+fn take_up_credential(store: &Store, places: &KekPlaces, unused: CheckValue) -> Result<(), Refusal> {
+    let Some(found) = places.read(false).into_iter().find(Found::is_credential) else { return Ok(()) };
+    // One that cannot be read is told of by who needs it.
+    let Ok(kek) = found.kek else { return Ok(()) };
+    let value = kek.check_value();
+    if value != unused && !store.has_keys()? && store.tie_anew(unused, value)? {
+        tracing::info!(
+            "the key-encryption key is the credential's from now on (check value {value}); the one before ({unused}) wraps \
+             nothing, and {} is not needed if it is that",
+            places.own_file().display()
+        );
+    }
+    Ok(())
+}
+
 /// Finds the key-encryption keys that the database says are in use. One on its way out that is in `before` need not be
 /// on the disk any more: as long as this process lives its keys open.
 fn load(store: &Store, places: &KekPlaces, before: Option<&Ring>) -> Result<Ring, Refusal> {
@@ -377,7 +400,7 @@ fn load_these(keks: Keks, store: &Store, places: &KekPlaces, before: Option<&Rin
         let at = all.iter().position(|found| found.is(value))?;
         all.swap_remove(at).kek.ok()
     };
-    let current = take(expected);
+    let current = take(expected).or_else(|| passed_over(expected, places));
     let outgoing = outgoing.and_then(|value| {
         let remembered = || before?.outgoing.clone().filter(|(own, _)| *own == value).map(|(_, kek)| kek);
         Some((value, take(value).map(Arc::new).or_else(remembered)?))
@@ -386,6 +409,19 @@ fn load_these(keks: Keks, store: &Store, places: &KekPlaces, before: Option<&Rin
         Some(current) => Ok(Ring { current: (expected, current), outgoing }),
         None => Err(not_found(expected, all, store, places)),
     }
+}
+
+/// The key-encryption key `expected` from a file in whose place there is a credential with another one. Not to take it
+/// would lock every volume of the host.
+fn passed_over(expected: CheckValue, places: &KekPlaces) -> Option<KeyEncryptionKey> {
+    let found = places.read(true).into_iter().find(|found| found.is(expected))?;
+    tracing::warn!(
+        "the key-encryption key in use (check value {expected}) is that of {}, and not that of the credential {CREDENTIAL}: \
+         to have the credential's, name it {CREDENTIAL}.new in the drop-in of volcryptd.service, run 'systemctl restart \
+         volcryptd' and 'volcrypt key rotate-kek'",
+        found.path.display()
+    );
+    found.kek.ok()
 }
 
 /// Why the key-encryption key `expected` is not among `all`.

@@ -29,6 +29,11 @@ pub(super) struct Found {
 }
 
 impl Found {
+    /// Whether it is the credential of the key in use.
+    pub(super) fn is_credential(&self) -> bool {
+        self.home == KekHome::Credential && !self.is_new
+    }
+
     /// Whether it is the key with this check value.
     pub(super) fn is(&self, value: CheckValue) -> bool {
         self.kek.as_ref().is_ok_and(|kek| kek.check_value() == value)
@@ -173,6 +178,11 @@ impl KekPlaces {
                 new.display()
             ),
         }
+    }
+
+    /// The file of the key in use, if it is kept in one.
+    pub(super) fn own_file(&self) -> PathBuf {
+        self.file("")
     }
 
     fn file(&self, suffix: &str) -> PathBuf {

@@ -11,6 +11,8 @@ use rustix::fs::{CWD, FileType, Mode};
 use crate::refusal::{Reason, Refusal};
 
 pub(super) const FILE_NAME: &str = "volcrypt.db";
+/// What stands behind that in the name of a database whose place a backup has taken.
+pub(super) const REPLACED: &str = ".replaced-";
 
 /// Checks `directory` and the database in it, makes an empty file if there is none, and returns
 /// the file's path without symbolic links.

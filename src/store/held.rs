@@ -1,12 +1,15 @@
 //! Which keys a database holds, and which of them another one lacks.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use rusqlite::Connection;
 
 use super::backup::{connect_immutable, contents};
-use super::{fault, files};
+use super::files::{FILE_NAME, REPLACED};
+use super::{Store, fault, files};
 use crate::keys::CheckValue;
 use crate::refusal::{Reason, Refusal};
 
@@ -50,5 +53,41 @@ impl Held {
         let lacks =
             |(volume, check_value): &(&String, &Option<String>)| other.volumes.get(*volume) != Some(check_value);
         self.volumes.iter().filter(lacks).map(|(volume, _)| volume.as_str()).collect()
+    }
+}
+
+impl Store {
+    /// A database beside this one, whose place a backup has taken, with keys that are not in this one and that the
+    /// key-encryption key `kek` opens; and the volumes whose keys those are, or why that cannot be told.
+    ///
+    /// # Errors
+    /// [`Reason::StoreUnavailable`] when this database or its directory cannot be read.
+    pub(crate) fn kept_that_needs(&self, kek: CheckValue) -> Result<Option<(PathBuf, String)>, Refusal> {
+        let held = Held::by(&self.connection()).map_err(|error| self.fault(&error))?;
+        let directory = self.path.parent().unwrap_or(&self.path);
+        let failed = |error: std::io::Error| {
+            let sentence = format!("{} cannot be read ({error}): mend that and repeat", directory.display());
+            Refusal::new(Reason::StoreUnavailable, sentence)
+        };
+        let prefix = format!("{FILE_NAME}{REPLACED}");
+        for entry in fs::read_dir(directory).map_err(failed)? {
+            let (path, name) = entry.map(|entry| (entry.path(), entry.file_name())).map_err(failed)?;
+            let is_log = [&b"-wal"[..], b"-shm"].iter().any(|suffix| name.as_bytes().ends_with(suffix));
+            if !name.as_bytes().starts_with(prefix.as_bytes()) || is_log {
+                continue;
+            }
+            match Held::in_file(&path) {
+                // One of an older volcrypt does not say which it needs.
+                Ok(before) if before.keks.is_empty() || before.keks.contains(&kek) => {
+                    let alone = before.lacking_in(&held);
+                    if !alone.is_empty() {
+                        return Ok(Some((path, format!("has the keys of these volumes alone: {}", alone.join(", ")))));
+                    }
+                }
+                Ok(_) => {}
+                Err(refusal) => return Ok(Some((path, format!("may have keys that are in it alone ({refusal})")))),
+            }
+        }
+        Ok(None)
     }
 }

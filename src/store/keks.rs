@@ -78,6 +78,21 @@ impl Store {
         Ok(check_value)
     }
 
+    /// Ties the database to the key-encryption key `new` instead of `unused`, if that wraps nothing and `new` was never
+    /// replaced by another one. Returns whether it has done so.
+    pub(crate) fn tie_anew(&self, unused: CheckValue, new: CheckValue) -> Result<bool, Refusal> {
+        self.change(|transaction| {
+            let tied = transaction.execute(
+                "UPDATE keks SET check_value = ?2, since = ?3 WHERE check_value = ?1 AND state = 'current'
+                 AND NOT EXISTS (SELECT 1 FROM keks WHERE check_value = ?2 OR state = 'outgoing')
+                 AND NOT EXISTS (SELECT 1 FROM keys WHERE wrapped IS NOT NULL) AND NOT EXISTS (SELECT 1 FROM key_cache)",
+                params![unused.to_string(), new.to_string(), seconds_now()],
+            );
+            let tied = tied.map_err(|error| self.fault(&error))?;
+            Ok(if tied == 0 { Change::Needless(false) } else { Change::Unrecorded(true) })
+        })
+    }
+
     /// Has new keys wrapped by the key-encryption key `new`, which takes the present one's place, and records that.
     /// `new` has to be on the disk. Changes nothing if a rotation is under way.
     ///

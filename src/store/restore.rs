@@ -11,7 +11,7 @@ use rusqlite::{Connection, ErrorCode, OpenFlags};
 use rustix::fs::{FlockOperation, fcntl_lock, flock};
 
 use super::backup::{connect_immutable, contents};
-use super::files::{FILE_NAME, beside};
+use super::files::{FILE_NAME, REPLACED, beside};
 use super::schema::{self, Found};
 use super::{Contents, Held, Store, common_flags, cut_log, files, harden};
 use crate::refusal::{Reason, Refusal};
@@ -89,6 +89,8 @@ impl Staged {
         let store = Store::open(&staged.folder)?;
         // What a key server has said since is not in a copy.
         store.cache_for(None)?;
+        // Where it has no key, none of those that it knew wraps anything: the next cache may have the one that is here.
+        store.untie_from_kek()?;
         staged.store = Some(Arc::new(store));
         Ok(staged)
     }
@@ -155,7 +157,7 @@ impl Staged {
 
         let kept = match path.symlink_metadata() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            _ => Some(unused(&beside(&path, &format!(".replaced-{stamp}")))),
+            _ => Some(unused(&beside(&path, &format!("{REPLACED}{stamp}")))),
         };
         let (replaced, in_use) = match kept {
             Some(kept) => {
@@ -290,7 +292,7 @@ fn take_back(path: &Path) -> Result<(), Refusal> {
     let taken_back = || {
         let Ok(metadata) = path.symlink_metadata() else { return Ok(()) };
         let directory = path.parent().ok_or(io::ErrorKind::InvalidInput)?;
-        let prefix = beside(Path::new(FILE_NAME), ".replaced-");
+        let prefix = beside(Path::new(FILE_NAME), REPLACED);
         for entry in fs::read_dir(directory)? {
             let entry = entry?;
             let is_kept = entry.file_name().as_bytes().starts_with(prefix.as_os_str().as_bytes());

@@ -45,6 +45,7 @@ impl EmbeddedKeyManager {
     pub(super) fn rotate(&self, step: &RotationStep) -> Result<KekRotation, Refusal> {
         match (step, self.store.keks()?) {
             (RotationStep::Begin, Keks { current: Some(old), outgoing: None }) => {
+                self.check_not_needed_beside(old)?;
                 self.store.begin_kek_rotation(self.places.successor(old)?)?;
                 self.under_way(false)
             }
@@ -52,6 +53,22 @@ impl EmbeddedKeyManager {
             (RotationStep::GoOn { after }, Keks { outgoing: Some(old), .. }) => self.go_on(old, after.clone()),
             // Another call was quicker.
             (RotationStep::GoOn { .. }, Keks { current, outgoing: None }) => self.finished(current),
+        }
+    }
+
+    /// Refuses to replace `old`, which is dropped then, while keys that are nowhere else need it: those of a database whose
+    /// place a backup has taken.
+    fn check_not_needed_beside(&self, old: CheckValue) -> Result<(), Refusal> {
+        match self.store.kept_that_needs(old)? {
+            None => Ok(()),
+            Some((path, what)) => Err(Refusal::new(
+                Reason::Configuration,
+                format!(
+                    "{0} {what}, and the key-encryption key in use ({old}), which would be replaced and removed, opens it: move \
+                     {0} elsewhere, with a copy of that key-encryption key, or remove it if none of it is needed, and repeat",
+                    path.display()
+                ),
+            )),
         }
     }
 

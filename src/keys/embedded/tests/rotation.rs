@@ -454,3 +454,93 @@ fn what_was_left_of_a_file_that_was_being_written_is_removed() {
     assert!(!place.path().join(".new-0123456789abcdef").exists());
     assert!(place.path().join(".new-not").exists() && place.path().join(".newer").exists());
 }
+
+/// A folder of credentials with a key-encryption key that is not the one of another place.
+fn credential() -> TempDir {
+    let folder = private_directory();
+    fs::write(folder.path().join("volcrypt.kek"), [7; 31].iter().chain(&[8]).copied().collect::<Vec<u8>>()).unwrap();
+    folder
+}
+
+#[test]
+fn a_credential_takes_the_place_of_a_key_that_wraps_nothing() {
+    let place = Place::new();
+    let with_credential = |folder: &TempDir| EmbeddedKeyManager::open(place.store(), Some(folder.path()), place.path());
+    // Whoever asks a new daemon for its status has this made.
+    let made = place.open().ring().current.0;
+    let folder = credential();
+    let manager = with_credential(&folder).unwrap();
+    assert_ne!(manager.ring().current.0, made);
+    let key = manager.make(&id("one"), size(512)).unwrap();
+    drop(manager);
+    fs::remove_file(place.kek()).unwrap();
+    assert!(with_credential(&folder).unwrap().get(&id("one")).unwrap().same_as(&key));
+    // Now it wraps something, and no other one comes in its place by itself.
+    let other = private_directory();
+    fs::write(other.path().join("volcrypt.kek"), (0..32).collect::<Vec<u8>>()).unwrap();
+    refused(with_credential(&other), Reason::NoKey);
+    assert!(with_credential(&folder).unwrap().get(&id("one")).unwrap().same_as(&key));
+}
+
+#[test]
+fn a_key_from_before_is_not_taken_up_from_a_credential() {
+    let place = Place::new();
+    let manager = place.open();
+    let old = fs::read(place.kek()).unwrap();
+    rotate(&manager).unwrap();
+    let folder = private_directory();
+    fs::write(folder.path().join("volcrypt.kek"), old).unwrap();
+    let now = manager.ring().current.0;
+    let manager = EmbeddedKeyManager::open(place.store(), Some(folder.path()), place.path()).unwrap();
+    assert_eq!(manager.ring().current.0, now);
+}
+
+#[test]
+fn the_file_that_wraps_keys_is_used_in_spite_of_another_credential() {
+    let place = Place::new();
+    let key = place.open().make(&id("one"), size(512)).unwrap();
+    let folder = credential();
+    let manager = EmbeddedKeyManager::open(place.store(), Some(folder.path()), place.path()).unwrap();
+    assert!(manager.get(&id("one")).unwrap().same_as(&key));
+    // The way out that the log names.
+    fs::rename(folder.path().join("volcrypt.kek"), folder.path().join("volcrypt.kek.new")).unwrap();
+    let manager = EmbeddedKeyManager::open(place.store(), Some(folder.path()), place.path()).unwrap();
+    rotate(&manager).unwrap();
+    assert!(!place.kek().exists());
+    fs::rename(folder.path().join("volcrypt.kek.new"), folder.path().join("volcrypt.kek")).unwrap();
+    let manager = EmbeddedKeyManager::open(place.store(), Some(folder.path()), place.path()).unwrap();
+    assert!(manager.get(&id("one")).unwrap().same_as(&key));
+}
+
+#[test]
+fn the_key_that_opens_a_database_kept_by_a_restore_is_not_dropped() {
+    let place = Place::new();
+    let manager = place.open();
+    for name in ["one", "two"] {
+        manager.make(&id(name), size(512)).unwrap();
+    }
+    let kept = place.path().join("volcrypt.db.replaced-20261128T090000Z");
+    place.sql(&format!("VACUUM INTO '{}'", kept.display()));
+    let old = fs::read(place.kek()).unwrap();
+    // All its keys are here as well.
+    rotate(&manager).unwrap();
+    assert_ne!(fs::read(place.kek()).unwrap(), old);
+
+    fs::remove_file(&kept).unwrap();
+    place.sql(&format!("VACUUM INTO '{}'", kept.display()));
+    place.sql("PRAGMA foreign_keys = OFF; DELETE FROM keys WHERE volume_id = 'two'");
+    let old = fs::read(place.kek()).unwrap();
+    let sentence = refused(rotate(&manager), Reason::Configuration);
+    assert!(sentence.contains("has the keys of these volumes alone: two"), "{sentence}");
+    assert!(!place.kek_new().exists());
+    // What cannot be looked at may have some.
+    fs::rename(&kept, place.path().join("away")).unwrap();
+    fs::write(&kept, "no database").unwrap();
+    let sentence = refused(rotate(&manager), Reason::Configuration);
+    assert!(sentence.contains("may have keys"), "{sentence}");
+    assert_eq!(fs::read(place.kek()).unwrap(), old);
+
+    fs::remove_file(&kept).unwrap();
+    rotate(&manager).unwrap();
+    assert_ne!(fs::read(place.kek()).unwrap(), old);
+}

@@ -26,15 +26,19 @@ case_without_the_credential() {
     first without_the_credential
 }
 
-# opens_with_a_key_sealed_by KEY: a host that has no key-encryption key yet.
+# opens_with_a_key_sealed_by KEY: a host that is set up in the order of the README, on which nothing is enrolled yet.
 opens_with_a_key_sealed_by() {
     stop_daemon
     rm -rf /var/lib/volcrypt/*
+    start_daemon
+    volcrypt status >/dev/null
+    [ -e /var/lib/volcrypt/kek ] || fail 'whoever asks for the status has no key-encryption key made any more'
     head -c 32 /dev/urandom | systemd-creds encrypt --with-key="$1" --name=volcrypt.kek - "$sealed"
     use_credential
     protect
     volume_create "$1" 16
-    [ ! -e /var/lib/volcrypt/kek ] || fail 'there is a key-encryption key in a file as well'
+    # It wraps nothing.
+    rm /var/lib/volcrypt/kek
     define_and_start "$1"
     qemu_io "$1" sda 'write -P 0x7e 0 64k'
     qemu_io "$1" sda flush

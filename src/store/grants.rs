@@ -10,6 +10,9 @@ use crate::domain::{Facts, is_uuid};
 use crate::refusal::Refusal;
 use crate::volume::VolumeId;
 
+/// How far the clock may stand before the time at which a grant was made, in seconds: it is set by others, who correct it.
+const CLOCK_TOLERANCE: i64 = 300;
+
 /// A domain may have a volume of another owner for some time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Grant {
@@ -88,14 +91,18 @@ impl Store {
     /// Whether `domain` may have `volume` at `now` by a grant. One that was made for a UUID is no grant for
     /// a domain that has it as its name.
     ///
+    /// A grant holds from when it was made. One that has run out stays in the database, and would hold again on a host
+    /// whose clock stands far back, as in 1970 after a boot with an empty battery.
+    ///
     /// # Errors
     /// [`Reason::StoreUnavailable`](crate::refusal::Reason::StoreUnavailable) when the database cannot be read.
     pub fn is_granted(&self, volume: &VolumeId, domain: &Facts, now: i64) -> Result<bool, Refusal> {
         let name = (!is_uuid(&domain.name)).then_some(&domain.name);
         self.connection()
             .query_row(
-                "SELECT EXISTS (SELECT 1 FROM grants WHERE volume_id = ?1 AND domain IN (?2, ?3) AND expires_at > ?4)",
-                params![volume.as_str(), name, domain.uuid, now],
+                "SELECT EXISTS (SELECT 1 FROM grants WHERE volume_id = ?1 AND domain IN (?2, ?3) AND expires_at > ?4
+                 AND created_at <= ?5)",
+                params![volume.as_str(), name, domain.uuid, now, now.saturating_add(CLOCK_TOLERANCE)],
                 |row| row.get(0),
             )
             .map_err(|error| self.fault(&error))

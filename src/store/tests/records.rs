@@ -141,6 +141,24 @@ fn a_grant_holds_for_one_domain_until_its_time_is_over() {
 }
 
 #[test]
+fn a_grant_does_not_hold_where_the_clock_stands_before_it_was_made() {
+    const MADE: i64 = 1_790_000_000;
+    let directory = private_directory();
+    let store = Store::open(directory.path()).unwrap();
+    store.enrol(&record("one")).unwrap();
+    let grant = Grant { volume: record("one").id, domain: "db".to_owned(), expires_at: MADE + 3600, created_at: MADE };
+    store.grant(&grant).unwrap();
+    let db = Facts { name: "db".to_owned(), uuid: None, owner: None };
+    let holds_at = |now| store.is_granted(&grant.volume, &db, now).unwrap();
+    for now in [MADE - 300, MADE, MADE + 3599] {
+        assert!(holds_at(now), "{now}: clocks are corrected a little");
+    }
+    for now in [i64::MIN, -1, 0, MADE - 301, MADE + 3600, i64::MAX] {
+        assert!(!holds_at(now), "{now}");
+    }
+}
+
+#[test]
 fn the_tables_refuse_what_makes_no_sense() {
     let directory = private_directory();
     let store = Store::open(directory.path()).unwrap();

@@ -19,6 +19,8 @@ use crate::volume::VolumeId;
 const REPEATED_EVERY: Duration = Duration::from_secs(60);
 /// How long records may stand in the write-ahead log alone.
 const MERGE_AFTER: Duration = Duration::from_secs(1);
+/// When it is tried again to merge them while somebody reads the database, such as a backup.
+const MERGE_AGAIN: Duration = Duration::from_secs(5);
 /// Enough for SQLite.
 const MERGE_STACK: usize = 256 << 10;
 /// How many refusals are recorded within that time, whoever they are of.
@@ -134,9 +136,16 @@ impl Broker {
         let merge = {
             let merging = Arc::clone(&merging);
             move || {
-                std::thread::sleep(MERGE_AFTER);
-                merging.store(false, Ordering::Release);
-                vault.store.merge_audit();
+                let mut pause = MERGE_AFTER;
+                loop {
+                    std::thread::sleep(pause);
+                    merging.store(false, Ordering::Release);
+                    // If it was hindered, another thread may be about to try by now.
+                    if vault.store.merge_audit() || merging.swap(true, Ordering::AcqRel) {
+                        return;
+                    }
+                    pause = MERGE_AGAIN;
+                }
             }
         };
         if std::thread::Builder::new().name("merge".to_owned()).stack_size(MERGE_STACK).spawn(merge).is_err() {

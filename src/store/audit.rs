@@ -4,7 +4,8 @@
 //! a refusal, is committed to the write-ahead log, which is written through to the disk (one fsync), and
 //! merged into the file only by [`Store::merge_audit`], a moment later and once for many: that costs two
 //! more, for which the guest's open would wait. Until then a copy of the file alone lacks the newest of
-//! these records, and never a key or a volume, for every change of those merges the log at once.
+//! these records, and never a key or a volume, for every change of those merges the log at once, unless
+//! another process, such as a backup, reads the database meanwhile.
 
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params};
@@ -88,9 +89,10 @@ impl Store {
             .map_err(|error| self.fault(&error))
     }
 
-    /// Merges the records that were appended into the file, so that it alone is the whole log.
-    pub fn merge_audit(&self) {
-        self.merge_log(&self.connection());
+    /// Merges the records that were appended into the file, so that it alone is the whole log. Returns whether that was
+    /// done: it does not wait for another process that reads the database.
+    pub fn merge_audit(&self) -> bool {
+        self.merge_log(&self.connection())
     }
 
     /// Commits a change together with the record of it.

@@ -156,7 +156,7 @@ impl Store {
             let wiped = transaction
                 .execute(&format!("DELETE FROM key_cache WHERE {which}"), params![parameter])
                 .map_err(|error| self.fault(&error))?;
-            Ok(if wiped == 0 { Change::Needless(0) } else { Change::Unrecorded(wiped) })
+            Ok(if wiped == 0 { Change::Needless(0) } else { Change::Wiped(wiped) })
         })
     }
 
@@ -180,7 +180,7 @@ impl Store {
     pub(crate) fn restart_cache(&self, time: i64) -> Result<(), Refusal> {
         self.change(|transaction| {
             transaction.execute("DELETE FROM key_cache", []).map_err(|error| self.fault(&error))?;
-            self.note_seen(transaction, time).map(Change::Unrecorded)
+            self.note_seen(transaction, time).map(Change::Wiped)
         })
     }
 

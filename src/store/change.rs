@@ -14,6 +14,8 @@ pub(super) enum Change<T> {
     Recorded(T, Event),
     /// It is made, and no record of its own.
     Unrecorded(T),
+    /// The same, and what it has deleted should not stand in the write-ahead log either.
+    Wiped(T),
 }
 
 impl Store {
@@ -30,6 +32,11 @@ impl Store {
             Change::Needless(unchanged) => return Ok(unchanged),
             Change::Recorded(made, event) => self.commit_recorded(transaction, event).map(|()| made)?,
             Change::Unrecorded(made) => transaction.commit().map(|()| made).map_err(fault)?,
+            Change::Wiped(made) => {
+                transaction.commit().map_err(fault)?;
+                self.merge_wiped_log(&connection);
+                return Ok(made);
+            }
         };
         self.merge_log(&connection);
         Ok(made)

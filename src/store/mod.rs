@@ -5,6 +5,7 @@
 //! read-only the records stay readable, so that enrolled volumes can still be opened.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -58,6 +59,8 @@ pub struct Store {
     connection: Mutex<Connection>,
     path: PathBuf,
     identity: FileIdentity,
+    /// Whether the last merge of the log was hindered: that is told once, not each time.
+    is_hindered: AtomicBool,
 }
 
 impl Store {
@@ -105,7 +108,7 @@ impl Store {
     }
 
     fn with(connection: Connection, path: PathBuf, identity: FileIdentity) -> Self {
-        Store { connection: Mutex::new(connection), path, identity }
+        Store { connection: Mutex::new(connection), path, identity, is_hindered: AtomicBool::new(false) }
     }
 
     /// Refuses to write to a file that is not the one at the path any more: a backup that was moved over
@@ -116,15 +119,32 @@ impl Store {
 
     /// Merges the write-ahead log into the file and cuts it to nothing, so that the file alone is the
     /// whole database: for a copy of it, for a backup put in its place, and for a file system that is
-    /// read-only later. What was committed is safe without, so a failure is only noted.
-    fn merge_log(&self, connection: &Connection) {
-        match cut_log(connection) {
+    /// read-only later. What was committed is safe without, so a failure is only noted. Returns whether it
+    /// was done.
+    ///
+    /// It waits for nobody who reads the database: a backup does as long as its target takes, and whoever
+    /// waited for it here would hold the connection, for which every open waits. A later merge does the rest.
+    fn merge_log(&self, connection: &Connection) -> bool {
+        self.note_merge(cut_log_at_once(connection))
+    }
+
+    /// The same after something was wiped, which should not stand in the log either: this waits for its turn.
+    fn merge_wiped_log(&self, connection: &Connection) -> bool {
+        self.note_merge(cut_log(connection))
+    }
+
+    /// Tells the first time that the log was not merged, and not each time.
+    fn note_merge(&self, cut: rusqlite::Result<bool>) -> bool {
+        let is_done = matches!(cut, Ok(true));
+        let was_hindered = self.is_hindered.swap(!is_done, Ordering::Relaxed);
+        let path = self.path.display();
+        match cut {
             Ok(true) => {}
-            Ok(false) => {
-                tracing::warn!("{}-wal is not merged because another process reads the database", self.path.display())
-            }
-            Err(error) => tracing::warn!("{}-wal is not merged: {error}", self.path.display()),
+            _ if was_hindered => {}
+            Ok(false) => tracing::warn!("{path}-wal is not merged yet because another process reads the database"),
+            Err(error) => tracing::warn!("{path}-wal is not merged: {error}"),
         }
+        is_done
     }
 
     /// Whether records can be read but not written, because the file system is read-only.
@@ -270,6 +290,15 @@ fn harden(connection: &Connection) -> rusqlite::Result<()> {
 /// reads the database hinders it.
 fn cut_log(connection: &Connection) -> rusqlite::Result<bool> {
     connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |row| row.get(0)).map(|hindered: bool| !hindered)
+}
+
+/// The same as far as that can be done without waiting for another process.
+fn cut_log_at_once(connection: &Connection) -> rusqlite::Result<bool> {
+    let patience = connection.pragma_query_value(None, "busy_timeout", |row| row.get::<_, u32>(0))?;
+    connection.busy_timeout(Duration::ZERO)?;
+    let cut = cut_log(connection);
+    connection.busy_timeout(Duration::from_millis(patience.into()))?;
+    cut
 }
 
 #[cfg(test)]

@@ -165,6 +165,27 @@ fn records_come_into_the_file_by_themselves() {
 }
 
 #[test]
+fn records_come_into_the_file_once_nobody_reads_it_any_more() {
+    let world = World::new();
+    let device = world.add_volume("read", 49);
+    let broker = world.broker(true);
+    broker.enrol(device, None).unwrap();
+    let reader = rusqlite::Connection::open(world.path().join("state/volcrypt.db")).unwrap();
+    reader.execute_batch("BEGIN; SELECT * FROM audit").unwrap();
+    broker.record_use(Kind::KeyUsed, &"read".parse().unwrap(), "").unwrap();
+    broker.merge_audit_soon();
+    std::thread::sleep(Duration::from_millis(1500));
+    let length = || std::fs::metadata(world.path().join("state/volcrypt.db-wal")).unwrap().len();
+    assert!(length() > 0, "the reader was not in the way");
+    drop(reader);
+    let end = Instant::now() + Duration::from_secs(15);
+    while length() > 0 {
+        assert!(Instant::now() < end, "nobody has tried it again");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
 fn a_refused_guest_is_recorded_with_errno_and_sentence_and_only_once() {
     let world = World::new();
     let node = Node::new("/dev", world.add_volume("refused", 42));

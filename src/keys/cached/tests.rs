@@ -367,8 +367,16 @@ fn no_key_stands_in_the_files_and_a_wiped_one_not_even_wrapped() {
     };
     assert!(holds(&wrapped));
     assert!(!holds(key_of(1).bytes()));
+    // Somebody reads as it was, for a moment.
+    let reader = rusqlite::Connection::open(store.path()).unwrap();
+    reader.execute_batch("BEGIN; SELECT * FROM key_cache").unwrap();
+    let reading = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(500));
+        drop(reader);
+    });
     manager.wipe_copy(&one());
     assert!(!holds(&wrapped));
+    reading.join().unwrap();
 }
 
 #[test]

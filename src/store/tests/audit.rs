@@ -1,8 +1,11 @@
+use std::sync::Arc;
+
 use proptest::prelude::*;
 use rusqlite::params;
 
 use super::*;
 use crate::audit::{Asker, Entry, Event, Hash, Kind, Link, Record, Role};
+use crate::keys::EmbeddedKeyManager;
 
 fn event(kind: Kind, volume: &str) -> Event {
     Event::new(kind, &volume.parse().unwrap(), "some detail")
@@ -315,6 +318,45 @@ fn a_record_is_on_the_disk_before_it_is_in_the_file() {
     // A change of what cannot be lost brings everything there.
     store.enrol(&record("one")).unwrap();
     assert_eq!(in_the_file(), 3);
+}
+
+#[test]
+fn what_is_merged_when_it_can_be_waits_for_no_reader() {
+    let directory = private_directory();
+    let store = store_with(&directory, 1);
+    let reader = Connection::open(store.path()).unwrap();
+    reader.execute_batch("BEGIN; SELECT * FROM audit").unwrap();
+    let began = Instant::now();
+    store.append_audit(event(Kind::KeyUsed, "one")).unwrap();
+    assert!(!store.merge_audit(), "the reader is not in the way");
+    store.enrol(&record("one")).unwrap();
+    let another = Store::open(directory.path()).unwrap();
+    assert!(began.elapsed() < BUSY_TIMEOUT / 2, "it took {:?}", began.elapsed());
+    drop((reader, another));
+    assert!(store.merge_audit());
+    assert_eq!(fs::metadata(directory.path().join("volcrypt.db-wal")).unwrap().len(), 0);
+    let patience: u32 = store.connection().pragma_query_value(None, "busy_timeout", |row| row.get(0)).unwrap();
+    assert_eq!(Duration::from_millis(patience.into()), BUSY_TIMEOUT, "what has to wait still does");
+}
+
+#[test]
+fn a_destruction_waits_for_a_reader() {
+    let directory = private_directory();
+    let store = Arc::new(Store::open(directory.path()).unwrap());
+    let keys = EmbeddedKeyManager::open(Arc::clone(&store), None, directory.path()).unwrap();
+    let volume = record("one").id;
+    keys.make(&volume, 256.try_into().unwrap()).unwrap();
+    store.append_audit(event(Kind::KeyUsed, "one")).unwrap();
+    let reader = Connection::open(store.path()).unwrap();
+    reader.execute_batch("BEGIN; SELECT * FROM audit").unwrap();
+    let reading = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(500));
+        drop(reader);
+    });
+    assert!(!store.merge_audit(), "it reads already");
+    assert_eq!(store.destroy_keys(&volume, 7), Ok(true));
+    assert_eq!(fs::metadata(directory.path().join("volcrypt.db-wal")).unwrap().len(), 0);
+    reading.join().unwrap();
 }
 
 #[test]

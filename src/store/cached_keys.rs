@@ -1,6 +1,6 @@
 //! Keys that a key server gave this host, wrapped, for when it does not answer.
 
-use rusqlite::{OptionalExtension, Row, Transaction, params};
+use rusqlite::{OptionalExtension, Row, ToSql, Transaction, params};
 
 use super::change::Change;
 use super::{Store, fault};
@@ -113,22 +113,23 @@ impl Store {
 
     /// Wipes the kept key of `volume`; returns whether there was one.
     pub(crate) fn evict_cached(&self, volume: &VolumeId) -> Result<bool, Refusal> {
-        self.wipe_cached("volume_id = ?1", volume.as_str()).map(|wiped| wiped > 0)
+        self.wipe_cached("volume_id = ?1", params![volume.as_str()]).map(|wiped| wiped > 0)
     }
 
-    /// Wipes the kept keys that a server last gave at `time` or before.
-    pub(crate) fn expire_cached(&self, time: i64) -> Result<usize, Refusal> {
-        self.wipe_cached("fetched_at <= ?1", time)
+    /// Wipes the kept keys that a server last gave at the time `over` or before, and those that it gave after `latest` by a
+    /// clock that was wrong.
+    pub(crate) fn expire_cached(&self, over: i64, latest: i64) -> Result<usize, Refusal> {
+        self.wipe_cached("fetched_at <= ?1 OR fetched_at > ?2", params![over, latest])
     }
 
     /// Wipes the kept keys of other servers than `server`; without one, all.
     pub(crate) fn cache_for(&self, server: Option<&str>) -> Result<usize, Refusal> {
-        self.wipe_cached("server IS NOT ?1", server)
+        self.wipe_cached("server IS NOT ?1", params![server])
     }
 
     /// Wipes the kept keys that `kek` wraps.
     pub(crate) fn drop_cached_by(&self, kek: CheckValue) -> Result<usize, Refusal> {
-        self.wipe_cached("kek = ?1", kek.to_string())
+        self.wipe_cached("kek = ?1", params![kek.to_string()])
     }
 
     /// Has the database tied to no key-encryption key any more, if it holds nothing that one wraps.
@@ -145,16 +146,16 @@ impl Store {
     }
 
     /// What is deleted is overwritten (`secure_delete`), and the log with it is cut.
-    fn wipe_cached(&self, which: &str, parameter: impl rusqlite::ToSql) -> Result<usize, Refusal> {
+    fn wipe_cached(&self, which: &str, parameters: &[&dyn ToSql]) -> Result<usize, Refusal> {
         // Where there is nothing to wipe, it does not matter that it could not be.
         let query = format!("SELECT EXISTS (SELECT 1 FROM key_cache WHERE {which})");
-        let found = self.connection().query_row(&query, params![parameter], |row| row.get::<_, bool>(0));
+        let found = self.connection().query_row(&query, parameters, |row| row.get::<_, bool>(0));
         if !found.map_err(|error| self.fault(&error))? {
             return Ok(0);
         }
         self.change(|transaction| {
             let wiped = transaction
-                .execute(&format!("DELETE FROM key_cache WHERE {which}"), params![parameter])
+                .execute(&format!("DELETE FROM key_cache WHERE {which}"), parameters)
                 .map_err(|error| self.fault(&error))?;
             Ok(if wiped == 0 { Change::Needless(0) } else { Change::Wiped(wiped) })
         })

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::clock::Clock;
+use super::clock::{Clock, TOLERANCE};
 use crate::audit::Hash;
 use crate::keys::{EmbeddedKeyManager, Key, KeyHandle, RecordedKey};
 use crate::refusal::Refusal;
@@ -113,12 +113,11 @@ impl KeyCache {
         let now = match self.clock.now() {
             Some(now) => now,
             None => {
-                let Some(now) = self.clock.restart() else {
+                let Some(now) = self.clock.restart(|now| self.keks.store().restart_cache(now))? else {
                     tracing::warn!("this host's clock is wrong, so no keys are kept for when no key server answers");
                     return Ok(());
                 };
                 tracing::warn!("this host's clock was set back, so the keys that were kept are wiped");
-                self.keks.store().restart_cache(now)?;
                 now
             }
         };
@@ -191,7 +190,7 @@ impl KeyCache {
         self.wipe_refused();
         let Some(now) = self.clock.now() else { return };
         let store = self.keks.store();
-        let wiped = store.expire_cached(now.saturating_sub(self.lifetime));
+        let wiped = store.expire_cached(now.saturating_sub(self.lifetime), now.saturating_add(TOLERANCE));
         match wiped.and_then(|wiped| store.cache_has_seen(now).map(|()| wiped)) {
             Ok(0) => {}
             Ok(wiped) => tracing::info!("wiped {wiped} cached keys, whose time is over"),
@@ -216,8 +215,10 @@ impl KeyCache {
         Ok(usable.map(|kept| (kept.volume, (kept.key, kept.fetched_at.saturating_add(self.lifetime)))).collect())
     }
 
+    /// A key that was given at a time that is still to come was kept by a clock that was wrong: nobody knows for how long
+    /// it has been here.
     fn is_over(&self, kept: &CachedKey, now: i64) -> bool {
-        now.saturating_sub(kept.fetched_at) >= self.lifetime
+        now.saturating_sub(kept.fetched_at) >= self.lifetime || kept.fetched_at > now.saturating_add(TOLERANCE)
     }
 
     fn refused(&self) -> MutexGuard<'_, HashSet<VolumeId>> {

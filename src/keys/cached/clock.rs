@@ -4,7 +4,7 @@ use std::time::Instant;
 use crate::store::seconds_now;
 
 /// How far the clock may be behind what it was, in seconds: it is set by others, who correct it.
-const TOLERANCE: i64 = 300;
+pub(super) const TOLERANCE: i64 = 300;
 /// 2026-01-01 UTC. A host whose clock stands before that, as it does at a boot with an empty battery, does not know
 /// the time.
 const FLOOR: i64 = 1_767_225_600;
@@ -42,14 +42,19 @@ impl Clock {
         Some(wall.max(passed))
     }
 
-    /// Believes the clock as it stands, whatever was seen before; returns the time, if it can be one.
-    pub(super) fn restart(&self) -> Option<i64> {
-        let wall = (self.wall)();
+    /// Believes the clock as it stands, whatever was seen before, once `forget` has wiped what was kept by what was seen;
+    /// it is given the time, which is returned. Nothing if it cannot be one.
+    ///
+    /// # Errors
+    /// Those of `forget`: then the clock is believed no more than before.
+    pub(super) fn restart<E>(&self, forget: impl FnOnce(i64) -> Result<(), E>) -> Result<Option<i64>, E> {
+        let (wall, looked) = ((self.wall)(), Instant::now());
         if wall < FLOOR {
-            return None;
+            return Ok(None);
         }
-        *self.latest() = (wall, Instant::now());
-        Some(wall)
+        forget(wall)?;
+        *self.latest() = (wall, looked);
+        Ok(Some(wall))
     }
 
     fn latest(&self) -> MutexGuard<'_, (i64, Instant)> {
@@ -81,10 +86,13 @@ mod tests {
         for wrong in [NOW - TOLERANCE - 1, FLOOR - 1, 0] {
             assert_eq!(at(wrong), None);
         }
-        assert_eq!(clock.restart(), None, "1970 is no time");
+        let restart = |outcome: Result<(), &'static str>| clock.restart(|_| outcome);
+        assert_eq!(restart(Ok(())), Ok(None), "1970 is no time");
         assert_eq!(at(NOW + 7_000_000), Some(NOW + 7_000_000));
         assert_eq!(at(NOW), None);
-        assert_eq!(clock.restart(), Some(NOW));
+        assert_eq!(restart(Err("the disk is full")), Err("the disk is full"));
+        assert_eq!(at(NOW), None, "what was kept is still there");
+        assert_eq!(restart(Ok(())), Ok(Some(NOW)));
         assert_eq!(at(NOW), Some(NOW));
     }
 }

@@ -323,6 +323,61 @@ fn a_wrong_clock_makes_no_key_live_longer() {
 }
 
 #[test]
+fn a_clock_that_was_set_back_is_not_believed_while_the_keys_of_before_cannot_be_wiped() {
+    let host = Host::new();
+    let sql = |statement: &str| {
+        rusqlite::Connection::open(host.path().join("volcrypt.db")).unwrap().execute_batch(statement).unwrap();
+    };
+    host.at(NOW + 30 * DAY);
+    let manager = host.start();
+    use_once(&host, &manager);
+    // It is corrected, and the next key cannot be kept.
+    host.at(NOW);
+    sql("CREATE TRIGGER full BEFORE DELETE ON key_cache BEGIN SELECT RAISE(ABORT, 'full'); END");
+    let two: VolumeId = "two".parse().unwrap();
+    for _ in 0..2 {
+        host.script.say(Answer::Key(1));
+        assert!(get(&manager, &two).is_ok(), "the server is there all the same");
+        host.script.say(Answer::Silence);
+        let refusal = get(&manager, &one()).err().expect("it would serve for a month more than its time");
+        assert!(refusal.to_string().contains("clock is wrong"), "{refusal}");
+        assert_eq!(host.store().cached_keys().unwrap().len(), 1);
+    }
+    sql("DROP TRIGGER full");
+    host.script.say(Answer::Key(1));
+    get(&manager, &two).unwrap();
+    host.script.say(Answer::Silence);
+    assert!(get(&manager, &two).is_ok(), "it is kept by the clock as it is now");
+    assert_eq!(refused(&manager), Reason::TimedOut);
+    assert!(host.store().cached_key(&one()).unwrap().is_none());
+}
+
+#[test]
+fn a_key_that_was_kept_at_a_time_still_to_come_is_over() {
+    let host = Host::new();
+    let (manager, store) = (host.start(), host.store());
+    let Cache::On(cache) = &manager.shared.cache else { panic!() };
+    // Another process with another clock.
+    let ahead = |seconds| {
+        let clock = Clock::new(Box::new(move || NOW + seconds), 0);
+        KeyCache::with_clock(host.store(), (None, host.path()), "server", LIFETIME, clock).unwrap()
+    };
+    let keep = |seconds| ahead(seconds).keep(&one(), &KeyHandle::first(&one()), &key_of(1));
+    host.script.say(Answer::Silence);
+    keep(200);
+    assert!(get(&manager, &one()).is_ok(), "clocks are corrected a little");
+    manager.wipe_copy(&one());
+    keep(400);
+    assert!(manager.kept().unwrap().until.is_empty());
+    assert_eq!(store.cached_keys().unwrap().len(), 1);
+    assert_eq!(refused(&manager), Reason::TimedOut);
+    assert!(store.cached_keys().unwrap().is_empty(), "it is wiped by whoever finds it");
+    keep(400);
+    cache.tidy();
+    assert!(store.cached_keys().unwrap().is_empty(), "and otherwise with what is over");
+}
+
+#[test]
 fn a_changed_row_does_not_open() {
     let host = Host::new();
     let manager = host.start();

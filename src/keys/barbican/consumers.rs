@@ -4,9 +4,13 @@
 //! host's name and its machine-id. Then Barbican refuses to delete the key, and so does volcrypt on every host. What is
 //! mapped is told by the kernel, and what is registered by Barbican, so a daemon that was killed, and a Barbican that did
 //! not answer, leave nothing that the next look does not put right.
+//!
+//! A Barbican that comes back from a backup has forgotten who registered since, and anybody in the project may take a
+//! consumer away. So Barbican is asked again and again whether this host is still registered where it uses a key.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use super::BarbicanKeyManager;
 use super::answer::NoAnswer;
@@ -21,6 +25,10 @@ use crate::volume::VolumeId;
 pub(super) const SERVICE: &str = "volcrypt";
 /// How many users of a key are named.
 const MOST_NAMED: usize = 3;
+/// For how long Barbican is believed that this host is registered as a user of a key.
+const LOOK_AGAIN: Duration = Duration::from_secs(600);
+/// Of how many volumes' keys it is asked at a time: what is mapped meanwhile is registered after that.
+const MOST_LOOKED_AT: usize = 100;
 
 /// As whom this host is registered where. Never locked while anything is asked.
 #[derive(Default)]
@@ -28,12 +36,14 @@ pub(super) struct Registered(Mutex<Book>);
 
 #[derive(Default)]
 struct Book {
-    /// Whether Barbican was asked what an earlier daemon has registered.
+    /// Whether Barbican was asked where else this host is registered: by an earlier daemon, or in what it was restored from.
     is_complete: bool,
     entries: BTreeMap<VolumeId, Vec<Entry>>,
+    /// When Barbican last said that those of a volume are there.
+    seen: BTreeMap<VolumeId, Instant>,
     /// The secrets of Cinder's that volumes of this host have for keys, by which no name leads to them.
     foreign: BTreeMap<VolumeId, SecretId>,
-    /// Those of which Barbican was asked what an earlier daemon has registered.
+    /// Those of which Barbican was asked the same.
     asked: HashSet<SecretId>,
 }
 
@@ -51,6 +61,7 @@ impl Registered {
     fn add(&self, volume: &VolumeId, secret: &str, consumer: Consumer) {
         let entry = Entry { secret: secret.to_owned(), consumer };
         let mut book = self.book();
+        book.seen.insert(volume.clone(), Instant::now());
         let entries = book.entries.entry(volume.clone()).or_default();
         if !entries.contains(&entry) {
             entries.push(entry);
@@ -65,6 +76,37 @@ impl Registered {
     /// The key of `volume` is this secret now; where it was restored, this host is registered with another one.
     pub(super) fn is_now(&self, volume: &VolumeId, secret: &str) {
         self.book().entries.retain(|of, entries| of != volume || entries.iter().any(|entry| entry.secret == secret));
+    }
+
+    /// Where Barbican has not said for long that this host is registered: the volumes in `in_use` of which it last said so
+    /// the longest time ago.
+    fn to_look_at(&self, in_use: &HashSet<VolumeId>, now: Instant) -> Vec<(VolumeId, Vec<Entry>)> {
+        let mut book = self.book();
+        let Book { entries, seen, .. } = &mut *book;
+        seen.retain(|volume, _| entries.contains_key(volume));
+        let mut old: Vec<_> = entries
+            .iter()
+            .filter(|(volume, _)| in_use.contains(*volume))
+            .map(|(volume, entries)| (seen.get(volume).copied(), volume, entries))
+            .filter(|(seen, ..)| seen.is_none_or(|seen| now.saturating_duration_since(seen) >= LOOK_AGAIN))
+            .collect();
+        old.sort_by_key(|(seen, ..)| *seen);
+        old.into_iter().take(MOST_LOOKED_AT).map(|(_, volume, entries)| (volume.clone(), entries.clone())).collect()
+    }
+
+    /// Barbican was asked again whether this host is registered as a user of the key of `volume`.
+    fn was_looked_at(&self, volume: &VolumeId, now: Instant) {
+        self.book().seen.insert(volume.clone(), now);
+    }
+
+    /// Barbican does not have it any more that this host uses the key of `volume`. It may have been restored: what it has of
+    /// others is looked at soon, and so is what it has that was over long ago.
+    fn is_lost(&self, volume: &VolumeId) {
+        let mut book = self.book();
+        book.entries.remove(volume);
+        book.seen.clear();
+        book.is_complete = false;
+        book.asked.clear();
     }
 
     fn remove(&self, volume: &VolumeId, entry: &Entry) {
@@ -91,10 +133,62 @@ impl Host {
 
 impl BarbicanKeyManager {
     /// Registers this host where it uses a key and is not registered, and ends that where it uses none any more.
-    pub(super) fn settle_uses(&self, in_use: &HashSet<VolumeId>) -> Result<(), Refusal> {
+    pub(super) fn settle_uses(&self, in_use: &HashSet<VolumeId>, now: Instant) -> Result<(), Refusal> {
         let host = Host::this();
         self.learn(&host)?;
         self.learn_foreign(&host)?;
+        let settled = self.settle_known(in_use, &host);
+        if settled.as_ref().is_err_and(is_silence) {
+            return settled;
+        }
+        let (is_any_lost, looked) = self.look_again(in_use, now);
+        let again = match is_any_lost && !looked.as_ref().is_err_and(is_silence) {
+            true => self.settle_known(in_use, &host),
+            false => Ok(()),
+        };
+        settled.and(looked).and(again)
+    }
+
+    /// Asks Barbican whether this host is still registered where it uses keys, if it has not said so for long. Returns
+    /// whether it is not, somewhere, and what went wrong first.
+    fn look_again(&self, in_use: &HashSet<VolumeId>, now: Instant) -> (bool, Result<(), Refusal>) {
+        let (mut is_any_lost, mut first) = (false, Ok(()));
+        for (volume, entries) in self.registered.to_look_at(in_use, now) {
+            match self.are_registered(&volume, &entries) {
+                Ok(true) => {}
+                Ok(false) => {
+                    tracing::warn!(
+                        volume = %volume,
+                        "Barbican does not have it any more that this host uses volume {volume}, and is told again"
+                    );
+                    self.registered.is_lost(&volume);
+                    is_any_lost = true;
+                }
+                Err(refusal) if is_silence(&refusal) => return (is_any_lost, first.and(Err(refusal))),
+                Err(refusal) => first = first.and(Err(refusal)),
+            }
+            self.registered.was_looked_at(&volume, now);
+        }
+        (is_any_lost, first)
+    }
+
+    /// Whether Barbican still has all `entries`, of a volume.
+    fn are_registered(&self, volume: &VolumeId, entries: &[Entry]) -> Result<bool, Refusal> {
+        for entry in entries {
+            match self.client.begin().secret(&entry.secret) {
+                Ok(found) if found.consumers.contains(&entry.consumer) => {}
+                Ok(_) => return Ok(false),
+                Err(NoAnswer::Refused(answered)) if answered.status == 404 => return Ok(false),
+                // It is not for this host any more, which could not be registered anew either.
+                Err(NoAnswer::Refused(answered)) if answered.status == 403 => {}
+                Err(no_answer) => return Err(self.refusal(About::Secret(volume, &entry.secret), no_answer)),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Registers this host where the book does not have it, and ends what it has and is over.
+    fn settle_known(&self, in_use: &HashSet<VolumeId>, host: &Host) -> Result<(), Refusal> {
         let (missing, surplus) = {
             let book = self.registered.book();
             let missing: Vec<_> = in_use.iter().filter(|volume| !book.entries.contains_key(*volume)).cloned().collect();
@@ -107,11 +201,11 @@ impl BarbicanKeyManager {
         let end = surplus.iter().map(|(volume, entries)| (volume, Some(entries)));
         for (volume, entries) in begin.chain(end) {
             let settled = match entries {
-                None => self.begin_use(volume, &host),
+                None => self.begin_use(volume, host),
                 Some(entries) => self.end_use(volume, entries),
             };
             // What is wrong with one key is not in the way of the others; who does not answer is not asked on.
-            let is_silent = settled.as_ref().is_err_and(|refusal| refusal.reason() == Reason::TimedOut);
+            let is_silent = settled.as_ref().is_err_and(is_silence);
             first = first.and(settled);
             if is_silent {
                 break;
@@ -120,7 +214,7 @@ impl BarbicanKeyManager {
         first
     }
 
-    /// Has Barbican say, once, where an earlier daemon has registered this host.
+    /// Has Barbican say where this host is registered: once, and again when it turns out that it has forgotten something.
     fn learn(&self, host: &Host) -> Result<(), Refusal> {
         if self.registered.book().is_complete {
             return Ok(());
@@ -260,6 +354,10 @@ impl BarbicanKeyManager {
     }
 }
 
+fn is_silence(refusal: &Refusal) -> bool {
+    refusal.reason() == Reason::TimedOut
+}
+
 /// Whether what a consumer says of itself can stand in a command that somebody may run: anybody in the project may
 /// register one.
 fn is_plain(consumer: &Consumer) -> bool {
@@ -269,3 +367,6 @@ fn is_plain(consumer: &Consumer) -> bool {
         text.bytes().next().is_some_and(is_usual) && text.bytes().all(|byte| is_usual(byte) || byte == b'-')
     })
 }
+
+#[cfg(test)]
+mod tests;

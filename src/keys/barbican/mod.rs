@@ -357,7 +357,7 @@ impl KeyManager for BarbicanKeyManager {
     /// # Errors
     /// As [`get`](KeyManager::get), of the first volume that it went wrong with.
     fn note_uses(&self, in_use: &HashSet<VolumeId>) -> Result<(), Refusal> {
-        self.settle_uses(in_use)
+        self.settle_uses(in_use, Instant::now())
     }
 }
 

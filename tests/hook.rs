@@ -57,7 +57,9 @@ fn a_session_of_a_user_is_none_of_its_business() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::set_permissions(folder.path(), PermissionsExt::from_mode(0o755)).unwrap();
     let program = folder.path().join("volcrypt-hook");
-    std::fs::copy(Command::cargo_bin("volcrypt-hook").unwrap().get_program(), &program).unwrap();
+    // Not by this process: what another thread starts meanwhile would have the copy open for writing, and nobody may run it.
+    let built = Command::cargo_bin("volcrypt-hook").unwrap();
+    assert!(Command::new("cp").arg(built.get_program()).arg(&program).status().unwrap().success());
     for (operation, sub_operation) in
         [("prepare", "begin"), ("migrate", "begin"), ("restore", "begin"), ("started", "begin"), ("release", "end")]
     {

@@ -47,10 +47,15 @@ impl Host {
         assert!(output.status.success() && output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
-    /// Puts a program there.
+    /// Puts a program there. It is not this process that writes it: what another thread starts meanwhile would have it
+    /// open for writing, and nobody may run it.
     fn program(&self, path: &str, content: &str) {
-        self.write(path, content);
-        fs::set_permissions(self.path(path), fs::Permissions::from_mode(0o755)).unwrap();
+        let draft = format!("{path}.draft");
+        self.write(&draft, content);
+        let mut install = Command::new("install");
+        let status = install.arg("--mode=755").arg(self.path(&draft)).arg(self.path(path)).status().unwrap();
+        assert!(status.success());
+        fs::remove_file(self.path(&draft)).unwrap();
     }
 
     /// What the package brings and its scripts call, in the place of the programs something that leaves a trace.

@@ -48,9 +48,14 @@ impl Host {
         self.0.path().join(name)
     }
 
+    /// Puts a program there. It is not this process that writes it: what another thread starts meanwhile would have it
+    /// open for writing, and nobody may run it.
     fn program(&self, name: &str, text: &str) {
-        fs::write(self.path(name), text).unwrap();
-        fs::set_permissions(self.path(name), fs::Permissions::from_mode(0o755)).unwrap();
+        let draft = self.path(&format!("{name}.draft"));
+        fs::write(&draft, text).unwrap();
+        let status = Command::new("install").arg("--mode=755").arg(&draft).arg(self.path(name)).status().unwrap();
+        assert!(status.success());
+        fs::remove_file(draft).unwrap();
     }
 
     fn xml(&self) -> PathBuf {

@@ -29,7 +29,8 @@ case_without_the_credential() {
 # opens_with_a_key_sealed_by KEY: a host that is set up in the order of the README, on which nothing is enrolled yet.
 opens_with_a_key_sealed_by() {
     stop_daemon
-    rm -rf /var/lib/volcrypt/*
+    rm -rf /var/lib/volcrypt/* "$drop_in"
+    systemctl daemon-reload
     start_daemon
     volcrypt status >/dev/null
     [ -e /var/lib/volcrypt/kek ] || fail 'whoever asks for the status has no key-encryption key made any more'

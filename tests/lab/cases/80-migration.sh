@@ -25,7 +25,7 @@ case_two_hypervisors_see_one_volume() {
 
 case_a_host_without_the_key_is_refused() {
     refused "host hv2: disk sda: volume $volume on /dev/sda has no key on this host"
-    expect_eq "$(second volcrypt volume list --json)" '[]' 'what is enrolled at the destination'
+    [[ $(second volcrypt volume list) != *"$volume"* ]] || fail 'it was enrolled anew at the destination'
     second volcrypt audit verify >/dev/null
 }
 

@@ -455,20 +455,13 @@ fn what_was_left_of_a_file_that_was_being_written_is_removed() {
     assert!(place.path().join(".new-not").exists() && place.path().join(".newer").exists());
 }
 
-/// A folder of credentials with a key-encryption key that is not the one of another place.
-fn credential() -> TempDir {
-    let folder = private_directory();
-    fs::write(folder.path().join("volcrypt.kek"), [7; 31].iter().chain(&[8]).copied().collect::<Vec<u8>>()).unwrap();
-    folder
-}
-
 #[test]
 fn a_credential_takes_the_place_of_a_key_that_wraps_nothing() {
     let place = Place::new();
-    let with_credential = |folder: &TempDir| EmbeddedKeyManager::open(place.store(), Some(folder.path()), place.path());
+    let with_credential = |folder: &Place| EmbeddedKeyManager::open(place.store(), Some(folder.path()), place.path());
     // Whoever asks a new daemon for its status has this made.
     let made = place.open().ring().current.0;
-    let folder = credential();
+    let folder = credentials(&[("volcrypt.kek", &[7; 32])]);
     let manager = with_credential(&folder).unwrap();
     assert_ne!(manager.ring().current.0, made);
     let key = manager.make(&id("one"), size(512)).unwrap();
@@ -476,8 +469,7 @@ fn a_credential_takes_the_place_of_a_key_that_wraps_nothing() {
     fs::remove_file(place.kek()).unwrap();
     assert!(with_credential(&folder).unwrap().get(&id("one")).unwrap().same_as(&key));
     // Now it wraps something, and no other one comes in its place by itself.
-    let other = private_directory();
-    fs::write(other.path().join("volcrypt.kek"), (0..32).collect::<Vec<u8>>()).unwrap();
+    let other = credentials(&[("volcrypt.kek", &[8; 32])]);
     refused(with_credential(&other), Reason::NoKey);
     assert!(with_credential(&folder).unwrap().get(&id("one")).unwrap().same_as(&key));
 }
@@ -488,8 +480,7 @@ fn a_key_from_before_is_not_taken_up_from_a_credential() {
     let manager = place.open();
     let old = fs::read(place.kek()).unwrap();
     rotate(&manager).unwrap();
-    let folder = private_directory();
-    fs::write(folder.path().join("volcrypt.kek"), old).unwrap();
+    let folder = credentials(&[("volcrypt.kek", &old)]);
     let now = manager.ring().current.0;
     let manager = EmbeddedKeyManager::open(place.store(), Some(folder.path()), place.path()).unwrap();
     assert_eq!(manager.ring().current.0, now);
@@ -499,7 +490,7 @@ fn a_key_from_before_is_not_taken_up_from_a_credential() {
 fn the_file_that_wraps_keys_is_used_in_spite_of_another_credential() {
     let place = Place::new();
     let key = place.open().make(&id("one"), size(512)).unwrap();
-    let folder = credential();
+    let folder = credentials(&[("volcrypt.kek", &(7..39).collect::<Vec<u8>>())]);
     let manager = EmbeddedKeyManager::open(place.store(), Some(folder.path()), place.path()).unwrap();
     assert!(manager.get(&id("one")).unwrap().same_as(&key));
     // The way out that the log names.

@@ -9,7 +9,6 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use assert_cmd::cargo::CommandCargoExt;
 use rusqlite::Connection;
@@ -195,19 +194,21 @@ fn a_backup_comes_back_and_what_was_there_is_kept() {
 fn a_backup_is_of_one_moment_though_the_database_is_in_use() {
     let host = Host::new();
     let (store, keys) = host.open();
-    let ended = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let (store, keys, ended) = (&store, &keys, &ended);
+        // Dropped also where a backup fails: the threads would be waited for forever.
+        let backing_up = Arc::new(());
+        let (store, keys, enrolled, rotated) =
+            (&store, &keys, Arc::downgrade(&backing_up), Arc::downgrade(&backing_up));
         let enrolling = scope.spawn(move || {
             let mut number = 0;
-            while !ended.load(Ordering::Relaxed) {
+            while enrolled.strong_count() > 0 {
                 enrol(store, keys, &format!("volume-{number}"));
                 number += 1;
             }
         });
         let rotating = scope.spawn(move || {
             let mut step = RotationStep::Begin;
-            while !ended.load(Ordering::Relaxed) {
+            while rotated.strong_count() > 0 {
                 // What is hindered by the backup that reads goes on afterwards.
                 step = match keys.rotate_kek(&step) {
                     Ok(volcrypt::keys::KekRotation::UnderWay { after, .. }) => RotationStep::GoOn { after },
@@ -227,7 +228,7 @@ fn a_backup_is_of_one_moment_though_the_database_is_in_use() {
             let verdict: String = database.query_row("PRAGMA integrity_check", [], |row| row.get(0)).unwrap();
             assert_eq!(verdict, "ok");
         }
-        ended.store(true, Ordering::Relaxed);
+        drop(backing_up);
         enrolling.join().unwrap();
         rotating.join().unwrap();
     });

@@ -4,8 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::*;
 use crate::audit::{Event, Kind};
@@ -208,15 +207,16 @@ fn keys_open_and_are_made_while_a_rotation_runs() {
     let manager = EmbeddedKeyManager { pace: Pace { at_a_time: 2, step: Duration::ZERO }, ..place.open() };
     // Another handle, which learns of it only by what it finds.
     let other = place.open();
-    let ended = AtomicBool::new(false);
     let made = thread::scope(|scope| {
+        // Dropped also where a rotation fails: the threads would be waited for forever.
+        let rotating = Arc::new(());
         let opening: Vec<_> = [&manager, &other]
             .into_iter()
             .map(|manager| {
-                let (keys, ended) = (&keys, &ended);
+                let (keys, rotating) = (&keys, Arc::downgrade(&rotating));
                 scope.spawn(move || {
                     let mut rounds = 0;
-                    while !ended.load(Ordering::Relaxed) {
+                    while rotating.strong_count() > 0 {
                         assert_all_open(manager, keys);
                         rounds += 1;
                     }
@@ -224,19 +224,21 @@ fn keys_open_and_are_made_while_a_rotation_runs() {
                 })
             })
             .collect();
-        let (other, ended_too) = (&other, &ended);
+        let (other, still_rotating) = (&other, Arc::downgrade(&rotating));
         let making = scope.spawn(move || {
             let mut made = Keys::new();
-            while !ended_too.load(Ordering::Relaxed) {
-                let name = format!("made-{}", made.len());
+            while still_rotating.strong_count() > 0 {
+                let (name, began) = (format!("made-{}", made.len()), Instant::now());
                 made.insert(name.clone(), other.make(&id(&name), size(512)).unwrap().bytes().to_vec());
+                // SQLite's lock goes to whoever asks while it is free, and on a slow disk it would hardly ever be.
+                thread::sleep(began.elapsed());
             }
             made
         });
         for _ in 0..3 {
             rotate(&manager).unwrap();
         }
-        ended.store(true, Ordering::Relaxed);
+        drop(rotating);
         assert!(opening.into_iter().all(|thread| thread.join().unwrap() > 0));
         making.join().unwrap()
     });

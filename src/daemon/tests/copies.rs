@@ -329,8 +329,8 @@ impl DeadServer {
 
 impl Drop for DeadServer {
     fn drop(&mut self) {
-        // By force: what hangs there fails.
-        let _ = Command::new("umount").arg("--force").arg(self.folder.path()).status();
+        // By force: what hangs there fails, though not at once.
+        let _ = Command::new("umount").args(["--force", "--lazy"]).arg(self.folder.path()).status();
     }
 }
 

@@ -198,18 +198,11 @@ fn whom(rule: &Rule, requester: &dyn Requester) -> String {
 
 /// The refusal for a device of which only the WWID could say whether `rule` is about it.
 fn untold(device: &Identity, rule: &Rule) -> Refusal {
-    let disks = if device.is_multipath() { device.underlying.as_slice() } else { std::slice::from_ref(device) };
-    let rescan = |disk: &Identity| format!("'echo 1 >/sys/block/{}/device/rescan'", disk.name.escape_debug());
-    let remedy = match device.is_on_this_host() {
-        true => {
-            format!("run {} or log in to its target again", disks.iter().map(rescan).collect::<Vec<_>>().join(", "))
-        }
-        false => "log in to its target on the host".to_owned(),
-    };
     let sentence = format!(
-        "{device} reports no WWID, so it cannot be told whether rule {:?} is about it: {remedy}; or put a rule with action \
-         = \"pass\" that knows it by its target before that one",
-        rule.name()
+        "{device} reports no WWID, so it cannot be told whether rule {:?} is about it: {}; or put a rule with action = \
+         \"pass\" that knows it by its target before that one",
+        rule.name(),
+        device.remedy_for_no_wwid()
     );
     Refusal::new(Reason::NotAllowed, sentence)
 }

@@ -113,6 +113,18 @@ impl Identity {
         self.mapping.as_ref().is_some_and(Mapping::is_multipath)
     }
 
+    /// What an operator can do about a WWID that the kernel has not learned: have it ask each disk again.
+    pub fn remedy_for_no_wwid(&self) -> String {
+        let disks = if self.is_multipath() { self.underlying.as_slice() } else { std::slice::from_ref(self) };
+        let rescan = |disk: &Identity| format!("'echo 1 >/sys/block/{}/device/rescan'", disk.name.escape_debug());
+        match self.is_on_this_host() {
+            true => {
+                format!("run {} or log in to its target again", disks.iter().map(rescan).collect::<Vec<_>>().join(", "))
+            }
+            false => "log in to its target on the host".to_owned(),
+        }
+    }
+
     /// The device as it is known at one address of the storage network: the path of a multipath map
     /// that leads there, if there is one, or else the device itself.
     pub fn at_address(&self, target: Option<&str>, lun: Option<u64>) -> &Identity {

@@ -196,8 +196,8 @@ pub(super) fn check_tells_wwid(identity: &Identity) -> Result<(), Refusal> {
             Reason::ForeignData,
             format!(
                 "{identity} reports no WWID, and without it the volume cannot be told from another one that gets its number \
-                 later: run 'echo 1 >/sys/block/{}/device/rescan' or log in to its target again, and repeat",
-                identity.name.escape_debug()
+                 later: {}, and repeat",
+                identity.remedy_for_no_wwid()
             ),
         )),
     }

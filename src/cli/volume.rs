@@ -1,4 +1,4 @@
-use std::fs::{self, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -107,7 +107,7 @@ pub(super) fn export_key(daemon: &Daemon<'_>, id: &VolumeId, to: &Path) -> Resul
     let failure = |source| CommandError::File { path: to.to_owned(), source };
     let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(to).map_err(failure)?;
     let exported = match client.call_with_file(&Request::ExportKey { id: id.clone() }, &file) {
-        Ok(Reply::Nothing) => file.sync_all().map_err(failure),
+        Ok(Reply::Nothing) => file.sync_all().and_then(|()| sync_folder_of(to)).map_err(failure),
         Ok(_) => Err(CommandError::UnexpectedReply),
         Err(error) => Err(CommandError::Daemon(error)),
     };
@@ -119,6 +119,11 @@ pub(super) fn export_key(daemon: &Daemon<'_>, id: &VolumeId, to: &Path) -> Resul
             Err(error)
         }
     }
+}
+
+/// Has the name of a new file on the disk: whoever has exported a key may destroy it next.
+fn sync_folder_of(path: &Path) -> io::Result<()> {
+    std::path::absolute(path)?.parent().map_or(Ok(()), |folder| File::open(folder)?.sync_all())
 }
 
 fn volumes(daemon: &Daemon<'_>, request: &Request) -> Result<Vec<VolumeStatus>, CommandError> {

@@ -57,8 +57,9 @@ pub fn start_time(pid: u32) -> io::Result<u64> {
         .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "/proc/PID/stat is not as proc(5) says"))
 }
 
-/// proc_pid_stat(5): the name comes second, in brackets and with anything in it; the start is field 22.
-fn parse_start_time(status: &str) -> Option<u64> {
+/// The same from the text of /proc/PID/stat, see proc_pid_stat(5): the name comes second, in brackets and with anything
+/// in it; the start is field 22.
+pub fn parse_start_time(status: &str) -> Option<u64> {
     let (_, after_the_name) = status.rsplit_once(')')?;
     after_the_name.split_whitespace().nth(19)?.parse().ok()
 }

@@ -6,7 +6,7 @@ use std::path::{Component, Path, PathBuf};
 use super::{EMULATORS, Finding};
 
 const WRAPPER: &str = "/usr/libexec/volcrypt/volcrypt-qemu";
-const HOOK_LINK: &str = "/etc/libvirt/hooks/qemu.d/50-volcrypt";
+pub(super) const HOOK_LINK: &str = "/etc/libvirt/hooks/qemu.d/50-volcrypt";
 
 /// The file system of a host, below a directory: `/` except in tests.
 #[derive(Debug)]
@@ -192,7 +192,7 @@ pub(super) mod tests {
         fs::write(path, content).unwrap();
     }
 
-    fn link(host: &Host, target: &str, path: &str) {
+    pub(in super::super) fn link(host: &Host, target: &str, path: &str) {
         let path = host.path(path);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         symlink(target, path).unwrap();

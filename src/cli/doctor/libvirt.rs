@@ -1,7 +1,9 @@
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 
-use super::host::Host;
+use super::host::{HOOK_LINK, Host};
 use super::{EMULATORS, Finding};
+use crate::guest::parse_start_time;
 
 /// The daemons of libvirt that start QEMU: the monolithic one and the modular one.
 const DAEMONS: [&str; 2] = ["libvirtd", "virtqemud"];
@@ -44,6 +46,30 @@ impl Host {
         }
     }
 
+    /// libvirt looks once, when it starts, whether there is any hook for QEMU.
+    pub(super) fn libvirt_before_the_hook(&self) -> Vec<Finding> {
+        let Ok(linked) = fs::symlink_metadata(self.path(HOOK_LINK)).map(|link| link.ctime()) else { return Vec::new() };
+        let mut findings = Vec::new();
+        for (name, pid) in self.running_daemons() {
+            if self.started_at(pid).is_some_and(|started| started < linked) {
+                findings.push(Finding::warn(
+                    "hook",
+                    format!("{name} (process {pid}) was started before {HOOK_LINK} was there, and may not call it"),
+                    format!("systemctl restart {name} (running guests do not notice)"),
+                ));
+            }
+        }
+        findings
+    }
+
+    /// When process `pid` was started, in seconds since 1970, rounded up.
+    fn started_at(&self, pid: u32) -> Option<i64> {
+        let boot = self.text("/proc/stat").ok()?;
+        let boot: i64 = boot.lines().find_map(|line| line.strip_prefix("btime "))?.trim().parse().ok()?;
+        let ticks = parse_start_time(&self.text(&format!("/proc/{pid}/stat")).ok()?)?;
+        Some(boot + i64::try_from(ticks.div_ceil(rustix::param::clock_ticks_per_second())).ok()?)
+    }
+
     fn running_daemons(&self) -> Vec<(&'static str, u32)> {
         let mut running = Vec::new();
         let Ok(entries) = fs::read_dir(self.path("/proc")) else { return running };
@@ -72,7 +98,7 @@ fn no_drop_in(daemon: &str) -> Finding {
 #[cfg(test)]
 mod tests {
     use super::super::Verdict;
-    use super::super::host::tests::{host, write};
+    use super::super::host::tests::{host, link, write};
     use super::*;
 
     const DROP_IN: &str = "/usr/lib/systemd/system/libvirtd.service.d/50-volcrypt.conf";
@@ -106,5 +132,19 @@ mod tests {
         let findings = host.libvirt_path();
         assert_eq!(findings[1].verdict(), Verdict::Fail);
         assert!(findings[1].to_string().contains("not restarted since"), "{}", findings[1]);
+    }
+
+    #[test]
+    fn a_libvirt_that_is_older_than_the_hook_is_told() {
+        let stat = format!("7 (libvirtd) S {}", vec!["100"; 49].join(" "));
+        let (_root, host) = host(&[("/proc/7/comm", "libvirtd\n"), ("/proc/7/stat", &stat)]);
+        write(&host, "/proc/stat", "cpu 1 2 3\nbtime 1700000000\n");
+        assert_eq!(host.libvirt_before_the_hook(), [], "without a hook the check of the hook says so");
+        link(&host, "/usr/libexec/volcrypt/volcrypt-hook", HOOK_LINK);
+        let findings = host.libvirt_before_the_hook();
+        assert_eq!(findings.iter().map(Finding::verdict).collect::<Vec<_>>(), [Verdict::Warn]);
+        assert!(findings[0].to_string().contains("systemctl restart libvirtd"), "{}", findings[0]);
+        write(&host, "/proc/stat", "btime 99999999999\n");
+        assert_eq!(host.libvirt_before_the_hook(), []);
     }
 }

@@ -72,6 +72,7 @@ pub(super) fn examine(config: &Path, daemon: &Daemon<'_>, survey: Survey) -> Out
         findings.extend(host.libvirt_path());
     }
     findings.push(host.hook());
+    findings.extend(host.libvirt_before_the_hook());
     findings.extend(host.apparmor());
     findings.extend(guests::check(&host, survey_in_time(survey), status.as_ref(), intercept));
     report(&findings)

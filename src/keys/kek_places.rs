@@ -74,7 +74,7 @@ impl KekPlaces {
     ///
     /// # Errors
     /// [`Reason::NoKey`] when it is missing or unusable, [`Reason::Configuration`] when it would leave the
-    /// credential for a file.
+    /// credential for a file, and when a file would come beside a credential that is passed over.
     pub(super) fn successor(&self, old: CheckValue) -> Result<CheckValue, Refusal> {
         let all = self.read(true);
         let Some(old_home) = all.iter().find(|found| found.is(old)).map(|found| found.home) else {
@@ -84,7 +84,20 @@ impl KekPlaces {
                 self.names()
             )));
         };
+        let passed_over = all.iter().any(|found| found.is_credential() && !found.is(old));
         let new = match all.into_iter().find(|found| found.is_new) {
+            // It would be passed over for that credential afterwards.
+            None | Some(Found { home: KekHome::File, .. }) if passed_over => {
+                return Err(Refusal::new(
+                    Reason::Configuration,
+                    format!(
+                        "the key-encryption key in use (check value {old}) is that of {}, and the credential {CREDENTIAL} is \
+                         another one: in the drop-in of volcryptd.service, name that credential {CREDENTIAL}{NEW} to have it \
+                         take the file's place, or remove it, run 'systemctl restart volcryptd' and repeat",
+                        self.file("").display()
+                    ),
+                ));
+            }
             // Nothing is sealed to be laid open afterwards.
             Some(Found { home: KekHome::File, path, .. }) if old_home == KekHome::Credential => {
                 return Err(Refusal::new(

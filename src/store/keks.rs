@@ -69,7 +69,9 @@ impl Store {
         }
         transaction
             .execute(
-                "INSERT INTO keks (check_value, state, since) VALUES (?1, 'current', ?2)",
+                // One that was replaced before may come back: it is what there is, and nothing needs another.
+                "INSERT INTO keks (check_value, state, since) VALUES (?1, 'current', ?2)
+                 ON CONFLICT (check_value) DO UPDATE SET state = 'current', since = excluded.since",
                 params![check_value.to_string(), seconds_now()],
             )
             .map_err(fault)?;

@@ -127,7 +127,7 @@ impl EmbeddedKeyManager {
     }
 
     fn finished(&self, new: Option<CheckValue>) -> Result<KekRotation, Refusal> {
-        let all = self.places.read(false);
+        let all = self.places.read(true);
         let new = new.and_then(|new| all.iter().find(|found| found.is(new)).map(|found| (new, found.home)));
         let Some((new, home)) = new else { return Err(self.missing(self.ring().current.0)) };
         Ok(KekRotation::Finished { new, home, keys: self.store.count_keys_wrapped_by(new)? })

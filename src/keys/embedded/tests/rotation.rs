@@ -495,6 +495,22 @@ fn the_file_that_wraps_keys_is_used_in_spite_of_another_credential() {
     let folder = credentials(&[("volcrypt.kek", &(7..39).collect::<Vec<u8>>())]);
     let manager = EmbeddedKeyManager::open(place.store(), Some(folder.path()), place.path()).unwrap();
     assert!(manager.get(&id("one")).unwrap().same_as(&key));
+    // A new file would be passed over for the credential, and is not made.
+    let old = fs::read(place.kek()).unwrap();
+    for new in [None, Some([3; 32])] {
+        new.inspect(|new| place.put("kek.new", new));
+        let sentence = refused(rotate(&manager), Reason::Configuration);
+        assert!(sentence.contains("name that credential volcrypt.kek.new"), "{sentence}");
+        assert_eq!((fs::read(place.kek()).unwrap(), place.kek_new().exists()), (old.clone(), new.is_some()));
+    }
+    fs::remove_file(place.kek_new()).unwrap();
+    // One that had begun before the credential was there is ended, and says so.
+    let copy = place.after_power_cut();
+    let manager = slowly(copy.open());
+    let step = next(&RotationStep::Begin, &manager).unwrap().unwrap();
+    let manager = EmbeddedKeyManager::open(copy.store(), Some(folder.path()), copy.path()).unwrap();
+    assert_eq!(next(&step, &manager), Ok(None));
+    assert!(manager.get(&id("one")).unwrap().same_as(&key));
     // The way out that the log names.
     fs::rename(folder.path().join("volcrypt.kek"), folder.path().join("volcrypt.kek.new")).unwrap();
     let manager = EmbeddedKeyManager::open(place.store(), Some(folder.path()), place.path()).unwrap();
@@ -536,4 +552,21 @@ fn the_key_that_opens_a_database_kept_by_a_restore_is_not_dropped() {
     fs::remove_file(&kept).unwrap();
     rotate(&manager).unwrap();
     assert_ne!(fs::read(place.kek()).unwrap(), old);
+}
+
+#[test]
+fn a_key_from_before_is_taken_up_where_there_is_no_other_and_nothing_is_wrapped() {
+    let place = Place::new();
+    let manager = place.open();
+    let old = fs::read(place.kek()).unwrap();
+    rotate(&manager).unwrap();
+    let now = manager.ring().current.0;
+    drop(manager);
+    // The new one is lost, and what it wrapped is given up.
+    place.store().untie_from_kek().unwrap();
+    place.put("kek", &old);
+    let manager = place.open();
+    assert_ne!(manager.ring().current.0, now);
+    let key = manager.make(&id("one"), size(512)).unwrap();
+    assert!(place.open().get(&id("one")).unwrap().same_as(&key));
 }

@@ -213,11 +213,23 @@ fn rules_that_apparmor_has_refused_are_loaded_at_the_next_attempt() {
 }
 
 #[test]
-fn no_rules_are_made_for_a_profile_that_is_not_installed() {
-    let host = Host::new(&["etc/apparmor.d/usr.sbin.libvirtd"]);
+fn a_libvirt_that_comes_later_finds_its_rules() {
+    let host = Host::new(&["etc/apparmor.d/abstractions/libvirt-qemu.d/volcrypt"]);
+    host.program(&format!("{STAND_INS}/aa-enabled"), "#!/bin/sh\n");
+    host.program(&format!("{STAND_INS}/apparmor_parser"), "#!/bin/sh\nexit 1\n");
+    let locals = || fs::read_dir(host.path("etc/apparmor.d/local")).unwrap().count();
     host.run("apparmor-rules", &["add"]);
-    assert!(host.path(LOCAL).exists());
-    assert!(!host.path("etc/apparmor.d/local/usr.sbin.virtqemud").exists());
+    assert!(host.read(LOCAL).contains("/usr/libexec/volcrypt/volcrypt-hook PUx,"));
+    assert_eq!(locals(), 2);
+    host.run("apparmor-rules", &["remove"]);
+    assert_eq!(locals(), 0);
+}
+
+#[test]
+fn a_debian_package_asks_for_the_systemd_that_keeps_the_guests_listeners() {
+    let manifest = fs::read_to_string(source("Cargo.toml")).unwrap();
+    let asks = |line: &str| line.starts_with("depends = ") && line.contains("systemd (>= 254)");
+    assert!(manifest.lines().any(asks) && manifest.lines().any(|line| line == "systemd = \">= 254\""));
 }
 
 #[test]

@@ -26,9 +26,11 @@ use crate::volume::VolumeId;
 /// their mappings, or on their mappings if this host goes by the XML. A refusal is recorded.
 ///
 /// # Errors
-/// When a protected disk is not here or could not be opened, or would be opened past its mapping.
+/// When a protected disk is not here or could not be opened, or would be opened past its mapping; and when one that no
+/// rule is about holds what looks like ciphertext: the guest would go on writing plaintext between it.
 pub fn admit(broker: &Broker, name: &str, xml: &str) -> Result<Option<String>, Refusal> {
-    inspect(broker, name, xml, &|domain| inspect_domain(broker, name, domain, &HashMap::new()).map(|()| None))
+    let unmapped = |domain: &Domain| inspect_domain(broker, name, domain, &HashMap::new()).map(|()| None);
+    inspect(broker, name, xml, &unmapped, &|domain| check_no_ciphertext(broker, domain))
 }
 
 /// The XML with which libvirt is to restore the domain in `xml` from a file, if it is another: as for [`admit`]. What
@@ -43,7 +45,7 @@ pub fn restore(
     xml: &str,
     is_there: &dyn Fn(&Path) -> bool,
 ) -> Result<Option<String>, Refusal> {
-    let restored = inspect(broker, name, xml, &|domain| Ok(adopted(broker, name, domain, xml)))?;
+    let restored = inspect(broker, name, xml, &|domain| Ok(adopted(broker, name, domain, xml)), &|_| Ok(()))?;
     // XML that libvirt does not take has it delete a managed save as well. What names no such emulator is refused when the
     // domain starts.
     Ok(restored.filter(|xml| {
@@ -52,30 +54,34 @@ pub fn restore(
     }))
 }
 
+/// `unmapped` looks at a domain none of whose disks names a mapping, where the wrapper is used, and `at_last` at the one
+/// that libvirt is to go on with.
 fn inspect(
     broker: &Broker,
     name: &str,
     xml: &str,
     unmapped: &dyn Fn(&Domain) -> Result<Option<String>, Refusal>,
+    at_last: &dyn Fn(&Domain) -> Result<(), Refusal>,
 ) -> Result<Option<String>, Refusal> {
     let domain = Domain::parse(xml).map_err(unreadable);
     let uuid = domain.as_ref().ok().and_then(|domain| domain.uuid.clone());
     Asker::hook(name, uuid.as_deref()).ask(|| {
-        if let Ok(config) = broker.config()
-            && config.hook.intercept == Intercept::Xml
-        {
-            let admitted = by_xml::admit(broker, &config, xml);
-            return admitted.inspect_err(|refusal| broker.record_refusal(refusal));
-        }
-        let inspected = domain.and_then(|domain| match mapped(&domain) {
-            mapped if mapped.is_empty() => unmapped(&domain),
-            mapped => {
-                let xml = off_mappings(xml)?;
-                let domain = Domain::parse(&xml).map_err(unreadable)?;
-                inspect_domain(broker, name, &domain, &mapped).map(|()| Some(xml))
-            }
+        let inspected = match broker.config() {
+            Ok(config) if config.hook.intercept == Intercept::Xml => by_xml::admit(broker, &config, xml),
+            _ => domain.and_then(|domain| match mapped(&domain) {
+                mapped if mapped.is_empty() => unmapped(&domain),
+                mapped => {
+                    let xml = off_mappings(xml)?;
+                    let domain = Domain::parse(&xml).map_err(unreadable)?;
+                    inspect_domain(broker, name, &domain, &mapped).map(|()| Some(xml))
+                }
+            }),
+        };
+        let looked_at = inspected.and_then(|admitted| {
+            at_last(&Domain::parse(admitted.as_deref().unwrap_or(xml)).map_err(unreadable)?)?;
+            Ok(admitted)
         });
-        inspected.inspect_err(|refusal| broker.record_refusal(refusal))
+        looked_at.inspect_err(|refusal| broker.record_refusal(refusal))
     })
 }
 
@@ -148,6 +154,19 @@ fn inspect_domain(
                 return Err(refused(another(disk, volume, &found).of(volume)));
             }
             _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn check_no_ciphertext(broker: &Broker, domain: &Domain) -> Result<(), Refusal> {
+    let facts = domain.facts();
+    for disk in &domain.disks {
+        for image in disk.images() {
+            let Source::Path(path) = image.source else { continue };
+            // What is not here is not opened.
+            let Ok(device) = block_device_at(path) else { continue };
+            broker.check_no_ciphertext(&broker.identify(device)?, &facts).map_err(|refusal| in_disk(disk, &refusal))?;
         }
     }
     Ok(())

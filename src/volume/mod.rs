@@ -10,7 +10,7 @@ mod recognise;
 mod sysfs;
 pub mod vpd;
 
-pub use blank::{Content, examine};
+pub use blank::{Content, examine, looks_encrypted};
 pub use details::{Details, LogicalVolume, Portrait};
 pub use device::DeviceNumber;
 pub(crate) use id::is_id;

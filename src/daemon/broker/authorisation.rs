@@ -8,10 +8,10 @@ use std::sync::Arc;
 use super::{Broker, Vault, enrolled_device};
 use crate::domain::{Disk, Facts, Given, Requester, quoted};
 use crate::guest::{Domains, block_device_seen_by, process_of};
-use crate::policy::Config;
+use crate::policy::{Config, Decision};
 use crate::refusal::{Reason, Refusal};
 use crate::store::{Store, VolumeRecord, seconds_now};
-use crate::volume::{DeviceNumber, Identity, VolumeId};
+use crate::volume::{DeviceNumber, Identity, VolumeId, looks_encrypted};
 
 /// The domain that a thread which waits for an open runs. It is looked up when it matters, which it does
 /// for few opens, and anew for each of them: libvirt may have given the domain to another owner.
@@ -85,6 +85,15 @@ pub(super) fn known<'a>(guest: &'a dyn Requester, volume: &VolumeId) -> Result<&
     })
 }
 
+/// Whether `device` is an iSCSI volume or stands on one, and passes only because no rule is about it.
+fn passes_unsaid(config: &Config, device: &Identity, requester: &dyn Requester) -> bool {
+    if device.own_volume().is_some() || !matches!(config.decide(device, requester), Decision::Pass) {
+        return false;
+    }
+    !config.lets_pass(device, requester)
+        && (device.iscsi.is_some() || device.underlying.iter().any(|below| passes_unsaid(config, below, requester)))
+}
+
 impl Broker {
     /// Whoever waits in thread `tid`.
     pub fn guest(&self, tid: u32) -> Guest<'_> {
@@ -113,6 +122,27 @@ impl Broker {
             return Err(Refusal::new(Reason::NotAllowed, sentence).of(&volume));
         }
         device.underlying.iter().try_for_each(|below| self.check_not_enrolled(config, below, requester))
+    }
+
+    /// Refuses an iSCSI device of which no rule says anything and that holds what looks like ciphertext, to a domain that
+    /// comes from another host: that host's rules may protect it.
+    pub fn check_no_ciphertext(&self, device: &Identity, requester: &dyn Requester) -> Result<(), Refusal> {
+        if !passes_unsaid(&*self.config()?, device, requester) {
+            return Ok(());
+        }
+        // What cannot be read now, or is claimed by the host itself, is not opened by QEMU either.
+        let Ok(file) = self.devices.open_exclusively(device) else { return Ok(()) };
+        match looks_encrypted(&file, device.size) {
+            Ok(true) => Err(Refusal::new(
+                Reason::NotAllowed,
+                format!(
+                    "{device} holds what looks like ciphertext, and no rule here says whether it is protected, as it may be \
+                     on the host that the domain comes from: have the same rules here ('volcrypt policy test --device \
+                     {device}' tries them), or one with action = \"pass\" if the guest itself encrypts what it writes there"
+                ),
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Whether `device` itself holds an enrolled volume; nothing if that cannot be told.

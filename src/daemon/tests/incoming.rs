@@ -60,6 +60,35 @@ fn a_volume_that_looks_blank_is_not_enrolled_for_a_domain_that_comes() {
 }
 
 #[test]
+fn ciphertext_that_no_rule_is_about_keeps_its_domain_where_it_is() {
+    let world = World::new();
+    let device = world.add_volume("of-another-rule", 73);
+    world.change(device, |identity| identity.iscsi.as_mut().unwrap().target = "iqn.2026-11.org.lab:other".to_owned());
+    let node = Node::new("/dev", device);
+    let xml = domain(WRAPPER, &disk("sda", &node.0));
+    let by_xml = "[hook]\nintercept = \"xml\"\n";
+    let pass = "[[rules]]\nname = \"own\"\niscsi_target = 'iqn\\.2026-11\\.org\\.lab:other'\naction = \"pass\"\n";
+    let without_rules = format!("[key_manager]\ndirectory = {:?}\n", world.path().join("state"));
+    let brokers = |more: &str| [world.broker_saying(false, more), world.broker_with(&format!("{more}{without_rules}"))];
+    for broker in ["", by_xml].into_iter().flat_map(brokers) {
+        assert_eq!(admit(&broker, "vm", &xml).unwrap(), None, "it is blank");
+    }
+    let mut noise = vec![0; SIZE as usize];
+    aws_lc_rs::rand::fill(&mut noise).unwrap();
+    std::fs::write(world.path().join("sd73"), noise).unwrap();
+    for broker in ["", by_xml].into_iter().flat_map(brokers) {
+        let sentence = refused(&broker, &xml);
+        assert!(sentence.starts_with("disk sda: /dev/sd73 holds what looks like ciphertext"), "{sentence}");
+        assert_eq!(recorded(&broker)[0], "refused");
+        // Its start is another matter, and comes after a restore.
+        assert!(restore(&broker, "vm", &xml, &|_| true).is_ok());
+    }
+    for broker in [pass.to_owned(), format!("{by_xml}{pass}")].iter().flat_map(|more| brokers(more)) {
+        assert_eq!(admit(&broker, "vm", &xml).unwrap(), None);
+    }
+}
+
+#[test]
 fn a_disk_that_is_not_here_is_named() {
     let broker = World::new().broker(false);
     let missing = disk("sda", Path::new("/dev/disk/by-path/none"));

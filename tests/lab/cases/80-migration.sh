@@ -29,6 +29,12 @@ case_a_host_without_the_key_is_refused() {
     second volcrypt audit verify >/dev/null
 }
 
+case_a_host_without_the_rule_is_refused() {
+    second rules_away
+    refused 'host hv2: disk sda: /dev/sda holds what looks like ciphertext, and no rule here says'
+    second rules_back
+}
+
 # The way of the README.
 case_the_keys_are_copied() {
     second keys_take "$(first keys_show)"
@@ -226,6 +232,17 @@ migrate_without_wrapper() {
 intercept() {
     sed -i '/^\[hook\]$/,$d' "$volcrypt_config"
     printf '%s\n' '[hook]' "intercept = \"$1\"" >>"$volcrypt_config"
+    systemctl reload volcryptd
+}
+
+rules_away() {
+    cp "$volcrypt_config" /root/rules.toml
+    sed -i '/^\[\[rules\]\]$/,$d' "$volcrypt_config"
+    systemctl reload volcryptd
+}
+
+rules_back() {
+    cp /root/rules.toml "$volcrypt_config"
     systemctl reload volcryptd
 }
 

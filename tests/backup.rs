@@ -395,6 +395,101 @@ fn what_a_killed_daemon_left_is_kept_whole_and_does_not_touch_the_new_database()
 }
 
 #[test]
+fn what_a_killed_daemon_left_of_a_database_that_was_moved_away_does_not_touch_the_new_one() {
+    let (host, killed) = (Host::new(), Host::new());
+    let keys = host.enrol(&["one"]);
+    let backup = host.back_up("backup.db");
+    let (store, manager) = host.open();
+    let reader = Connection::open(host.database()).unwrap();
+    reader.execute_batch("BEGIN; SELECT * FROM volumes").unwrap();
+    let later = enrol(&store, &manager, "two");
+    for entry in fs::read_dir(host.state()).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), killed.state().join(entry.file_name())).unwrap();
+    }
+    drop(reader);
+    let (log, index) = (killed.state().join("volcrypt.db-wal"), killed.state().join("volcrypt.db-shm"));
+    let content = fs::read(&log).unwrap();
+    assert!(!content.is_empty() && index.exists());
+    fs::rename(killed.database(), killed.path("moved-away")).unwrap();
+    let text = killed.restore(&backup);
+    assert!(!log.exists() && !index.exists(), "{:?}", contents(&killed.state()));
+    killed.assert_has(&keys);
+    let kept = killed.kept();
+    assert_eq!(kept.len(), 1, "{kept:?}");
+    let said = format!("A log was there without its database and is kept as {}. ", kept[0].display());
+    assert!(text.contains(&said), "{text}");
+    // What is in it comes back with the database whose log it is.
+    assert_eq!(fs::read(&kept[0]).unwrap(), content);
+    fs::rename(killed.path("moved-away"), killed.database()).unwrap();
+    fs::rename(&kept[0], &log).unwrap();
+    killed.assert_has(&keys.into_iter().chain([("two".to_owned(), later)]).collect());
+}
+
+#[test]
+fn a_journal_that_was_left_does_not_touch_the_new_database() {
+    let host = Host::new();
+    let keys = host.enrol(&["one"]);
+    let backup = host.back_up("backup.db");
+    // As a process leaves it that was killed amid a transaction.
+    let other = Connection::open(host.path("other.db")).unwrap();
+    other
+        .execute_batch(
+            "CREATE TABLE t (a); WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300)
+             INSERT INTO t SELECT zeroblob(4000) FROM n; PRAGMA cache_size = 1; BEGIN; UPDATE t SET a = zeroblob(4001)",
+        )
+        .unwrap();
+    let journal = host.state().join("volcrypt.db-journal");
+    for is_lost in [false, true] {
+        fs::copy(host.path("other.db-journal"), &journal).unwrap();
+        match is_lost {
+            false => fs::write(host.database(), "garbage").unwrap(),
+            true => fs::remove_file(host.database()).unwrap(),
+        }
+        let before = host.kept();
+        let text = host.restore(&backup);
+        host.assert_has(&keys);
+        let kept: Vec<_> = host.kept().into_iter().filter(|path| !before.contains(path)).collect();
+        assert!(!journal.exists());
+        let kept = kept.iter().find(|path| path.to_str().unwrap().ends_with("-journal")).unwrap();
+        assert_eq!(fs::read(kept).unwrap(), fs::read(host.path("other.db-journal")).unwrap());
+        assert_eq!(text.contains("A log was there without its database and is kept as"), is_lost, "{text}");
+        if is_lost {
+            assert!(text.contains(kept.to_str().unwrap()), "{text}");
+        }
+    }
+    // What is not whole without it is no backup.
+    fs::copy(&backup, host.path("copy.db")).unwrap();
+    fs::copy(host.path("other.db-journal"), host.path("copy.db-journal")).unwrap();
+    host.assert_refused(&host.path("copy.db"), "copy.db-journal holds changes of it");
+}
+
+#[test]
+fn nothing_that_was_kept_is_overwritten() {
+    let host = Host::new();
+    let keys = host.enrol(&["one"]);
+    let backup = host.back_up("backup.db");
+    let restore = || Staged::new(&backup, &host.state()).unwrap().put_in_place("now").unwrap();
+    for content in ["first", "second"] {
+        fs::remove_file(host.database()).unwrap();
+        fs::write(host.state().join("volcrypt.db-wal"), content).unwrap();
+        restore();
+    }
+    // Neither is a database put beside the log of another.
+    restore();
+    let kept = |end: &str| fs::read(host.state().join(format!("volcrypt.db.replaced-now{end}")));
+    assert_eq!((kept("-wal").unwrap(), kept("-2-wal").unwrap()), (b"first".to_vec(), b"second".to_vec()));
+    assert!(kept("-3").unwrap().starts_with(b"SQLite format 3"));
+    assert_eq!(host.kept().len(), 3);
+    // An empty log is no loss.
+    fs::remove_file(host.database()).unwrap();
+    fs::write(host.state().join("volcrypt.db-wal"), "").unwrap();
+    assert_eq!(restore(), None);
+    assert_eq!(host.kept().len(), 3);
+    host.assert_has(&keys);
+}
+
+#[test]
 fn a_database_that_is_damaged_or_lost_is_replaced() {
     let host = Host::new();
     let keys = host.enrol(&["one"]);

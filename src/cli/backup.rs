@@ -1,6 +1,7 @@
 //! `volcrypt key backup` and `volcrypt key restore`: copies of the database, made and put in place without the daemon.
 
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::CommandError;
@@ -111,15 +112,19 @@ pub(super) fn restore(config: &Path, backup: &Path) -> Result<String, CommandErr
     }
     let mut text =
         format!("The database is that of {}: {volumes} volumes; {opened} keys were opened.\n", backup.display());
-    if let Some(Replaced { path, not_wiped }) = replaced {
-        text.push_str(&what_is_kept(&path, held.as_ref()));
-        if let Some(why) = not_wiped {
-            text.push_str(&format!(
-                "WARNING: keys that [key_cache] had kept could not be wiped from it ({why}): once it is not needed, \
-                 overwrite it ('shred -u {0}'), and {0}-wal if that is there.\n",
-                path.display()
-            ));
+    match replaced {
+        Some(Replaced::Database { path, not_wiped }) => {
+            text.push_str(&what_is_kept(&path, held.as_ref()));
+            if let Some(why) = not_wiped {
+                text.push_str(&format!(
+                    "WARNING: keys that [key_cache] had kept could not be wiped from it ({why}): once it is not needed, \
+                     overwrite it ('shred -u {0}'), and {0}-wal and {0}-journal if they are there.\n",
+                    path.display()
+                ));
+            }
         }
+        Some(Replaced::Logs(logs)) => logs.iter().for_each(|log| text.push_str(&lone_log(log))),
+        None => {}
     }
     text.push_str(
         "What was enrolled after the backup was made is missing. Start volcryptd: 'systemctl start volcryptd.socket \
@@ -155,6 +160,20 @@ fn what_is_kept(kept: &Path, held: Option<&Held>) -> String {
         "The one before is kept as {name}. THE KEYS OF THESE VOLUMES ARE IN IT ALONE: {}. Do not remove it while you need \
          them, nor the key-encryption key that opens it{keks}.\n",
         alone.join(", ")
+    )
+}
+
+/// What is to be done with the log or journal of a database that was not there any more.
+fn lone_log(kept: &Path) -> String {
+    let end = match kept.as_os_str().as_bytes().ends_with(b"-journal") {
+        true => "-journal",
+        false => "-wal",
+    };
+    format!(
+        "A log was there without its database and is kept as {0}. Without it that database lacks its last changes: to use \
+         that again, put the log beside it as NAME{end} first; once it is not needed, overwrite it ('shred -u {0}'), for it \
+         may hold keys.\n",
+        kept.display()
     )
 }
 

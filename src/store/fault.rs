@@ -26,7 +26,10 @@ pub(super) fn refusal(path: &Path, error: &Error) -> Refusal {
         ),
         Some(ErrorCode::DatabaseCorrupt) => damaged(&path, &error.to_string()),
         Some(ErrorCode::NotADatabase) => {
-            format!("{path} is not a database and was left as it is: move it away and restore the database from backup")
+            format!(
+                "{path} is not a database and was left as it is: stop volcryptd and run 'volcrypt key restore' with a \
+                 backup, which keeps this file beside it"
+            )
         }
         Some(ErrorCode::CannotOpen | ErrorCode::PermissionDenied) => {
             format!("{path} cannot be opened ({error}): see that volcryptd may read and write it and its directory")

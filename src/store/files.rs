@@ -13,6 +13,11 @@ use crate::refusal::{Reason, Refusal};
 pub(super) const FILE_NAME: &str = "volcrypt.db";
 /// What stands behind that in the name of a database whose place a backup has taken.
 pub(super) const REPLACED: &str = ".replaced-";
+/// What stands behind the name of a database in those of the files beside it which have a part of it: the write-ahead
+/// log and the rollback journal. SQLite writes what is in them into whatever database it finds there.
+pub(super) const LOGS: [&str; 2] = ["-wal", "-journal"];
+/// The same of the log's index, which has nothing of its own.
+pub(super) const INDEX: &str = "-shm";
 
 /// Checks `directory` and the database in it, makes an empty file if there is none, and returns
 /// the file's path without symbolic links.
@@ -108,11 +113,24 @@ pub(super) fn identity(path: &Path) -> Result<FileIdentity, Refusal> {
 
 /// Whether a write-ahead log with something in it stands beside the database at `path`.
 pub(super) fn has_write_ahead_log(path: &Path) -> Result<bool, Refusal> {
-    let log = beside(path, "-wal");
-    match fs::symlink_metadata(&log) {
+    is_filled(&beside(path, "-wal"))
+}
+
+/// What stands beside the database at `path` and has a part of it, write-ahead log or journal.
+pub(super) fn unmerged(path: &Path) -> Result<Option<PathBuf>, Refusal> {
+    for log in LOGS.map(|end| beside(path, end)) {
+        if is_filled(&log)? {
+            return Ok(Some(log));
+        }
+    }
+    Ok(None)
+}
+
+fn is_filled(log: &Path) -> Result<bool, Refusal> {
+    match fs::symlink_metadata(log) {
         Ok(metadata) => Ok(metadata.len() > 0),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(unusable(&log, &error)),
+        Err(error) => Err(unusable(log, &error)),
     }
 }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use rusqlite::Connection;
 
 use super::backup::{connect_immutable, contents};
-use super::files::{FILE_NAME, REPLACED};
+use super::files::{FILE_NAME, INDEX, LOGS, REPLACED};
 use super::{Store, fault, files};
 use crate::keys::CheckValue;
 use crate::refusal::{Reason, Refusal};
@@ -28,8 +28,8 @@ impl Held {
     /// # Errors
     /// [`Reason::StoreUnavailable`] when it cannot be read, and when not all of it is in the file.
     pub fn in_file(path: &Path) -> Result<Self, Refusal> {
-        if files::has_write_ahead_log(path)? {
-            let sentence = format!("{0}-wal holds changes of {0} that are not merged", path.display());
+        if let Some(log) = files::unmerged(path)? {
+            let sentence = format!("{} holds changes of {} that are not merged", log.display(), path.display());
             return Err(Refusal::new(Reason::StoreUnavailable, sentence));
         }
         connect_immutable(path)
@@ -72,7 +72,7 @@ impl Store {
         let prefix = format!("{FILE_NAME}{REPLACED}");
         for entry in fs::read_dir(directory).map_err(failed)? {
             let (path, name) = entry.map(|entry| (entry.path(), entry.file_name())).map_err(failed)?;
-            let is_log = [&b"-wal"[..], b"-shm"].iter().any(|suffix| name.as_bytes().ends_with(suffix));
+            let is_log = LOGS.iter().chain([&INDEX]).any(|end| name.as_bytes().ends_with(end.as_bytes()));
             if !name.as_bytes().starts_with(prefix.as_bytes()) || is_log {
                 continue;
             }

@@ -11,7 +11,7 @@ use rusqlite::{Connection, ErrorCode, OpenFlags};
 use rustix::fs::{FlockOperation, fcntl_lock, flock};
 
 use super::backup::{connect_immutable, contents};
-use super::files::{FILE_NAME, REPLACED, beside};
+use super::files::{FILE_NAME, INDEX, LOGS, REPLACED, beside};
 use super::schema::{self, Found};
 use super::{Contents, Held, Store, common_flags, cut_log, files, harden};
 use crate::refusal::{Reason, Refusal};
@@ -26,13 +26,18 @@ pub struct Staged {
     _turn: File,
 }
 
-/// A database whose place a backup has taken.
+/// What was there before a backup.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Replaced {
-    /// Where it is now.
-    pub path: PathBuf,
-    /// Why the cached keys may still be in it, if they may.
-    pub not_wiped: Option<String>,
+pub enum Replaced {
+    /// A database.
+    Database {
+        /// Where it is now.
+        path: PathBuf,
+        /// Why the cached keys may still be in it, if they may.
+        not_wiped: Option<String>,
+    },
+    /// Logs or journals of a database that was not there any more: where they are now.
+    Logs(Vec<PathBuf>),
 }
 
 impl Staged {
@@ -50,10 +55,10 @@ impl Staged {
         if !metadata.is_file() {
             return refuse("is no file: name the backup itself".to_owned());
         }
-        if files::has_write_ahead_log(backup)? {
+        if let Some(log) = files::unmerged(backup)? {
             return refuse(format!(
                 "is not whole, because {} holds changes of it: use a backup that 'volcrypt key backup' made",
-                beside(backup, "-wal").display()
+                log.display()
             ));
         }
         match connect_immutable(backup).and_then(|connection| schema::inspect(&connection)) {
@@ -132,7 +137,8 @@ impl Staged {
     }
 
     /// Puts the copy in the database's place, durably. The present one stays beside it under a name that ends in `stamp`,
-    /// without the keys of a key server's that were cached in it; nothing is returned if there is none.
+    /// without the keys of a key server's that were cached in it; nothing is returned if there is none. Where only its log
+    /// is there, that is kept in the same way.
     ///
     /// # Errors
     /// [`Reason::StoreUnavailable`] when another process has the database open, and when the files cannot be
@@ -155,22 +161,31 @@ impl Staged {
         }
         File::open(&copy).and_then(|copy| copy.sync_all()).map_err(failed)?;
 
-        let kept = match path.symlink_metadata() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            _ => Some(unused(&beside(&path, &format!("{REPLACED}{stamp}")))),
-        };
-        let (replaced, in_use) = match kept {
-            Some(kept) => {
+        let kept = unused(&beside(&path, &format!("{REPLACED}{stamp}")));
+        let is_lost = path.symlink_metadata().is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
+        let (replaced, in_use) = match is_lost {
+            false => {
                 // What somebody else uses is left as it is.
                 drop(lock(&path)?);
                 let not_wiped = leave_out_cache(&path).err();
                 let lock = lock(&path)?;
                 keep(&path, &kept).map_err(|error| undone(&path, failed(error)))?;
-                (Some(Replaced { path: kept, not_wiped }), Some(lock))
+                (Some(Replaced::Database { path: kept, not_wiped }), Some(lock))
             }
-            None => (None, None),
+            true => {
+                let logs = keep_logs(&path, &kept).map_err(failed)?;
+                ((!logs.is_empty()).then_some(Replaced::Logs(logs)), None)
+            }
         };
-        fs::rename(&copy, &path).map_err(|error| undone(&path, failed(error)))?;
+        fs::rename(&copy, &path).map_err(|error| {
+            let why = undone(&path, failed(error));
+            match &replaced {
+                Some(Replaced::Logs(logs)) => {
+                    why.and(&format!("what was there without its database is kept as {}", list(logs)))
+                }
+                _ => why,
+            }
+        })?;
         sync(&self.directory).map_err(failed)?;
         drop(in_use);
         Ok(replaced)
@@ -201,10 +216,11 @@ fn take_turn(directory: &Path) -> Result<File, Refusal> {
     }
 }
 
-/// `name`, or with a number at its end if that is another file's.
+/// `name`, or with a number at its end if that is another file's, or one of those beside it is.
 fn unused(name: &Path) -> PathBuf {
     let numbered = (2..).map(|number| beside(name, &format!("-{number}")));
-    let is_free = |name: &PathBuf| name.symlink_metadata().is_err();
+    let ends = || LOGS.into_iter().chain(["", INDEX]);
+    let is_free = |name: &PathBuf| ends().all(|end| beside(name, end).symlink_metadata().is_err());
     std::iter::once(name.to_owned()).chain(numbered).find(is_free).unwrap_or_else(|| name.to_owned())
 }
 
@@ -260,13 +276,31 @@ fn lock(path: &Path) -> Result<File, Refusal> {
 /// Gives the database at `path` a second name, and takes the files beside it away, lest they are taken for the new one's.
 fn keep(path: &Path, kept: &Path) -> io::Result<()> {
     fs::hard_link(path, kept)?;
-    let absent_is_fine = |result: io::Result<()>| match result {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        result => result,
-    };
-    absent_is_fine(fs::rename(beside(path, "-wal"), beside(kept, "-wal")))?;
-    absent_is_fine(fs::remove_file(beside(path, "-shm")))?;
-    sync(path.parent().ok_or(io::ErrorKind::InvalidInput)?)
+    keep_logs(path, kept).map(|_| ())
+}
+
+/// Takes away, durably, what stands beside the place of a database, whether that is there or not: SQLite would write it
+/// into the one that is put there. Returns where that is now which has something in it.
+fn keep_logs(path: &Path, kept: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut logs = Vec::new();
+    for end in LOGS {
+        let (log, kept_log) = (beside(path, end), beside(kept, end));
+        match log.symlink_metadata() {
+            Ok(metadata) if metadata.len() > 0 => {
+                fs::rename(log, &kept_log)?;
+                logs.push(kept_log);
+            }
+            Ok(_) => fs::remove_file(log)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    match fs::remove_file(beside(path, INDEX)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    sync(path.parent().ok_or(io::ErrorKind::InvalidInput)?)?;
+    Ok(logs)
 }
 
 /// Takes back what [`keep`] has done to the database at `path`, if whoever called it came no further: the second name is
@@ -299,9 +333,11 @@ fn take_back(path: &Path) -> Result<(), Refusal> {
             if !is_kept || entry.ino() != metadata.ino() || entry.metadata()?.dev() != metadata.dev() {
                 continue;
             }
-            let (log, kept_log) = (beside(path, "-wal"), beside(&entry.path(), "-wal"));
-            if kept_log.symlink_metadata().is_ok() {
-                fs::rename(kept_log, log)?;
+            for end in LOGS {
+                let (log, kept_log) = (beside(path, end), beside(&entry.path(), end));
+                if kept_log.symlink_metadata().is_ok() {
+                    fs::rename(kept_log, log)?;
+                }
             }
             fs::remove_file(entry.path())?;
             sync(directory)?;
@@ -325,6 +361,10 @@ fn undone(path: &Path, why: Refusal) -> Refusal {
         Ok(()) => why,
         Err(other) => why.and(&other.to_string()),
     }
+}
+
+fn list(paths: &[PathBuf]) -> String {
+    paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(" and ")
 }
 
 fn sync(directory: &Path) -> io::Result<()> {

@@ -49,6 +49,21 @@ fn a_restore_that_was_broken_off_leaves_the_database_with_its_log_and_one_name()
 }
 
 #[test]
+fn a_restore_that_was_broken_off_leaves_the_database_its_journal() {
+    let directory = private_directory();
+    drop(Store::open(directory.path()).unwrap());
+    let path = |name: &str| directory.path().join(name);
+    fs::hard_link(path("volcrypt.db"), path("volcrypt.db.replaced-x")).unwrap();
+    fs::write(path("volcrypt.db.replaced-x-journal"), "a journal").unwrap();
+    // One whose database was not there is no affair of this one.
+    fs::write(path("volcrypt.db.replaced-y-wal"), "another's").unwrap();
+    restore::recover(&path("volcrypt.db")).unwrap();
+    let left = contents(directory.path());
+    assert!(left.keys().eq(["volcrypt.db", "volcrypt.db-journal", "volcrypt.db.replaced-y-wal"]), "{:?}", left.keys());
+    assert_eq!(left["volcrypt.db-journal"], b"a journal");
+}
+
+#[test]
 fn a_directory_or_file_that_others_can_enter_is_refused() {
     let directory = private_directory();
     for mode in [0o755, 0o701, 0o770, 0o702] {
@@ -112,6 +127,7 @@ fn a_file_that_is_no_database_is_refused_and_kept() {
     fs::write(&path, "my notes ".repeat(1000)).unwrap();
     fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
     refused_untouched(directory.path(), "not a database");
+    refused_untouched(directory.path(), "run 'volcrypt key restore' with a backup, which keeps this file beside it");
 }
 
 #[test]

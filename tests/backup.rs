@@ -9,6 +9,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use assert_cmd::cargo::CommandCargoExt;
 use rusqlite::Connection;
@@ -16,7 +17,7 @@ use tempfile::TempDir;
 use volcrypt::audit::{Entry, Kind, Link, Role};
 use volcrypt::keys::{EmbeddedKeyManager, Key, KeyEncryptionKey, KeyHandle, KeyManager, RotationStep};
 use volcrypt::policy::Provider;
-use volcrypt::store::{AuditQuery, EnrolledDevice, Staged, Store, VolumeRecord, VolumeState};
+use volcrypt::store::{AuditQuery, EnrolledDevice, Grant, Staged, Store, VolumeRecord, VolumeState};
 use volcrypt::volume::VolumeId;
 
 /// A host's database, key-encryption key and configuration.
@@ -736,6 +737,74 @@ fn what_is_in_the_replaced_database_alone_is_named() {
     fs::rename(other.state().join("kek"), other.state().join("kek.own")).unwrap();
     fs::rename(other.state().join("kek.before"), other.state().join("kek")).unwrap();
     assert!(other.restore(&backup).contains("ALONE: gone, one. Do not"));
+}
+
+#[test]
+fn what_a_restore_takes_back_is_named() {
+    let host = Host::new();
+    host.enrol(&["destroyed", "given", "granted", "left", "retired", "same"]);
+    let (store, _) = host.open();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs() as i64;
+    let grant = |volume: &str, domain: &str, expires_at| {
+        store
+            .grant(&Grant { volume: id(volume), domain: domain.to_owned(), expires_at, created_at: now - 900 })
+            .unwrap();
+    };
+    store.set_owner(&id("given"), Some("p1")).unwrap();
+    store.set_owner(&id("same"), Some("p1")).unwrap();
+    for (domain, expires_at) in [("web 1", 900), ("db", 900), ("shorter", 9000), ("longer", 900), ("over", -1)] {
+        grant("granted", domain, now + expires_at);
+    }
+    let backup = host.back_up("backup.db");
+    store.set_owner(&id("given"), Some("p 2")).unwrap();
+    store.set_owner(&id("left"), Some("p1")).unwrap();
+    for (volume, state) in [("retired", VolumeState::Retired), ("destroyed", VolumeState::Destroyed)] {
+        store.change_state(&id(volume), &[VolumeState::Enrolled], state, None).unwrap();
+    }
+    store.revoke(&id("granted"), "web 1").unwrap();
+    store.revoke(&id("granted"), "over").unwrap();
+    grant("granted", "shorter", now + 5000);
+    grant("granted", "longer", now + 5000);
+    drop(store);
+    let text = host.restore(&backup);
+    let named: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("  ")).collect();
+    assert_eq!(named.len(), 6, "{text}");
+    for (line, (begin, end)) in named.iter().zip([
+        ("volume destroyed is enrolled, and was destroyed before: ", "volcrypt volume destroy destroyed"),
+        ("volume given belongs to \"p1\", and to \"p 2\" before: ", "volcrypt volume set-owner given 'p 2'"),
+        ("volume left belongs to nobody, and to \"p1\" before: ", "volcrypt volume set-owner left p1"),
+        ("volume retired is enrolled, and was retired before: ", "volcrypt volume retire retired"),
+        ("domain \"shorter\" may have volume granted until ", "s"),
+        ("domain \"web 1\" may have volume granted until ", "before: volcrypt grant revoke granted 'web 1'"),
+    ]) {
+        assert!(line.starts_with(begin) && line.ends_with(end), "{begin}: {line}");
+    }
+    assert!(named[4].contains(" before: volcrypt grant add granted shorter --for "), "{text}");
+    assert!(text.contains("put them right as soon as volcryptd runs:\n  volume destroyed"), "{text}");
+    // The other way round.
+    let text = host.restore(&host.kept()[0]);
+    assert!(
+        text.contains("  volume left belongs to \"p1\", and to nobody before: volcrypt volume set-owner left\n"),
+        "{text}"
+    );
+    assert!(
+        text.contains("  volume retired is retired, and was enrolled before: volcrypt volume enrol with"),
+        "{text}"
+    );
+    // What is as it was is not mentioned, and what cannot be compared is not passed over.
+    let text = host.restore(&host.back_up("same.db"));
+    assert!(!text.contains("OWNERS") && !text.contains("cannot be told"), "{text}");
+    for damage in ["DROP TABLE grants", "not a database"] {
+        match damage.strip_prefix("DROP") {
+            Some(_) => Connection::open(host.database()).unwrap().execute_batch(damage).unwrap(),
+            None => fs::write(host.database(), damage).unwrap(),
+        }
+        let text = host.restore(&backup);
+        assert!(
+            text.contains("grants are those of the backup, and which were changed later cannot be told ("),
+            "{text}"
+        );
+    }
 }
 
 #[test]

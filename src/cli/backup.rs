@@ -5,14 +5,16 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use super::CommandError;
+use super::table::printable;
 use super::time::utc;
 use crate::audit::{Asker, Event, Kind};
+use crate::domain::quoted;
 use crate::keys::{CheckValue, EmbeddedKeyManager, kek_file};
 use crate::logging;
 use crate::policy::{Config, KeyManagerConfig};
 use crate::protocol::{CONTROL_SOCKET, WRAPPER_SOCKET};
 use crate::refusal::{Reason, Refusal};
-use crate::store::{self, Contents, Held, Replaced, Staged, Store, seconds_now};
+use crate::store::{self, Changed, Contents, Held, Replaced, Staged, Store, Terms, seconds_now};
 use crate::sys::signals;
 
 /// What listens on which socket: unix(7), `/proc/net/unix`.
@@ -106,6 +108,7 @@ pub(super) fn restore(config: &Path, backup: &Path) -> Result<String, CommandErr
     let event = operator().ask(|| Event::of_the_host(Kind::DatabaseRestored, detail));
     let link = staged.store().map(|store| store.append_silently(event.clone())).transpose().map_err(refused)?;
     let held = staged.held().map_err(refused)?;
+    let terms = staged.terms().map_err(refused)?;
     let replaced = staged.put_in_place(&stamp()).map_err(refused)?;
     if let Some(link) = link {
         event.announce(link);
@@ -115,6 +118,9 @@ pub(super) fn restore(config: &Path, backup: &Path) -> Result<String, CommandErr
     match replaced {
         Some(Replaced::Database { path, not_wiped }) => {
             text.push_str(&what_is_kept(&path, held.as_ref()));
+            if let Some(terms) = terms {
+                text.push_str(&what_changed(&path, &terms));
+            }
             if let Some(why) = not_wiped {
                 text.push_str(&format!(
                     "WARNING: keys that [key_cache] had kept could not be wiped from it ({why}): once it is not needed, \
@@ -127,7 +133,7 @@ pub(super) fn restore(config: &Path, backup: &Path) -> Result<String, CommandErr
         None => {}
     }
     text.push_str(
-        "What was enrolled after the backup was made is missing. Start volcryptd: 'systemctl start volcryptd.socket \
+        "What was enrolled or granted after the backup was made is missing. Start volcryptd: 'systemctl start volcryptd.socket \
          volcryptd-control.socket volcryptd'.\n",
     );
     Ok(text)
@@ -161,6 +167,71 @@ fn what_is_kept(kept: &Path, held: Option<&Held>) -> String {
          them, nor the key-encryption key that opens it{keks}.\n",
         alone.join(", ")
     )
+}
+
+/// Which volumes and grants are not as in the database that was replaced, now that one with `terms` is in its place.
+fn what_changed(kept: &Path, terms: &Terms) -> String {
+    let before = match Terms::in_file(kept) {
+        Ok(before) => before,
+        Err(refusal) => {
+            return format!(
+                "States, owners and grants are those of the backup, and which were changed later cannot be told ({refusal}): \
+                 look at 'volcrypt volume list' and 'volcrypt grant list' as soon as volcryptd runs.\n"
+            );
+        }
+    };
+    let now = seconds_now();
+    let changed = terms.changed_since(&before, now);
+    if changed.is_empty() {
+        return String::new();
+    }
+    let lines: Vec<String> =
+        changed.iter().map(|changed| format!("  {}\n", printable(&in_words(changed, now)))).collect();
+    format!(
+        "STATES, OWNERS AND GRANTS ARE THOSE OF THE BACKUP. The following were others in the database before; unless that is \
+         what you want, put them right as soon as volcryptd runs:\n{}",
+        lines.concat()
+    )
+}
+
+/// What has changed, and the command that takes it back.
+fn in_words(changed: &Changed<'_>, now: i64) -> String {
+    let whom = |owner: &Option<&str>| owner.map_or("nobody".to_owned(), |owner| format!("{owner:?}"));
+    match changed {
+        Changed::State { volume, now, before } => {
+            let command = match (*now, *before) {
+                (_, "retired") => format!(": volcrypt volume retire {}", quoted(volume)),
+                (_, "destroyed") => format!(": volcrypt volume destroy {}", quoted(volume)),
+                ("retired", _) => ": volcrypt volume enrol with the path of its device".to_owned(),
+                // Its key is not in this database.
+                _ => String::new(),
+            };
+            format!("volume {volume} is {now}, and was {before} before{command}")
+        }
+        Changed::Owner { volume, now, before } => {
+            let owner = before.map_or(String::new(), |owner| format!(" {}", quoted(owner)));
+            format!(
+                "volume {volume} belongs to {}, and to {} before: volcrypt volume set-owner {}{owner}",
+                whom(now),
+                whom(before),
+                quoted(volume)
+            )
+        }
+        Changed::Grant { volume, domain, until, before: None } => format!(
+            "domain {domain:?} may have volume {volume} until {}, and had no grant before: volcrypt grant revoke {} {}",
+            utc(*until),
+            quoted(volume),
+            quoted(domain)
+        ),
+        Changed::Grant { volume, domain, until, before: Some(before) } => format!(
+            "domain {domain:?} may have volume {volume} until {}, and until {} before: volcrypt grant add {} {} --for {}s",
+            utc(*until),
+            utc(*before),
+            quoted(volume),
+            quoted(domain),
+            before - now
+        ),
+    }
 }
 
 /// What is to be done with the log or journal of a database that was not there any more.

@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rusqlite::Connection;
+use rusqlite::{Connection, ErrorCode};
 
 use super::backup::{connect_immutable, contents};
 use super::files::{FILE_NAME, INDEX, LOGS, REPLACED};
@@ -28,13 +28,7 @@ impl Held {
     /// # Errors
     /// [`Reason::StoreUnavailable`] when it cannot be read, and when not all of it is in the file.
     pub fn in_file(path: &Path) -> Result<Self, Refusal> {
-        if let Some(log) = files::unmerged(path)? {
-            let sentence = format!("{} holds changes of {} that are not merged", log.display(), path.display());
-            return Err(Refusal::new(Reason::StoreUnavailable, sentence));
-        }
-        connect_immutable(path)
-            .and_then(|connection| Held::by(&connection))
-            .map_err(|error| fault::refusal(path, &error))
+        read_unused(path, Held::by)
     }
 
     pub(super) fn by(connection: &Connection) -> rusqlite::Result<Self> {
@@ -54,6 +48,21 @@ impl Held {
             |(volume, check_value): &(&String, &Option<String>)| other.volumes.get(*volume) != Some(check_value);
         self.volumes.iter().filter(lacks).map(|(volume, _)| volume.as_str()).collect()
     }
+}
+
+/// Reads the database at `path`, which nobody may be using.
+pub(super) fn read_unused<T>(path: &Path, read: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, Refusal> {
+    if let Some(log) = files::unmerged(path)? {
+        let sentence = format!("{} holds changes of {} that are not merged", log.display(), path.display());
+        return Err(Refusal::new(Reason::StoreUnavailable, sentence));
+    }
+    connect_immutable(path).and_then(|connection| read(&connection)).map_err(|error| match error.sqlite_error_code() {
+        // No restore is called for: it is not the database in use.
+        Some(ErrorCode::NotADatabase | ErrorCode::DatabaseCorrupt) => {
+            Refusal::new(Reason::StoreUnavailable, format!("{} cannot be read ({error})", path.display()))
+        }
+        _ => fault::refusal(path, &error),
+    })
 }
 
 impl Store {

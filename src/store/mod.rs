@@ -29,6 +29,7 @@ mod keys;
 mod moves;
 mod restore;
 mod schema;
+mod terms;
 mod volumes;
 
 pub use audit::{AuditPage, AuditQuery, Verified};
@@ -40,6 +41,7 @@ pub(crate) use keks::{Keks, Rewrapped};
 pub(crate) use keys::{Inserted, WrappedKey};
 pub(crate) use moves::{MoveState, Planned};
 pub use restore::{Replaced, Staged};
+pub use terms::{Changed, Terms};
 pub(crate) use volumes::not_enrolled;
 pub use volumes::{EnrolledDevice, VolumeRecord, VolumeState};
 

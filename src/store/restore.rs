@@ -13,7 +13,7 @@ use rustix::fs::{FlockOperation, fcntl_lock, flock};
 use super::backup::{connect_immutable, contents};
 use super::files::{FILE_NAME, INDEX, LOGS, REPLACED, beside};
 use super::schema::{self, Found};
-use super::{Contents, Held, Store, common_flags, cut_log, files, harden};
+use super::{Contents, Held, Store, Terms, common_flags, cut_log, files, harden};
 use crate::refusal::{Reason, Refusal};
 
 /// A copy of a backup beside the database, looked at and brought to the newest version. It is gone with this value, unless
@@ -134,6 +134,15 @@ impl Staged {
     pub fn held(&self) -> Result<Option<Held>, Refusal> {
         let Some(store) = &self.store else { return Ok(None) };
         Held::by(&store.connection()).map(Some).map_err(|error| store.fault(&error))
+    }
+
+    /// On which terms domains have the volumes that are in it.
+    ///
+    /// # Errors
+    /// [`Reason::StoreUnavailable`] when it cannot be read.
+    pub fn terms(&self) -> Result<Option<Terms>, Refusal> {
+        let Some(store) = &self.store else { return Ok(None) };
+        Terms::by(&store.connection()).map(Some).map_err(|error| store.fault(&error))
     }
 
     /// Puts the copy in the database's place, durably. The present one stays beside it under a name that ends in `stamp`,

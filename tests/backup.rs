@@ -344,7 +344,11 @@ fn a_backup_needs_its_key_encryption_key() {
     host.assert_refused(&backup, "needs the key-encryption key of when it was made");
     let new = fs::read(host.state().join("kek")).unwrap();
     fs::remove_file(host.state().join("kek")).unwrap();
-    host.assert_refused(&backup, "systemd-run --pipe --wait --property=LoadCredentialEncrypted=volcrypt.kek:FILE");
+    let command = "systemd-run --pipe --wait --property=LoadCredentialEncrypted=volcrypt.kek:FILE volcrypt key restore";
+    // systemd runs it in the root directory.
+    let here = std::env::current_dir().unwrap();
+    let relative: PathBuf = here.iter().skip(1).map(|_| "..").chain([&backup.to_str().unwrap()[1..]]).collect();
+    host.assert_refused(&relative, &format!("{command} {}'", here.join(&relative).display()));
     assert!(!host.state().join("kek").exists(), "none is made");
     fs::write(host.state().join("kek"), &old).unwrap();
     fs::set_permissions(host.state().join("kek"), Permissions::from_mode(0o600)).unwrap();

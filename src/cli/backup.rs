@@ -282,11 +282,13 @@ fn not_opened(
         keks => format!("key of when it was made, check value {} as {}", list(keks), kek.display()),
     };
     let credential = match has_credentials {
-        true => "",
-        false => {
+        true => String::new(),
+        // That runs it in another directory.
+        false => format!(
             "; if it is a credential, run 'systemd-run --pipe --wait --property=LoadCredentialEncrypted=volcrypt.kek:FILE \
-             volcrypt key restore BACKUP'"
-        }
+             volcrypt key restore {}'",
+            std::path::absolute(backup).as_deref().unwrap_or(backup).display()
+        ),
     };
     Refusal::new(
         refusal.reason(),

@@ -2,18 +2,17 @@
 
 use std::path::Path;
 
-use rusqlite::{Error, ErrorCode};
+use rusqlite::{Error, ErrorCode, ffi};
 
 use crate::refusal::{Reason, Refusal};
 
 /// The refusal for `error`, met on the database at `path`. SQLite's texts name tables, columns and
 /// its own codes, never a value, so no key byte can be in them.
 pub(super) fn refusal(path: &Path, error: &Error) -> Refusal {
+    let is_full = is_disk_full(path, error);
     let path = path.display();
     let sentence = match error.sqlite_error_code() {
-        Some(ErrorCode::DiskFull) => {
-            format!("{path} cannot grow, the disk is full: free some space there and repeat")
-        }
+        _ if is_full => format!("{path} cannot grow, the disk is full: free some space there and repeat"),
         Some(ErrorCode::ReadOnly) => format!(
             "{path} is read-only: nothing can be enrolled, destroyed or recorded before its file system is \
              mounted writable and volcryptd restarted"
@@ -37,6 +36,22 @@ pub(super) fn refusal(path: &Path, error: &Error) -> Refusal {
         _ => format!("{path} did not do what it was asked ({error}): check the file with `sqlite3 {path} .schema`"),
     };
     Refusal::new(Reason::StoreUnavailable, sentence)
+}
+
+/// Whether `error`, met on the database at `path`, comes of a full disk. Besides `SQLITE_FULL` that is a failure to make
+/// room in the shared-memory file, which SQLite calls an input/output error, and any other such error or a file that cannot
+/// be made while no block or no inode is free.
+pub(super) fn is_disk_full(path: &Path, error: &Error) -> bool {
+    let Some(code) = error.sqlite_error() else { return false };
+    match code.code {
+        ErrorCode::DiskFull => true,
+        _ if code.extended_code == ffi::SQLITE_IOERR_SHMSIZE => true,
+        ErrorCode::SystemIoFailure | ErrorCode::CannotOpen => rustix::fs::statvfs(path).is_ok_and(|status| {
+            // A file system that makes inodes as it needs them says that it has none at all.
+            status.f_bfree == 0 || (status.f_files > 0 && status.f_ffree == 0)
+        }),
+        _ => false,
+    }
 }
 
 /// The refusal for a database at `path` whose contents make no sense; `detail` says which.

@@ -2,7 +2,7 @@
 //!
 //! One SQLite file, `volcrypt.db`, in a directory of its own. It is written ahead (WAL) with
 //! `synchronous=FULL`: what a call has confirmed survives a power cut. When its file system is
-//! read-only the records stay readable, so that enrolled volumes can still be opened.
+//! read-only or full the records stay readable, so that enrolled volumes can still be opened.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -195,15 +195,25 @@ fn connect_for_writing(
     migrations: &[Migration],
 ) -> Result<Option<Connection>, Refusal> {
     let fault = |error| fault::refusal(path, &error);
-    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | common_flags();
-    let mut connection = Connection::open_with_flags(path, flags).map_err(fault)?;
+    let mut connection = connect(path).map_err(fault)?;
     // SQLite itself falls back to reading when the kernel says EROFS or EACCES.
     if connection.is_readonly(MAIN_DB).map_err(fault)? {
         return Ok(None);
     }
-    harden(&connection).map_err(fault)?;
-    // Closing would otherwise merge a write-ahead log into a file that is about to be refused.
-    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).map_err(fault)?;
+    match schema::version(&connection) {
+        Err(error) if fault::is_disk_full(path, &error) => {
+            drop(connection);
+            connection = connect(path).map_err(fault)?;
+            have_alone(&connection).map_err(fault)?;
+            tracing::warn!(
+                "{} was opened on a full disk, for this process alone: free some space there and run 'systemctl restart \
+                 volcryptd', before which nothing is backed up",
+                path.display()
+            );
+        }
+        // Whatever else is wrong is said by who looks at all of it.
+        _ => {}
+    }
     schema::examine(&connection, path, migrations)?;
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, false).map_err(fault)?;
 
@@ -225,6 +235,23 @@ fn connect_for_writing(
         .map_err(fault)?;
     schema::migrate(&mut connection, path, migrations)?;
     Ok(Some(connection))
+}
+
+/// A connection that has not looked at the file yet.
+fn connect(path: &Path) -> rusqlite::Result<Connection> {
+    let connection = Connection::open_with_flags(path, OpenFlags::SQLITE_OPEN_READ_WRITE | common_flags())?;
+    harden(&connection)?;
+    // Closing would otherwise merge a write-ahead log into a file that is about to be refused.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+    Ok(connection)
+}
+
+/// Has the database for `connection` alone, which has not looked at it yet, until it is closed. It needs no shared-memory
+/// file then, for which a full disk has no room (<https://www.sqlite.org/wal.html#noshm>), and nobody can change or replace
+/// meanwhile what it reads. What it writes fails until there is space.
+fn have_alone(connection: &Connection) -> rusqlite::Result<()> {
+    connection.query_row("PRAGMA locking_mode = EXCLUSIVE", [], |_| Ok(()))?;
+    schema::version(connection).map(drop)
 }
 
 /// Switches to a write-ahead log and returns the journal mode that came of it.

@@ -1,6 +1,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+use std::process::Command;
 
 use tempfile::TempDir;
 
@@ -43,6 +44,45 @@ impl Store {
 /// An empty directory that nobody else can enter, as the database wants it.
 pub(crate) fn private_directory() -> TempDir {
     tempfile::Builder::new().permissions(Permissions::from_mode(0o700)).tempdir().unwrap()
+}
+
+/// A small file system of its own for the database, which can be full in earnest.
+pub(crate) struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    /// Mounts it on the directory `path`, with the mode that the database wants.
+    pub(crate) fn new(path: &Path) -> Self {
+        let mounted =
+            Command::new("mount").args(["-t", "tmpfs", "-o", "size=2m,mode=0700", "tmpfs"]).arg(path).status();
+        assert!(mounted.is_ok_and(|status| status.success()), "run the tests as root");
+        SmallDisk(path.to_owned())
+    }
+
+    /// Leaves no byte of it free.
+    pub(crate) fn fill(&self) {
+        let mut file = fs::File::create(self.0.join("filler")).unwrap();
+        while std::io::Write::write_all(&mut file, &[0; 4096]).is_ok() {}
+    }
+
+    /// Takes that back.
+    pub(crate) fn free(&self) {
+        fs::remove_file(self.0.join("filler")).unwrap();
+    }
+
+    /// Waits until nobody has the database open any more: the last who closes it removes the log.
+    pub(crate) fn wait_until_closed(&self) {
+        let end = Instant::now() + Duration::from_secs(30);
+        while self.0.join("volcrypt.db-wal").exists() {
+            assert!(Instant::now() < end, "the database is still open");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
 }
 
 /// Every file of `directory` with its content.

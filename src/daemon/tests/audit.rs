@@ -14,6 +14,7 @@ use super::server::{as_guest, open_errno};
 use super::*;
 use crate::audit::{Entry, Event, Kind, Link, Record, Role};
 use crate::protocol::{GuardStatus, Reply, Request, Response};
+use crate::store::tests::SmallDisk;
 use crate::store::{AuditQuery, Store};
 
 const CONTINUE: &str = "[audit]\nwhen_unwritable = \"continue\"\n";
@@ -244,6 +245,44 @@ fn the_configuration_can_let_keys_be_used_without_a_record() {
     let path = node.0.clone();
     assert_eq!(as_guest(full, DEADLINE, move || open_errno(&path)), None);
     assert_eq!(world.opened(), ["250:44"]);
+}
+
+#[test]
+fn a_disk_that_was_full_before_the_daemon_started_is_like_one_that_fills_later() {
+    let world = World::new();
+    let device = world.add_volume("early", 196);
+    let node = Node::new("/dev", device);
+    let state = world.path().join("state");
+    std::fs::create_dir(&state).unwrap();
+    let disk = SmallDisk::new(&state);
+    world.broker(true).enrol(device, None).unwrap();
+    disk.wait_until_closed();
+    disk.fill();
+
+    let volume = "early".parse().unwrap();
+    let broker = world.broker(true);
+    let refusal = broker.record_use(Kind::KeyUsed, &volume, "").unwrap_err();
+    for part in ["the audit log cannot be written", "when_unwritable", "the disk is full: free some space there"] {
+        assert!(refusal.to_string().contains(part), "{refusal}");
+    }
+    drop(broker);
+    disk.wait_until_closed();
+
+    // Once there is space again, the same daemon records what it does.
+    let broker = world.broker_saying(true, CONTINUE);
+    broker.record_use(Kind::KeyUsed, &volume, "unrecorded").unwrap();
+    disk.free();
+    broker.record_use(Kind::KeyUsed, &volume, "recorded").unwrap();
+    drop(broker);
+    disk.wait_until_closed();
+    let details: Vec<_> = log(&world, 2).into_iter().map(|record| record.event.detail).collect();
+    assert_eq!(details[1], "recorded");
+    disk.wait_until_closed();
+
+    disk.fill();
+    let path = node.0.clone();
+    assert_eq!(as_guest(world.broker_saying(true, CONTINUE), DEADLINE, move || open_errno(&path)), None);
+    assert_eq!(world.opened(), ["250:196"]);
 }
 
 #[test]

@@ -22,6 +22,63 @@ fn a_new_database_is_private_and_durable() {
 }
 
 #[test]
+fn a_database_that_was_closed_before_the_disk_was_full_is_opened_and_read_and_written_once_there_is_space() {
+    if !rustix::process::geteuid().is_root() {
+        return; // Only root can mount a disk to fill.
+    }
+    let directory = private_directory();
+    let disk = SmallDisk::new(directory.path());
+    Store::open(directory.path()).unwrap().enrol(&record("one")).unwrap();
+    disk.fill();
+    let store = Store::open(directory.path()).unwrap();
+    assert_eq!(names(&store), ["one"]);
+    let sentence = refused(store.enrol(&record("two")));
+    assert!(sentence.contains("disk is full: free some space"), "{sentence}");
+    assert_eq!(store.volume(&record("one").id).unwrap(), Some(record("one")));
+    // Another writer would not be seen, and none gets at it.
+    let copy = private_directory();
+    assert!(refused(back_up(directory.path(), &copy.path().join("copy"))).contains("held by another process"));
+
+    disk.free();
+    store.enrol(&record("two")).unwrap();
+    assert_eq!(names(&store), ["one", "two"]);
+    drop(store);
+    assert_eq!(names(&Store::open(directory.path()).unwrap()), ["one", "two"]);
+}
+
+#[test]
+fn what_is_in_the_log_alone_is_read_on_a_full_disk_and_stays() {
+    if !rustix::process::geteuid().is_root() {
+        return; // Only root can mount a disk to fill.
+    }
+    let (directory, small) = (private_directory(), private_directory());
+    let store = Store::open(directory.path()).unwrap();
+    let reader = store.keep_log();
+    store.enrol(&record("in-the-log")).unwrap();
+    let disk = SmallDisk::new(small.path());
+    for name in ["volcrypt.db", "volcrypt.db-wal"] {
+        fs::copy(directory.path().join(name), small.path().join(name)).unwrap();
+    }
+    drop((reader, store));
+    disk.fill();
+    for _ in 0..2 {
+        assert_eq!(names(&Store::open(small.path()).unwrap()), ["in-the-log"]);
+    }
+}
+
+#[test]
+fn a_new_database_on_a_full_disk_is_refused_with_that() {
+    if !rustix::process::geteuid().is_root() {
+        return; // Only root can mount a disk to fill.
+    }
+    let directory = private_directory();
+    let disk = SmallDisk::new(directory.path());
+    disk.fill();
+    let sentence = refused(Store::open(directory.path()));
+    assert!(sentence.contains("disk is full: free some space"), "{sentence}");
+}
+
+#[test]
 fn a_restore_that_was_broken_off_leaves_the_database_with_its_log_and_one_name() {
     let (directory, copy) = (private_directory(), private_directory());
     let store = Store::open(directory.path()).unwrap();

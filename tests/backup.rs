@@ -377,20 +377,37 @@ fn a_database_in_use_is_not_replaced() {
     host.assert_has(&keys);
 }
 
+/// A host whose daemon was killed when the log held all of the volume `two`; a backup of before, its keys, and that of
+/// `two`.
+struct Killed {
+    killed: Host,
+    backup: PathBuf,
+    keys: Keys,
+    later: Vec<u8>,
+    /// Where the backup is.
+    _host: Host,
+}
+
+impl Killed {
+    fn new() -> Self {
+        let (host, killed) = (Host::new(), Host::new());
+        let keys = host.enrol(&["one"]);
+        let backup = host.back_up("backup.db");
+        let (store, manager) = host.open();
+        let reader = Connection::open(host.database()).unwrap();
+        reader.execute_batch("BEGIN; SELECT * FROM volumes").unwrap();
+        let later = enrol(&store, &manager, "two");
+        for entry in fs::read_dir(host.state()).unwrap() {
+            let entry = entry.unwrap();
+            fs::copy(entry.path(), killed.state().join(entry.file_name())).unwrap();
+        }
+        Killed { killed, backup, keys, later, _host: host }
+    }
+}
+
 #[test]
 fn what_a_killed_daemon_left_is_kept_whole_and_does_not_touch_the_new_database() {
-    let (host, killed) = (Host::new(), Host::new());
-    let keys = host.enrol(&["one"]);
-    let backup = host.back_up("backup.db");
-    let (store, manager) = host.open();
-    let reader = Connection::open(host.database()).unwrap();
-    reader.execute_batch("BEGIN; SELECT * FROM volumes").unwrap();
-    let later = enrol(&store, &manager, "two");
-    for entry in fs::read_dir(host.state()).unwrap() {
-        let entry = entry.unwrap();
-        fs::copy(entry.path(), killed.state().join(entry.file_name())).unwrap();
-    }
-    drop(reader);
+    let Killed { killed, backup, keys, later, _host } = Killed::new();
     assert!(fs::metadata(killed.state().join("volcrypt.db-wal")).unwrap().len() > 0);
     killed.restore(&backup);
     assert_eq!(killed.kept().len(), 1, "its log is merged into it");
@@ -401,18 +418,7 @@ fn what_a_killed_daemon_left_is_kept_whole_and_does_not_touch_the_new_database()
 
 #[test]
 fn what_a_killed_daemon_left_of_a_database_that_was_moved_away_does_not_touch_the_new_one() {
-    let (host, killed) = (Host::new(), Host::new());
-    let keys = host.enrol(&["one"]);
-    let backup = host.back_up("backup.db");
-    let (store, manager) = host.open();
-    let reader = Connection::open(host.database()).unwrap();
-    reader.execute_batch("BEGIN; SELECT * FROM volumes").unwrap();
-    let later = enrol(&store, &manager, "two");
-    for entry in fs::read_dir(host.state()).unwrap() {
-        let entry = entry.unwrap();
-        fs::copy(entry.path(), killed.state().join(entry.file_name())).unwrap();
-    }
-    drop(reader);
+    let Killed { killed, backup, keys, later, _host } = Killed::new();
     let (log, index) = (killed.state().join("volcrypt.db-wal"), killed.state().join("volcrypt.db-shm"));
     let content = fs::read(&log).unwrap();
     assert!(!content.is_empty() && index.exists());

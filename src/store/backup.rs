@@ -8,7 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
-use rustix::fs::{CWD, RenameFlags, StatVfsMountFlags};
+use rustix::fs::StatVfsMountFlags;
 
 use super::schema::{self, Found};
 use super::{common_flags, fault, files, harden};
@@ -213,11 +213,7 @@ impl Partial {
     /// Gives the file its name, if nothing else has it.
     fn complete(self, to: &Path) -> io::Result<()> {
         File::open(&self.path)?.sync_all()?;
-        match rustix::fs::renameat_with(CWD, &self.path, CWD, to, RenameFlags::NOREPLACE) {
-            // Not every file system can do that.
-            Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => fs::hard_link(&self.path, to)?,
-            renamed => renamed?,
-        }
+        files::name_anew(&self.path, to)?;
         let synced = to.parent().map_or(Ok(()), |directory| File::open(directory)?.sync_all());
         synced.inspect_err(|_| {
             // It may not be there after a power cut, so it is not there now.

@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, FileType, Mode};
+use rustix::fs::{CWD, FileType, Mode, RenameFlags};
 
 use crate::refusal::{Reason, Refusal};
 
@@ -87,6 +87,15 @@ fn make(directory: &Path, path: &Path) -> io::Result<()> {
     // A umask can take bits away from mknod's mode.
     fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
     File::open(directory)?.sync_all()
+}
+
+/// Gives the file at `from` the name `to`, if nothing has that. Where the file system knows no better way, it keeps the name
+/// `from` as well.
+pub(super) fn name_anew(from: &Path, to: &Path) -> io::Result<()> {
+    match rustix::fs::renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE) {
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => fs::hard_link(from, to),
+        renamed => Ok(renamed?),
+    }
 }
 
 fn check_owner(path: &Path, metadata: &fs::Metadata) -> Result<(), Refusal> {

@@ -186,7 +186,9 @@ impl Staged {
                 ((!logs.is_empty()).then_some(Replaced::Logs(logs)), None)
             }
         };
-        fs::rename(&copy, &path).map_err(|error| {
+        // Whoever makes a database just now may have made a key in it.
+        let placed = if is_lost { files::name_anew(&copy, &path) } else { fs::rename(&copy, &path) };
+        placed.map_err(|error| {
             let why = undone(&path, failed(error));
             match &replaced {
                 Some(Replaced::Logs(logs)) => {

@@ -389,3 +389,16 @@ fn what_was_enrolled_before_keys_had_names_has_the_first_key_of_its_volume_and_n
     assert!(sentence.contains(&format!("by a newer volcrypt (version {newest}, this one knows 6)")), "{sentence}");
     assert_eq!(Store::open(directory.path()).unwrap().volumes().unwrap(), records, "and it was left as it is");
 }
+
+#[test]
+fn a_name_that_something_has_is_not_given_anew() {
+    let directory = private_directory();
+    let [from, to] = ["from", "to"].map(|name| directory.path().join(name));
+    fs::write(&from, "new").unwrap();
+    fs::write(&to, "precious").unwrap();
+    assert_eq!(files::name_anew(&from, &to).unwrap_err().kind(), std::io::ErrorKind::AlreadyExists);
+    assert_eq!(fs::read(&to).unwrap(), b"precious");
+    fs::remove_file(&to).unwrap();
+    files::name_anew(&from, &to).unwrap();
+    assert_eq!(fs::read(&to).unwrap(), b"new");
+}

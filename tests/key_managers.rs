@@ -13,6 +13,7 @@ mod key_managers {
     mod conformance;
     mod faults;
     mod kmip_create;
+    mod kmip_servers;
     mod kmip_versions;
     mod kmip_wrapped;
     mod many;

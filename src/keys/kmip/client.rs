@@ -106,9 +106,8 @@ impl Talk<'_> {
         self.client.config()
     }
 
-    /// Waits; the conversation has as much time left as before.
-    pub fn wait(&self, time: Duration) {
-        std::thread::sleep(time);
+    /// Gives the conversation more time, for a wait that is not to cost it any.
+    pub fn extend(&self, time: Duration) {
         self.until.set(self.until.get() + time);
     }
 

@@ -148,7 +148,11 @@ pub(super) fn settle(talks: &[&Talk<'_>], volume: &VolumeId) -> Result<Option<Fo
         return Ok(None);
     }
     let (mut is_unanswered, mut slow) = (false, 0);
-    let wait = || talks.iter().for_each(|talk| talk.wait(PATIENCE / talks.len() as u32));
+    // Each conversation has as much time left as before.
+    let wait = || {
+        std::thread::sleep(PATIENCE);
+        talks.iter().for_each(|talk| talk.extend(PATIENCE));
+    };
     loop {
         if let Some(chosen) = chosen(volume, &mut found)? {
             return Ok(Some(chosen));

@@ -28,7 +28,7 @@ pub(super) fn volume(name: &str) -> VolumeId {
 }
 
 /// A volume of whatever kind.
-fn wanted() -> Description {
+pub(super) fn wanted() -> Description {
     let device = EnrolledDevice { wwid: Some("naa.6".to_owned()), ..EnrolledDevice::default() };
     Description::new(device, 4096, ("default", &Profile::default()), None, 7)
 }

@@ -15,7 +15,7 @@ mod settle;
 pub mod ttlv;
 mod wrapping;
 
-use std::cell::Cell;
+use std::cell::RefCell;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -23,7 +23,7 @@ use self::client::{Client, Talk};
 use self::connection::Trouble;
 use self::making::clear_unfinished;
 use self::message::{Failure, Request, State, Version};
-use self::settle::{Found, find, settle};
+use self::settle::{Found, find, find_enrolled, settle};
 use self::ttlv::Malformed;
 use super::{
     Capabilities, Description, FIRST_VERSION, Imported, Key, KeyHandle, KeyInfo, KeyManager, Leaving, RecordedKey,
@@ -246,21 +246,35 @@ impl KeyManager for KmipKeyManager {
     /// As [`get`](KeyManager::get).
     fn get_enrolled(&self, key: &RecordedKey) -> Result<Key, Refusal> {
         let (volume, version) = (&key.volume, key.own_version(PLACE)?);
-        let other = Cell::new(None);
+        // What servers say that do not give the key that is recorded. Each may be damaged or lag behind, as where it has
+        // none, and it is the answer only if every other one was asked.
+        let instead = RefCell::new(Vec::new());
         let found = self.with_any(&key_of(volume), |talk| {
-            if let Some((found, _)) = settle::find_enrolled(talk, key, |found| hand_out(talk, volume, found))? {
-                return Ok(Some(found));
-            }
-            let Some(found) = settle(&[talk], volume)? else { return Ok(None) };
-            let (found, description) = hand_out(talk, volume, &found)?;
-            if description.key_version() == version {
-                return Ok(Some(found));
-            }
-            // It may lag behind another server, as where there is none.
-            other.set(Some(description.key_version()));
+            let said = match enrolled_on(talk, key, version) {
+                Ok(Some(found)) if found.check_value(volume) == key.check_value => return Ok(Some(found)),
+                Ok(Some(other)) => Ok(other),
+                Ok(None) => return Ok(None),
+                // That was done on purpose.
+                Err(Fault::Final(refusal)) if refusal.reason().is_about_an_ended_key() => return Err(refusal.into()),
+                Err(Fault::Final(refusal)) => Err(refusal),
+                Err(fault) => return Err(fault),
+            };
+            let name = talk.name();
+            tracing::warn!(server = name, "KMIP server {name} does not give the recorded key of volume {volume}");
+            instead.borrow_mut().push(said);
             Ok(None)
         })?;
-        found.ok_or_else(|| other.get().map_or_else(|| no_key(volume), |other| key.other_version(PLACE, other)))
+        if let Some(found) = found {
+            return Ok(found);
+        }
+        let mut instead = instead.into_inner();
+        // A no costs the key that is kept on this host, so what is none goes first.
+        let is_no = |said: &Result<Key, Refusal>| !matches!(said, Err(other) if other.reason() != Reason::WrongKey);
+        let place = instead.iter().position(|said| !is_no(said)).unwrap_or(0);
+        match instead.is_empty() {
+            true => Err(no_key(volume)),
+            false => instead.swap_remove(place),
+        }
     }
 
     /// # Errors
@@ -400,6 +414,20 @@ impl KeyManager for KmipKeyManager {
             Ok(Some(infos))
         })?;
         Ok(infos.unwrap_or_default())
+    }
+}
+
+/// The key that a record names on one server, or another one of the same version.
+fn enrolled_on(talk: &Talk<'_>, key: &RecordedKey, version: u32) -> Result<Option<Key>, Fault> {
+    let volume = &key.volume;
+    if let Some((found, _)) = find_enrolled(talk, key, |found| hand_out(talk, volume, found))? {
+        return Ok(Some(found));
+    }
+    let Some(found) = settle(&[talk], volume)? else { return Ok(None) };
+    let (found, description) = hand_out(talk, volume, &found)?;
+    match description.key_version() {
+        own if own == version => Ok(Some(found)),
+        other => Err(key.other_version(PLACE, other).into()),
     }
 }
 

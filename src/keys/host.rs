@@ -5,7 +5,7 @@ use std::fs;
 pub struct Host {
     /// Its name.
     pub name: String,
-    /// What tells it from others, also after it was given another name.
+    /// What tells it from others of that name. Hosts that were cloned may have the same.
     pub id: String,
 }
 

@@ -31,9 +31,9 @@ impl Leaving {
         }
     }
 
-    /// Whether `host` has set it.
+    /// Whether `host` has set it, under the name that it has now: one that was cloned with its id is another.
     pub fn is_of(&self, host: &Host) -> bool {
-        !host.id.is_empty() && self.host.id == host.id
+        !host.id.is_empty() && self.host == *host
     }
 }
 
@@ -55,7 +55,8 @@ mod tests {
         for is_asked in [false, true] {
             let mark = Leaving { host: host.clone(), is_asked };
             assert_eq!(Leaving::parse(&mark.to_string()), mark);
-            assert!(mark.is_of(&Host { name: "compute-2".to_owned(), ..host.clone() }), "it was given another name");
+            assert!(mark.is_of(&host));
+            assert!(!mark.is_of(&Host { name: "compute-2".to_owned(), ..host.clone() }), "cloned with its machine-id");
         }
         for text in ["", "yes", "leaving", "leaving 5f", "going 5f compute 1"] {
             let mark = Leaving::parse(text);

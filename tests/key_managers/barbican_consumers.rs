@@ -74,6 +74,7 @@ fn a_real_barbican_knows_who_uses_a_key() {
     what_a_killed_daemon_left_is_put_right(&servers);
     a_barbican_that_does_not_answer_is_told_later(&servers);
     a_key_that_another_host_uses_is_not_destroyed(&servers);
+    a_host_that_was_cloned_with_its_machine_id_is_another_one(&servers);
     a_key_that_is_gone_while_it_is_in_use_is_told_of(&servers);
 }
 
@@ -179,6 +180,28 @@ fn a_key_that_another_host_uses_is_not_destroyed(servers: &Barbican) {
     manager.destroy(&kept.volume).unwrap();
     assert!(!kept.is_there());
     manager.note_uses(&nothing()).unwrap();
+}
+
+fn a_host_that_was_cloned_with_its_machine_id_is_another_one(servers: &Barbican) {
+    let kept = Kept::new(servers, "cloned");
+    let id = std::fs::read_to_string("/etc/machine-id").unwrap();
+    let other =
+        format!("{{\"service\": \"volcrypt\", \"resource_type\": \"other-name\", \"resource_id\": \"{}\"}}", id.trim());
+    assert!(kept.ask("POST", "/consumers", &other).starts_with("HTTP/1.1 200"));
+    let manager = servers.manager("host1");
+    manager.note_uses(&nothing()).unwrap();
+    assert_eq!(kept.consumers(), ["volcrypt"], "taken for a registration of this host's that is over");
+    let (reason, sentence) = refused(manager.destroy(&kept.volume));
+    assert_eq!(reason, Reason::NotAllowed, "{sentence}");
+    assert!(sentence.contains("in use by host other-name") && sentence.contains("was renamed"), "{sentence}");
+    let command = format!("--resource-type other-name --resource-id {} http", id.trim());
+    assert!(sentence.contains(&command), "{sentence}");
+    assert!(kept.is_there());
+    assert_eq!(kept.consumers(), ["volcrypt"], "nothing was changed");
+    // What that command does, where it was this host under the name that it had before.
+    assert!(kept.ask("DELETE", "/consumers", &other).starts_with("HTTP/1.1 200"));
+    manager.destroy(&kept.volume).unwrap();
+    assert!(!kept.is_there());
 }
 
 fn a_key_that_is_gone_while_it_is_in_use_is_told_of(servers: &Barbican) {

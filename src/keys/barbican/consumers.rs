@@ -126,8 +126,9 @@ impl Host {
         Consumer { service: SERVICE.to_owned(), resource_type: self.name.clone(), resource_id: self.id.clone() }
     }
 
+    /// Whether `consumer` is this host, under the name that it has now: one that was cloned with its machine-id is another.
     fn is(&self, consumer: &Consumer) -> bool {
-        consumer.service == SERVICE && consumer.resource_id == self.id
+        *consumer == self.consumer()
     }
 }
 
@@ -346,8 +347,8 @@ impl BarbicanKeyManager {
         Refusal::new(
             Reason::NotAllowed,
             format!(
-                "the key of volume {volume} is in use by {} and was not destroyed: detach the volume there first, or, if that \
-                 user is gone for good, {remedy}",
+                "the key of volume {volume} is in use by {} and was not destroyed: detach the volume there first, or, if nobody \
+                 is called so any more, because that user is gone for good or was renamed, {remedy}",
                 names.join(", ")
             ),
         )

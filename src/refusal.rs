@@ -14,6 +14,7 @@ pub struct Refusal {
     sentence: String,
     volume: Option<VolumeId>,
     unanswered: bool,
+    hearsay: bool,
 }
 
 /// The kinds of refusal, each with an errno of its own, but for keys that may not be used any more.
@@ -94,7 +95,7 @@ impl Refusal {
     /// A refusal for `reason`; `sentence` says what is wrong and what to do. It becomes one printable line, whatever
     /// the names in it are made of.
     pub fn new(reason: Reason, sentence: impl Into<String>) -> Self {
-        Refusal { reason, sentence: printable(&sentence.into()), volume: None, unanswered: false }
+        Refusal { reason, sentence: printable(&sentence.into()), volume: None, unanswered: false, hearsay: false }
     }
 
     /// A refusal because nobody answered: whoever was asked has said neither yes nor no.
@@ -105,6 +106,16 @@ impl Refusal {
     /// Whether it is one because nobody answered. What somebody did not do in time is none, if he may have said no.
     pub fn is_unanswered(&self) -> bool {
         self.unanswered
+    }
+
+    /// The same refusal, where whoever said no is not who decides that, or need not be.
+    pub fn as_hearsay(self) -> Self {
+        Refusal { hearsay: true, ..self }
+    }
+
+    /// Whether it is such a one. Nothing that is kept is given up for it.
+    pub fn is_hearsay(&self) -> bool {
+        self.hearsay
     }
 
     /// The same refusal with more to its sentence.

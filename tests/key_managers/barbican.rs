@@ -11,6 +11,9 @@ use volcrypt::keys::barbican::{BarbicanConfig, BarbicanKeyManager, Credential};
 
 use super::scripted::{Reply, Request, Scripted, forward};
 
+/// What Barbican says with 404.
+pub const NOT_FOUND: &str = "{\"code\": 404, \"title\": \"Not Found\", \"description\": \"Secret not found.\"}";
+
 /// Running servers. They end with this value.
 pub struct Barbican {
     folder: tempfile::TempDir,

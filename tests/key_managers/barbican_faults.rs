@@ -165,8 +165,8 @@ fn every_no_has_its_reason_and_what_to_do() {
             stage.spoil(move |request| {
                 let headers =
                     "x-openstack-request-id: req-1\r\nretry-after: 60\r\nlocation: http://127.0.0.1:1/elsewhere\r\n";
-                let body = "{\"description\": \"no such luck.\"}";
-                request.target.contains(step).then(|| Reply::json(status, headers, body))
+                let body = format!("{{\"code\": {status}, \"title\": \"No\", \"description\": \"no such luck.\"}}");
+                request.target.contains(step).then(|| Reply::json(status, headers, &body))
             });
             let started = Instant::now();
             let (found, sentence) = refused(stage.get());

@@ -14,7 +14,7 @@ use volcrypt::refusal::Reason;
 use volcrypt::store::Store;
 
 use super::authority::Authority;
-use super::barbican::Barbican;
+use super::barbican::{Barbican, NOT_FOUND};
 use super::conformance::{create, reason, recorded, volume};
 use super::proxy::{Fault, Proxy};
 use super::pykmip::PyKmip;
@@ -162,6 +162,49 @@ fn barbican_is_silent_if_its_front_says_that_it_is_away_and_not_if_it_refuses() 
     assert_eq!(reason(manager.get_enrolled(&known)), Reason::KeyManager);
     servers.spoil(|_| Some(Reply::json(403, "", "{}")));
     assert_eq!(reason(manager.get_enrolled(&known)), Reason::NotAllowed);
+    servers.spoil(|_| Some(Reply::json(502, "", "{}")));
+    assert_eq!(reason(manager.get_enrolled(&known)), Reason::TimedOut, "it was evicted");
+}
+
+/// As an ingress or a web server says it while Barbican behind it is restarted.
+#[test]
+fn barbican_is_not_who_stands_before_it_and_knows_no_such_page_or_no_token() {
+    let servers = Barbican::start();
+    let id = volume("barbican-front");
+    let host = Host::new();
+    let start = || host.start(BarbicanKeyManager::new(servers.config("host1")), LONG);
+    let key = create(&start(), &id, 256).unwrap();
+    let known = recorded(&id, &key);
+    let page = |status: u16| {
+        let body = "<html><body><h1>No such luck</h1></body></html>";
+        let head = format!("HTTP/1.1 {status} X\r\ncontent-type: text/html\r\ncontent-length: {}\r\n", body.len());
+        Reply::Bytes(format!("{head}connection: close\r\n\r\n{body}").into_bytes())
+    };
+    let other = "{\"message\": \"no Route matched with those values\"}";
+    for what in ["/payload", "/metadata", "/secrets?"] {
+        let manager = start();
+        servers.spoil(move |request| request.target.contains(what).then(|| page(404)));
+        let refusal = manager.get_enrolled(&known).err().expect("must be refused");
+        assert_eq!(refusal.reason(), Reason::KeyManager, "{what}: {refusal}");
+        assert!(refusal.to_string().contains("no word of Barbican's"), "{what}: {refusal}");
+        servers.spoil(move |request| request.target.contains(what).then(|| Reply::json(404, "", other)));
+        assert_eq!(reason(manager.get_enrolled(&known)), Reason::KeyManager, "{what}");
+        // Keystone has given a token for each.
+        servers.spoil(move |request| request.target.contains(what).then(|| page(401)));
+        assert_eq!(reason(manager.get_enrolled(&known)), Reason::NotAllowed, "{what}");
+        servers.spoil(|_| Some(Reply::json(502, "", "{}")));
+        let found = manager.get_enrolled(&known).unwrap();
+        assert!(found.same_as(&key) && found.from_cache().is_some(), "{what}");
+    }
+    // Nothing counts as deleted by such a word.
+    servers.spoil(move |request| (request.method == "DELETE").then(|| page(404)));
+    assert_eq!(reason(start().destroy(&id)), Reason::KeyManager);
+    servers.spoil(|_| None);
+    let manager = start();
+    assert!(manager.get_enrolled(&known).unwrap().same_as(&key));
+    // What Barbican itself says does count, and so does Keystone.
+    servers.spoil(|request| request.target.contains("/payload").then(|| Reply::json(404, "", NOT_FOUND)));
+    assert_eq!(reason(manager.get_enrolled(&known)), Reason::NoKey);
     servers.spoil(|_| Some(Reply::json(502, "", "{}")));
     assert_eq!(reason(manager.get_enrolled(&known)), Reason::TimedOut, "it was evicted");
 }

@@ -11,6 +11,7 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 use volcrypt::keys::barbican::{BarbicanConfig, BarbicanKeyManager, Credential};
 
+use super::barbican::NOT_FOUND;
 use super::scripted::{Reply, Request, Scripted};
 
 /// What becomes of a request.
@@ -173,7 +174,7 @@ impl Nodes {
             }
             (method, ["secrets", id, rest @ ..]) => match view.get(*id) {
                 Some(secret) => self.answer_about(node, method, (*id).to_owned(), secret, rest, &body),
-                None => Reply::json(404, "", "{}"),
+                None => Reply::json(404, "", NOT_FOUND),
             },
             _ => Reply::json(400, "", "{}"),
         }

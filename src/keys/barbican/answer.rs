@@ -24,8 +24,10 @@ const LONGEST_MESSAGE: usize = 200;
 pub enum NoAnswer {
     /// The server said no.
     Refused(Answered),
-    /// Keystone does not believe that this host is who it says, or Barbican does not believe Keystone's token.
+    /// Keystone does not believe that this host is who it says.
     NoToken(Answered),
+    /// Barbican, or who answers in its place, does not believe the token that Keystone has just given.
+    TokenRefused(Answered),
     /// What the server said makes no sense. The server and what is wrong.
     Malformed(String),
     /// The server could not be reached, or not in time. The server and the reason.
@@ -43,6 +45,8 @@ pub struct Answered {
     pub status: u16,
     /// What the server says of it, for people.
     pub message: String,
+    /// Whether it is written as Barbican writes what it refuses. A proxy before it answers otherwise.
+    pub is_barbicans: bool,
 }
 
 impl fmt::Display for Answered {
@@ -130,18 +134,21 @@ fn text(body: &mut Body, host: &str) -> Result<Zeroizing<Vec<u8>>, NoAnswer> {
     Ok(text)
 }
 
-/// What a server says of an answer that is no success: Barbican's and Keystone's own words, or where it points.
-pub fn message(status: u16, answer: &mut Answer) -> String {
+/// What a server says in an answer that is no success: Barbican's and Keystone's own words, or where it points.
+pub fn refused(status: u16, answer: &mut Answer) -> Answered {
     let request = answer.header("x-openstack-request-id").map(|id| format!(", request {id}")).unwrap_or_default();
     if let (300..400, Some(to)) = (status, answer.header("location")) {
-        return cut(&format!("it points to {to}, which is not followed{request}"));
+        let message = cut(&format!("it points to {to}, which is not followed{request}"));
+        return Answered { status, message, is_barbicans: false };
     }
-    let own = text(&mut answer.body, &answer.host).ok().and_then(|text| {
-        let value: serde_json::Value = serde_json::from_slice(&text).ok()?;
-        let words = value.get("description").or_else(|| value.get("error")?.get("message"));
-        words.and_then(|words| words.as_str()).map(str::to_owned)
-    });
-    format!("{}{request}", cut(own.as_deref().unwrap_or("it does not say why")))
+    let text = text(&mut answer.body, &answer.host).ok();
+    let value = text.and_then(|text| serde_json::from_slice::<serde_json::Value>(&text).ok()).unwrap_or_default();
+    let words = value.get("description").or_else(|| value.get("error")?.get("message"));
+    let own = words.and_then(|words| words.as_str()).unwrap_or("it does not say why");
+    // Its JSONErrorHook, also where it knows no such path; the description may be null.
+    let is_barbicans = value.get("code").and_then(serde_json::Value::as_u64) == Some(status.into())
+        && ["title", "description"].into_iter().all(|name| value.get(name).is_some());
+    Answered { status, message: format!("{}{request}", cut(own)), is_barbicans }
 }
 
 fn cut(text: &str) -> String {

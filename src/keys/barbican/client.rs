@@ -208,7 +208,8 @@ impl Asking<'_> {
         self.send_as(method, path, body, secret, JSON)
     }
 
-    /// A token that Barbican does not take, because it was revoked or the clocks differ, is replaced once.
+    /// A token that Barbican does not take, because it was revoked or the clocks differ, is replaced once. That something is
+    /// not there counts as said only by Barbican itself: a proxy says so of all while Barbican behind it is restarted.
     fn send_as(
         &self,
         method: Method,
@@ -234,9 +235,13 @@ impl Asking<'_> {
                 Err(NoAnswer::Refused(answered)) if answered.status == 401 => {
                     self.client.forget(&token);
                     if renewed {
-                        return Err(NoAnswer::NoToken(answered));
+                        return Err(NoAnswer::TokenRefused(answered));
                     }
                     renewed = true;
+                }
+                Err(NoAnswer::Refused(answered)) if answered.status == 404 && !answered.is_barbicans => {
+                    let what = "which is no word of Barbican's: it may not be up, or the catalogue lead elsewhere";
+                    return Err(NoAnswer::Malformed(format!("{}: {answered}, {what}", token.barbican)));
                 }
                 outcome => return outcome,
             }

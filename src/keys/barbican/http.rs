@@ -11,7 +11,7 @@ use ureq::tls::{Certificate, RootCerts, TlsConfig, TlsProvider};
 use ureq::unversioned::resolver::DefaultResolver;
 use ureq::unversioned::transport::{Connector, DefaultConnector};
 
-use super::answer::{Answer, Answered, NoAnswer, message, trouble};
+use super::answer::{Answer, NoAnswer, refused, trouble};
 use super::wiped::Wiping;
 use crate::keys::tls::{self, FileIdentity};
 
@@ -64,8 +64,7 @@ impl Http {
                 return Ok(answer);
             }
             let pause = answer.header("retry-after").and_then(|seconds| seconds.parse().ok()).map(Duration::from_secs);
-            let message = message(status, &mut answer);
-            let refused = Answered { status, message };
+            let refused = refused(status, &mut answer);
             if !matches!(status, 429 | 503) {
                 return Err(NoAnswer::Refused(refused));
             }

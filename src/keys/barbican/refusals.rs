@@ -38,6 +38,10 @@ impl BarbicanKeyManager {
         let what = about.what();
         let (reason, sentence) = match no_answer {
             NoAnswer::Refused(answered) => return self.refused(about, &answered),
+            NoAnswer::TokenRefused(answered) => {
+                // Keystone, which decides that, has let this host in.
+                return self.refusal(about, NoAnswer::NoToken(answered)).as_hearsay();
+            }
             NoAnswer::NoToken(answered) => {
                 let sentence = format!(
                     "Keystone does not accept this host, which asked for {what} ({answered}): see that auth_url is Keystone's, \

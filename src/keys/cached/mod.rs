@@ -3,8 +3,9 @@
 //!
 //! The server is asked first. Only if it does not answer, neither yes nor no, is a kept key used, and only for so long
 //! after the server last gave it as the configuration says. Whatever no the server says to a volume's key wipes the kept
-//! one at once. A server that was found silent is not waited for by whoever could do without: the kept key is used, the
-//! server is asked behind it, and once more from time to time, until it answers.
+//! one at once; what somebody says in its place does not. A server that was found silent is not waited for by whoever
+//! could do without: the kept key is used, the server is asked behind it, and once more from time to time, until it
+//! answers.
 
 mod cache;
 mod clock;
@@ -163,6 +164,8 @@ impl Shared {
                 self.silence.begin(Instant::now());
                 let _ = self.wake.send(());
             }
+            // Nor is this a no of who decides.
+            _ if refusal.is_hearsay() => self.silence.end(Instant::now()),
             Reason::NoKey | Reason::WrongKey | Reason::KeyDestroyed | Reason::KeyRevoked | Reason::NotAllowed => {
                 self.silence.end(Instant::now());
                 self.evict(volume);

@@ -159,7 +159,8 @@ fn barbican(method: &str, target: &str, body: &str, world: &mut World) -> (u16, 
     if world.hidden.contains(&id) {
         return (403, json!({}));
     }
-    let Some(kept) = world.secrets.get_mut(&id) else { return (404, json!({})) };
+    let not_found = json!({"code": 404, "title": "Not Found", "description": "Secret not found."});
+    let Some(kept) = world.secrets.get_mut(&id) else { return (404, not_found) };
     let consumer = || serde_json::from_str::<Consumer>(body).unwrap();
     match (method, part) {
         ("GET", None) => (200, said(&id, &*kept)),

@@ -3,6 +3,8 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use volcrypt::keys::barbican::{BarbicanConfig, BarbicanKeyManager};
@@ -13,7 +15,7 @@ use volcrypt::store::EnrolledDevice;
 use volcrypt::volume::VolumeId;
 
 use super::barbican::Barbican;
-use super::scripted::Request;
+use super::scripted::{Request, forward};
 
 fn volume(name: &str) -> VolumeId {
     name.parse().unwrap()
@@ -90,8 +92,20 @@ fn secrets(manager: &BarbicanKeyManager) -> &dyn ForeignSecrets {
 
 /// Has the key of `volume` come from `foreign`, as the daemon does.
 fn take(manager: &BarbicanKeyManager, volume: &VolumeId, foreign: &ForeignKey) -> Result<(Key, Description), Refusal> {
+    take_at(7, manager, volume, foreign)
+}
+
+/// The same at another time, in seconds since 1970.
+fn take_at(
+    time: i64,
+    manager: &BarbicanKeyManager,
+    volume: &VolumeId,
+    foreign: &ForeignKey,
+) -> Result<(Key, Description), Refusal> {
+    let device = EnrolledDevice { wwid: Some("naa.6".to_owned()), ..EnrolledDevice::default() };
+    let wanted = Description::new(device, 4096, ("default", &Profile::default()), None, time);
     let key = foreign.key(&secrets(manager).secret(volume, &foreign.secret)?)?;
-    let description = secrets(manager).describe(volume, foreign, &key, &wanted())?;
+    let description = secrets(manager).describe(volume, foreign, &key, &wanted)?;
     Ok((key, description))
 }
 
@@ -102,6 +116,8 @@ fn a_real_barbican_has_keys_of_cinders() {
     a_secret_is_used_as_it_is(&servers, &cinder);
     digits_are_hashed_as_a_passphrase(&servers, &cinder);
     a_secret_is_one_volumes_key(&servers, &cinder);
+    two_hosts_that_take_a_secret_at_once_do_not_mix_what_they_note(&servers, &cinder);
+    what_older_hosts_have_noted_is_read(&servers, &cinder);
     a_file_names_secrets(&servers, &cinder);
     what_was_changed_or_broken_off_is_noticed(&servers, &cinder);
     a_host_that_the_owner_has_not_let_in(&servers, &cinder);
@@ -188,6 +204,69 @@ fn a_secret_is_one_volumes_key(servers: &Barbican, cinder: &Cinder<'_>) {
     assert!(!cinder.metadata(&made_here).contains("volcrypt"));
 }
 
+/// One host has written its second piece when the other one looks what is there.
+fn two_hosts_that_take_a_secret_at_once_do_not_mix_what_they_note(servers: &Barbican, cinder: &Cinder<'_>) {
+    let id = volume("at.once");
+    let foreign = ForeignKey::itself(cinder.secret(512));
+    let (written, looks) = (Arc::new(AtomicUsize::new(0)), Arc::new((Mutex::new(0), Condvar::new())));
+    let (seen, noticed, barbican) = (Arc::clone(&written), Arc::clone(&looks), servers.barbican());
+    servers.spoil(move |request| {
+        if !request.target.ends_with("/metadata") {
+            return None;
+        }
+        let (count, changed) = &*noticed;
+        let answer = forward(barbican, request);
+        let is_second = String::from_utf8_lossy(&request.body).contains("-01\",\"value\"");
+        if is_second && seen.fetch_add(1, Ordering::SeqCst) == 0 {
+            let waited = Duration::from_secs(20);
+            drop(changed.wait_timeout_while(count.lock().unwrap(), waited, |count| *count < 2).unwrap());
+        } else if request.method == "GET" && seen.load(Ordering::SeqCst) > 0 {
+            *count.lock().unwrap() += 1;
+            changed.notify_all();
+        }
+        Some(answer)
+    });
+    let outcomes = std::thread::scope(|scope| {
+        let first = scope.spawn(|| take_at(7, &servers.manager("host1"), &id, &foreign));
+        while written.load(Ordering::SeqCst) == 0 {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let second = take_at(8, &servers.manager("host2"), &id, &foreign);
+        [first.join().unwrap(), second]
+    });
+    servers.spoil(|_| None);
+    let (key, described) = secrets(&servers.manager("owner")).described_by(&id, &foreign.secret).unwrap().unwrap();
+    for outcome in outcomes {
+        let (same, description) = outcome.unwrap();
+        assert!(same.same_as(&key));
+        assert_eq!(description, described);
+    }
+    // To take it again, at any time, changes nothing.
+    let before = cinder.metadata(&foreign.secret);
+    assert_eq!(take_at(9, &servers.manager("host1"), &id, &foreign).unwrap().1, described);
+    assert_eq!(cinder.metadata(&foreign.secret), before);
+}
+
+/// Their pieces have numbers only, and there is one set of them.
+fn what_older_hosts_have_noted_is_read(servers: &Barbican, cinder: &Cinder<'_>) {
+    let (host, id) = (servers.manager("host1"), volume("older"));
+    let foreign = ForeignKey::itself(cinder.secret(512));
+    let beside = format!("secrets/{}/metadata", foreign.secret);
+    let key = foreign.key(&secrets(&host).secret(&id, &foreign.secret).unwrap()).unwrap();
+    let older = wanted().with_foreign(foreign.clone());
+    let text = older.to_text(&id, &key).unwrap();
+    for (number, piece) in text.as_bytes().chunks(240).enumerate() {
+        let piece = serde_json::to_string(std::str::from_utf8(piece).unwrap()).unwrap();
+        let body = format!("{{\"key\": \"volcrypt-description-{number:02}\", \"value\": {piece}}}");
+        cinder.ask("POST", &beside, &body);
+    }
+    cinder.ask("POST", &beside, &format!("{{\"key\": \"volcrypt-volume\", \"value\": \"{id}\"}}"));
+    // Another one has begun to note something, and was too late.
+    cinder.ask("POST", &beside, "{\"key\": \"volcrypt-description-0123456789abcdef-00\", \"value\": \"{\"}");
+    assert_eq!(secrets(&host).described_by(&id, &foreign.secret).unwrap().unwrap().1, older);
+    assert_eq!(take_at(8, &host, &id, &foreign).unwrap().1, older);
+}
+
 fn a_file_names_secrets(servers: &Barbican, cinder: &Cinder<'_>) {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("volume-secrets");
@@ -240,11 +319,10 @@ fn what_was_changed_or_broken_off_is_noticed(servers: &Barbican, cinder: &Cinder
     assert!(secrets(&host).described_by(&id, &secret).unwrap().unwrap().0.same_as(&key));
     // Somebody changes what is noted, and the volume would be read in another way. Who has a record goes by that.
     let record = description.record(&id, &key);
-    cinder.ask(
-        "PUT",
-        &format!("{beside}/volcrypt-description-01"),
-        "{\"key\": \"volcrypt-description-01\", \"value\": \"x\"}",
-    );
+    let noted = cinder.metadata(&secret);
+    let names = noted.split('"').filter(|word| word.starts_with("volcrypt-description-") && word.ends_with("-01"));
+    let name = names.max_by_key(|name| name.len()).unwrap();
+    cinder.ask("PUT", &format!("{beside}/{name}"), &format!("{{\"key\": \"{name}\", \"value\": \"x\"}}"));
     assert!(matches!(refused(secrets(&host).described_by(&id, &secret)).0, Reason::WrongKey | Reason::KeyManager));
     assert!(host.get_enrolled(&record.recorded_key()).unwrap().same_as(&key));
 }

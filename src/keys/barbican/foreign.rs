@@ -120,21 +120,18 @@ impl BarbicanKeyManager {
         Ok((key, description))
     }
 
-    /// Writes beside `secret` what other hosts have to know of `volume`; last of all that it is that volume's.
+    /// Writes beside `secret` what other hosts have to know of `volume`; last of all that it is that volume's, and which
+    /// pieces count.
     fn note(&self, asking: &mut Asking<'_>, volume: &VolumeId, secret: &SecretId, text: &str) -> Result<(), NoAnswer> {
         let id = secret.as_str();
-        // What was broken off before it said so.
-        for name in asking.metadata(id)?.keys().filter(|name| settle::is_piece(name)) {
-            asking.renew();
-            asking.remove_metadatum(id, name)?;
-        }
-        let label = settle::label(volume, text);
-        let (volume, pieces): (Vec<_>, Vec<_>) = label.iter().partition(|(name, _)| !settle::is_piece(name));
-        for (name, value) in pieces.into_iter().chain(volume) {
+        let (pieces, (name, named)) = settle::set(volume, text);
+        for (name, value) in &pieces {
             asking.renew();
             asking.add_metadatum(id, name, value)?;
         }
-        Ok(())
+        // Where another host was first, its pieces stay the ones that count.
+        asking.renew();
+        asking.add_metadatum(id, name, &named)
     }
 }
 

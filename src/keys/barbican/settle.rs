@@ -41,8 +41,11 @@ const MOST: usize = 16;
 /// How much one metadatum holds, in bytes; Barbican's column has 255 characters.
 const PIECE: usize = 240;
 
+/// How much of its seal tells a description's pieces from those of others, in hexadecimal digits.
+const SET: usize = 16;
+
 const VOLUME: &str = "volcrypt-volume";
-/// The number of a piece follows.
+/// The number of a piece follows, after the set that it is of and '-' if there may be several.
 const DESCRIPTION: &str = "volcrypt-description-";
 const CHOSEN: &str = "volcrypt-chosen";
 const SETTLED: &str = "volcrypt-settled";
@@ -76,20 +79,32 @@ pub(super) fn key_version(metadata: &BTreeMap<String, String>) -> Option<u32> {
     SealedDescription::parse(&description(metadata)).ok().map(|sealed| sealed.key_version())
 }
 
-/// What is said of the volume beside a key.
+/// The same where several hosts may write it at once, one metadatum after the other: pieces with the beginning of their
+/// seal in their names, which no other description shares, and what is written last of all, which says whose key it is and
+/// which pieces count.
+pub(super) fn set(volume: &VolumeId, description: &str) -> (Vec<(String, String)>, (&'static str, String)) {
+    let seal = description.rsplit(' ').next().unwrap_or_default();
+    let set = seal.get(..SET).unwrap_or(seal);
+    let pieces = pieces(description).into_iter().enumerate();
+    let pieces = pieces.map(|(number, piece)| (format!("{DESCRIPTION}{set}-{number:02}"), piece.to_owned()));
+    (pieces.collect(), (VOLUME, format!("{volume} {set}")))
+}
+
+/// What is said of the volume beside a key: by the pieces that are named, or those that have numbers only.
 fn description(metadata: &BTreeMap<String, String>) -> String {
-    let pieces = metadata.iter().filter(|(name, _)| is_piece(name));
+    let set = metadata.get(VOLUME).and_then(|volume| volume.split_once(' ')).map(|(_, set)| set);
+    let is_meant = |name: &str| match (name.strip_prefix(DESCRIPTION), set) {
+        (None, _) => false,
+        (Some(number), None) => !number.contains('-'),
+        (Some(rest), Some(set)) => rest.split_once('-').is_some_and(|(of, _)| of == set),
+    };
+    let pieces = metadata.iter().filter(|(name, _)| is_meant(name));
     pieces.map(|(_, piece)| piece.as_str()).collect()
 }
 
-/// The volume whose key it is, by what is kept beside it.
+/// The volume whose key it is, by what is kept beside it. What follows it names the pieces that count.
 pub(super) fn volume_in(metadata: &BTreeMap<String, String>) -> Option<&str> {
-    metadata.get(VOLUME).map(String::as_str)
-}
-
-/// Whether what is kept beside a key under this name is a piece of what is known of its volume.
-pub(super) fn is_piece(name: &str) -> bool {
-    name.starts_with(DESCRIPTION)
+    metadata.get(VOLUME).map(|volume| volume.split_once(' ').map_or(volume.as_str(), |(volume, _)| volume))
 }
 
 /// Whether what is kept beside a key says that it counts.
@@ -240,7 +255,7 @@ pub(super) fn read(
         Refusal::new(Reason::KeyManager, sentence)
     };
     let text = description(metadata);
-    match metadata.get(VOLUME) {
+    match volume_in(metadata) {
         None if text.is_empty() => return Ok(None),
         Some(own) if own == volume.as_str() => {}
         _ => return Err(foreign("was not made for that volume".to_owned())),

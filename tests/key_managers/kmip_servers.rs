@@ -12,6 +12,8 @@ use super::faults::{create, volume, wanted};
 use super::proxy::Proxy;
 use super::pykmip::PyKmip;
 
+const PRE_ACTIVE: i64 = 1;
+const ACTIVE: i64 = 2;
 const NOBODY: &str = "127.0.0.1:1";
 
 fn asking(servers: &[&PyKmip]) -> KmipKeyManager {
@@ -26,6 +28,13 @@ fn asking_with_one_down(server: &PyKmip) -> KmipKeyManager {
 fn change(server: &PyKmip, statement: &str) {
     let database = Connection::open(server.authority().path("pykmip.db")).unwrap();
     database.execute_batch(statement).unwrap();
+}
+
+/// The state of the last object that was made.
+fn state(server: &PyKmip) -> i64 {
+    let database = Connection::open(server.authority().path("pykmip.db")).unwrap();
+    let query = "SELECT state FROM crypto_objects ORDER BY uid DESC LIMIT 1";
+    database.query_row(query, [], |row| row.get(0)).unwrap()
 }
 
 #[test]
@@ -60,4 +69,45 @@ fn a_server_with_a_damaged_or_another_key_does_not_answer_for_one_that_has_it() 
     assert!(other.manager().get_enrolled(&recorded).unwrap().same_as(&another), "whoever asks sees that it is another");
     let refusal = asking(&[&damaged, &damaged]).get_enrolled(&recorded).err().unwrap();
     assert_eq!(refusal.reason(), Reason::WrongKey, "each was asked: {refusal}");
+}
+
+#[test]
+fn to_read_a_key_chooses_none_that_another_server_knows_nothing_of() {
+    for with_same_number in [false, true] {
+        let used = PyKmip::start();
+        let other = used.twin();
+        let id = volume("chosen");
+        if !with_same_number {
+            create(&other.manager(), &volume("filler")).unwrap();
+        }
+        let key = create(&used.manager(), &id).unwrap();
+        let unused = create(&other.manager(), &id).unwrap();
+        change(&other, "UPDATE crypto_objects SET state = 1");
+        let manager = asking(&[&other, &used]);
+        let (found, _) = manager.described(&id).unwrap().unwrap();
+        assert!(found.same_as(&key), "it was chosen");
+        assert!(manager.get_enrolled(&recorded(&id, &key)).unwrap().same_as(&key));
+        assert_eq!(state(&other), PRE_ACTIVE);
+        // The one that is down may have one that was chosen.
+        let refusal = asking_with_one_down(&other).described(&id).err().unwrap();
+        assert_eq!(refusal.reason(), Reason::TimedOut);
+        assert!(refusal.to_string().contains(NOBODY) && !refusal.is_unanswered(), "{refusal}");
+        let refusal = other.manager().get_enrolled(&recorded(&id, &key)).err().unwrap();
+        assert_eq!(refusal.reason(), Reason::NoKey, "{refusal}");
+        assert_eq!(state(&other), PRE_ACTIVE);
+        if !with_same_number {
+            continue;
+        }
+        // Nobody has chosen any: then none is, as long as one server knows nothing of it.
+        change(&used, "UPDATE crypto_objects SET state = 1");
+        let refusal = manager.described(&id).err().unwrap();
+        assert_eq!(refusal.reason(), Reason::KeyManager);
+        let named = [&used, &other].map(|server| refusal.to_string().contains(&server.address()));
+        assert_eq!(named, [true; 2], "{refusal}");
+        assert_eq!([&used, &other].map(state), [PRE_ACTIVE; 2]);
+        // What a record names was chosen before it was recorded, as where the server was restored from a backup since.
+        let recorded = recorded(&id, &unused);
+        assert!(asking(&[&used, &other]).get_enrolled(&recorded).unwrap().same_as(&unused));
+        assert_eq!([&used, &other].map(state), [PRE_ACTIVE, ACTIVE]);
+    }
 }

@@ -67,9 +67,9 @@ impl KmipKeyManager {
         {
             hand_over(first, volume, wanted, key).map_err(|fault| named(first, fault))?;
         }
-        let settled = settle(&talks, volume).map_err(|fault| named(first, fault))?;
-        let found = settled.ok_or_else(|| no_key(volume))?;
-        let (kept, description) = hand_out(first, volume, &found).map_err(|fault| named(first, fault))?;
+        let found = settle(&talks, volume, &named)?.ok_or_else(|| no_key(volume))?;
+        let has_it = talks[found.on[0]];
+        let (kept, description) = hand_out(has_it, volume, &found).map_err(|fault| named(has_it, fault))?;
         let is_own = |key: &Key| key.check_value(volume) == found.sealed.check_value;
         if let Some(key) = own.filter(|key| is_own(key))
             && !(kept.same_as(key) && alike(&description, wanted))
@@ -258,6 +258,7 @@ mod tests {
                 description: None,
             },
             sealed: SealedDescription::parse(&description.to_text(&volume, key).unwrap()).unwrap(),
+            on: vec![0],
         };
         let is_left = |found: Found| is_left(&found, own.check_value(&volume), "1");
         assert!(is_left(found("2", State::PreActive, &own)));

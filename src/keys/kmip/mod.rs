@@ -15,7 +15,7 @@ mod settle;
 pub mod ttlv;
 mod wrapping;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -23,7 +23,7 @@ use self::client::{Client, Talk};
 use self::connection::Trouble;
 use self::making::clear_unfinished;
 use self::message::{Failure, Request, State, Version};
-use self::settle::{Found, find, find_enrolled, settle};
+use self::settle::{Found, activate, chosen, find, find_enrolled, settle};
 use self::ttlv::Malformed;
 use super::{
     Capabilities, Description, FIRST_VERSION, Imported, Key, KeyHandle, KeyInfo, KeyManager, Leaving, RecordedKey,
@@ -220,12 +220,42 @@ impl KmipKeyManager {
         each.collect()
     }
 
-    /// The key of `volume` that counts, and what is known of the volume.
+    /// The key of `volume` that counts, and what is known of the volume. Any server may say which one was chosen; none is
+    /// chosen unless every one of them answers.
     fn fetch(&self, volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {
-        self.with_any(&key_of(volume), |talk| {
-            let Some(found) = settle(&[talk], volume)? else { return Ok(None) };
-            hand_out(talk, volume, &found).map(Some)
-        })
+        let (what, deadline) = (key_of(volume), self.deadline());
+        let is_unchosen = Cell::new(false);
+        let fetched = self.with_any(&what, |talk| {
+            let mut found = find(talk, volume)?;
+            match chosen(volume, &mut found)? {
+                Some(chosen) => hand_out(talk, volume, &chosen).map(Some),
+                None => {
+                    is_unchosen.set(is_unchosen.get() || !found.is_empty());
+                    Ok(None)
+                }
+            }
+        });
+        match fetched {
+            Ok(None) if is_unchosen.get() => {}
+            Err(refusal) if is_unchosen.get() && refusal.reason() == Reason::TimedOut => {
+                return Err(refusal.and(
+                    "another server has one that nobody has used yet, which is used only if every server answers",
+                ));
+            }
+            fetched => return fetched,
+        }
+        let talks: Vec<_> = self.client.order().map(|server| self.client.talk(server, deadline)).collect();
+        let talks: Vec<&Talk<'_>> = talks.iter().collect();
+        let named = |talk: &Talk<'_>, fault: Fault| match fault {
+            Fault::Final(refusal) => refusal,
+            Fault::Server(trouble) => {
+                let what = format!("{what}, for which every server has to answer");
+                self.refusal(&what, vec![(talk.name().to_owned(), trouble)], true)
+            }
+        };
+        let Some(found) = settle(&talks, volume, &named)? else { return Ok(None) };
+        let talk = talks[found.on[0]];
+        hand_out(talk, volume, &found).map(Some).map_err(|fault| named(talk, fault))
     }
 }
 
@@ -240,7 +270,7 @@ impl KeyManager for KmipKeyManager {
     }
 
     /// Which key counts was settled when this host used it first. One that is not active any more is looked at as by
-    /// [`get`](KeyManager::get).
+    /// [`get`](KeyManager::get), but none is chosen.
     ///
     /// # Errors
     /// As [`get`](KeyManager::get).
@@ -333,10 +363,11 @@ impl KeyManager for KmipKeyManager {
     /// # Errors
     /// As [`get`](KeyManager::get), where every server has to answer, and [`Reason::KeyManager`] when one has another or none.
     fn check_everywhere(&self, volume: &VolumeId, key: &Key) -> Result<(), Refusal> {
-        let have = self.with_every(volume, self.deadline(), |talk| match settle(&[talk], volume)? {
-            Some(found) => hand_out(talk, volume, &found).map(|(found, _)| found.same_as(key)),
-            None => Ok(false),
-        })?;
+        let have =
+            self.with_every(volume, self.deadline(), |talk| match chosen(volume, &mut find(talk, volume)?)? {
+                Some(found) => hand_out(talk, volume, &found).map(|(found, _)| found.same_as(key)),
+                None => Ok(false),
+            })?;
         match have.iter().find(|(_, has_it)| !has_it) {
             None => Ok(()),
             Some((server, _)) => Err(Refusal::new(
@@ -420,10 +451,18 @@ impl KeyManager for KmipKeyManager {
 /// The key that a record names on one server, or another one of the same version.
 fn enrolled_on(talk: &Talk<'_>, key: &RecordedKey, version: u32) -> Result<Option<Key>, Fault> {
     let volume = &key.volume;
-    if let Some((found, _)) = find_enrolled(talk, key, |found| hand_out(talk, volume, found))? {
+    if let Some((found, _)) = find_enrolled(talk, key, State::Active, |found| hand_out(talk, volume, found))? {
         return Ok(Some(found));
     }
-    let Some(found) = settle(&[talk], volume)? else { return Ok(None) };
+    let Some(found) = chosen(volume, &mut find(talk, volume)?)? else {
+        // The one that is recorded was chosen before it was used, and the server does not know that, as after it was
+        // restored from a backup. No other one is chosen by being read.
+        return find_enrolled(talk, key, State::PreActive, |found| {
+            let (key, _) = hand_out(talk, volume, found)?;
+            activate(talk, &found.identifier, talk.config().deadline)?;
+            Ok(key)
+        });
+    };
     let (found, description) = hand_out(talk, volume, &found)?;
     match description.key_version() {
         own if own == version => Ok(Some(found)),

@@ -7,6 +7,8 @@
 //! finds the other one active. Whoever has activated a key waits as long again and looks once more before it is used: if
 //! another one was activated meanwhile, the later one's host sees both.
 //!
+//! Only while every server answers is a key chosen: one that does not may know of another that was.
+//!
 //! That needs a server on which what one client has done is seen by the next one at once, or by all hosts within the time
 //! that is waited for. Where two keys are active in spite of all, neither is used until an administrator has decided.
 
@@ -37,6 +39,8 @@ pub(super) struct Found {
     pub(super) attributes: Attributes,
     /// What is known of the volume.
     pub(super) sealed: SealedDescription,
+    /// Which of the servers that were asked have it; the first is the one whose word `attributes` are.
+    pub(super) on: Vec<usize>,
 }
 
 /// The keys of `volume` that the server has or remembers.
@@ -63,11 +67,12 @@ pub(super) fn find(talk: &Talk<'_>, volume: &VolumeId) -> Result<Vec<Found>, Fau
     Ok(found)
 }
 
-/// What `hand_out` makes of the active key that a record names, by its version and its check value, whatever else has its
+/// What `hand_out` makes of the key in `state` that a record names, by its version and its check value, whatever else has its
 /// name. Where it makes nothing of any that says so, what was wrong with the first is told.
 pub(super) fn find_enrolled<T>(
     talk: &Talk<'_>,
     key: &RecordedKey,
+    state: State,
     hand_out: impl Fn(&Found) -> Result<T, Fault>,
 ) -> Result<Option<T>, Fault> {
     let volume = &key.volume;
@@ -96,7 +101,7 @@ pub(super) fn find_enrolled<T>(
                 continue;
             }
         };
-        if found.attributes.state != State::Active || !found.sealed.is_for(key) {
+        if found.attributes.state != state || !found.sealed.is_for(key) {
             continue;
         }
         // Anybody can write the check value beside a key that is another one.
@@ -137,13 +142,18 @@ fn read(volume: &VolumeId, name: &str, identifier: String, attributes: Attribute
     };
     let sealed = SealedDescription::parse(text)
         .map_err(|error| foreign(format!("what it says of the volume makes no sense ({error})")))?;
-    Ok(Found { identifier, attributes, sealed })
+    Ok(Found { identifier, attributes, sealed, on: vec![0] })
 }
 
 /// The key of `volume` that counts, which can be used from here on; nothing if there is none. All of `talks` are asked,
-/// and the first one is told.
-pub(super) fn settle(talks: &[&Talk<'_>], volume: &VolumeId) -> Result<Option<Found>, Fault> {
-    let mut found = find_all(talks, volume)?;
+/// which are with every server that there is, and the one that has the key is told. `named` says what a fault of one of
+/// them comes to.
+pub(super) fn settle(
+    talks: &[&Talk<'_>],
+    volume: &VolumeId,
+    named: &impl Fn(&Talk<'_>, Fault) -> Refusal,
+) -> Result<Option<Found>, Refusal> {
+    let mut found = find_all(talks, volume, named)?;
     if found.is_empty() {
         return Ok(None);
     }
@@ -159,7 +169,7 @@ pub(super) fn settle(talks: &[&Talk<'_>], volume: &VolumeId) -> Result<Option<Fo
         }
         wait();
         let looked = Instant::now();
-        found = find_all(talks, volume)?;
+        found = find_all(talks, volume, named)?;
         if let Some(chosen) = chosen(volume, &mut found)? {
             return Ok(Some(chosen));
         }
@@ -168,31 +178,32 @@ pub(super) fn settle(talks: &[&Talk<'_>], volume: &VolumeId) -> Result<Option<Fo
         let left = PROMPTLY.saturating_sub(looked.elapsed());
         if left.is_zero() {
             if slow == SLOW_LOOKS {
-                return Err(too_slow(volume).into());
+                return Err(too_slow(volume));
             }
             slow += 1;
             continue;
         }
-        match activate(talks[0], &oldest.identifier, left) {
+        let talk = talks[oldest.on[0]];
+        match activate(talk, &oldest.identifier, left) {
             Ok(()) => {
                 wait();
-                found = find_all(talks, volume)?;
+                found = find_all(talks, volume, named)?;
                 // It was activated just now.
                 let chosen = chosen(volume, &mut found)?;
                 return match chosen {
                     Some(chosen) => Ok(Some(chosen)),
-                    None => Err(undecided(volume, "none of them can be used".to_owned()).into()),
+                    None => Err(undecided(volume, "none of them can be used".to_owned())),
                 };
             }
             // It may come about all the same. That is seen after the next wait.
             Err(Trouble::Io(_)) if !is_unanswered => is_unanswered = true,
-            Err(trouble) => return Err(trouble.into()),
+            Err(trouble) => return Err(named(talk, trouble.into())),
         }
     }
 }
 
 /// The one key that was activated, if any was.
-fn chosen(volume: &VolumeId, found: &mut Vec<Found>) -> Result<Option<Found>, Refusal> {
+pub(super) fn chosen(volume: &VolumeId, found: &mut Vec<Found>) -> Result<Option<Found>, Refusal> {
     let is = |state: State| move |found: &Found| found.attributes.state == state;
     let active: Vec<&str> =
         found.iter().filter(|found| is(State::Active)(found)).map(|found| found.identifier.as_str()).collect();
@@ -248,21 +259,48 @@ fn undecided(volume: &VolumeId, what: String) -> Refusal {
     )
 }
 
-/// What all servers know together; they hold the same keys, but one may be late.
-fn find_all(talks: &[&Talk<'_>], volume: &VolumeId) -> Result<Vec<Found>, Fault> {
+/// What all servers know together; they hold the same keys, but one may be late. What one of them knows to be chosen is.
+fn find_all(
+    talks: &[&Talk<'_>],
+    volume: &VolumeId,
+    named: &impl Fn(&Talk<'_>, Fault) -> Refusal,
+) -> Result<Vec<Found>, Refusal> {
     let mut all: Vec<Found> = Vec::new();
-    for talk in talks {
-        for found in find(talk, volume)? {
-            if !all.iter().any(|known| known.identifier == found.identifier) {
-                all.push(found);
+    for (server, talk) in talks.iter().enumerate() {
+        for mut found in find(talk, volume).map_err(|fault| named(talk, fault))? {
+            found.on = vec![server];
+            match all.iter_mut().find(|known| known.identifier == found.identifier) {
+                None => all.push(found),
+                // Servers that know nothing of each other's keys number them alike.
+                Some(known) if known.sealed.check_value != found.sealed.check_value => {
+                    return Err(differing(volume, &found.identifier, talks[known.on[0]].name(), talk.name()));
+                }
+                Some(known)
+                    if known.attributes.state == State::PreActive && found.attributes.state != State::PreActive =>
+                {
+                    found.on.append(&mut known.on);
+                    *known = found;
+                }
+                Some(known) => known.on.push(server),
             }
         }
     }
     Ok(all)
 }
 
+fn differing(volume: &VolumeId, identifier: &str, one: &str, other: &str) -> Refusal {
+    Refusal::new(
+        Reason::KeyManager,
+        format!(
+            "the KMIP servers {one} and {other} do not have the same keys: object {identifier} is a key of volume {volume} on \
+             both, and not the same one; all servers of [kmip] have to hold the same keys, so have their administrator \
+             mend their replication"
+        ),
+    )
+}
+
 /// Lets a key be used, `within` a time. Another host may be quicker.
-fn activate(talk: &Talk<'_>, identifier: &str, within: Duration) -> Result<(), Trouble> {
+pub(super) fn activate(talk: &Talk<'_>, identifier: &str, within: Duration) -> Result<(), Trouble> {
     let refused = match talk.within(within).ask(&Request::activate(identifier)) {
         Ok(_) => return Ok(()),
         Err(trouble) => trouble,

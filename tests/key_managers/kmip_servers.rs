@@ -95,9 +95,6 @@ fn to_read_a_key_chooses_none_that_another_server_knows_nothing_of() {
         let refusal = other.manager().get_enrolled(&recorded(&id, &key)).err().unwrap();
         assert_eq!(refusal.reason(), Reason::NoKey, "{refusal}");
         assert_eq!(state(&other), PRE_ACTIVE);
-        if !with_same_number {
-            continue;
-        }
         // Nobody has chosen any: then none is, as long as one server knows nothing of it.
         change(&used, "UPDATE crypto_objects SET state = 1");
         let refusal = manager.described(&id).err().unwrap();
@@ -110,4 +107,29 @@ fn to_read_a_key_chooses_none_that_another_server_knows_nothing_of() {
         assert!(asking(&[&used, &other]).get_enrolled(&recorded).unwrap().same_as(&unused));
         assert_eq!([&used, &other].map(state), [PRE_ACTIVE, ACTIVE]);
     }
+}
+
+#[test]
+fn a_new_key_is_used_only_when_every_server_has_it() {
+    let server = PyKmip::start();
+    let mut other = server.twin();
+    let id = volume("lonely");
+    // Whoever tries again, in whatever way, is told the same.
+    for _ in 0..2 {
+        for outcome in [
+            asking(&[&server, &other]).create(&id, &wanted()).map(|_| ()),
+            asking(&[&server, &other]).described(&id).map(|_| ()),
+            asking(&[&other, &server]).create(&id, &wanted()).map(|_| ()),
+        ] {
+            let refusal = outcome.unwrap_err();
+            assert_eq!(refusal.reason(), Reason::KeyManager);
+            assert!(refusal.to_string().contains(&format!("{} does not have", other.address())), "{refusal}");
+        }
+    }
+    assert_eq!((server.objects(), other.objects(), state(&server)), (1, 0, PRE_ACTIVE));
+    other.stop();
+    std::fs::copy(server.authority().path("pykmip.db"), other.authority().path("pykmip.db")).unwrap();
+    other.start_again();
+    create(&asking(&[&server, &other]), &id).unwrap();
+    assert_eq!((server.objects(), state(&server)), (1, ACTIVE));
 }

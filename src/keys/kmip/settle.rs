@@ -7,7 +7,9 @@
 //! finds the other one active. Whoever has activated a key waits as long again and looks once more before it is used: if
 //! another one was activated meanwhile, the later one's host sees both.
 //!
-//! Only while every server answers is a key chosen: one that does not may know of another that was.
+//! Only while every server answers is a key chosen: one that does not may know of another that was. And only once every
+//! server has it, for which they have the time of two waits: what is written with a key that one server has is lost with
+//! that server. Whoever finds a key that was chosen need not look for that again.
 //!
 //! That needs a server on which what one client has done is seen by the next one at once, or by all hosts within the time
 //! that is waited for. Where two keys are active in spite of all, neither is used until an administrator has decided.
@@ -157,7 +159,7 @@ pub(super) fn settle(
     if found.is_empty() {
         return Ok(None);
     }
-    let (mut is_unanswered, mut slow) = (false, 0);
+    let (mut is_unanswered, mut is_late, mut slow) = (false, false, 0);
     // Each conversation has as much time left as before.
     let wait = || {
         std::thread::sleep(PATIENCE);
@@ -184,6 +186,18 @@ pub(super) fn settle(
             continue;
         }
         let talk = talks[oldest.on[0]];
+        let has_it = |server: usize| {
+            found
+                .iter()
+                .any(|found| found.sealed.check_value == oldest.sealed.check_value && found.on.contains(&server))
+        };
+        if let Some(without) = (0..talks.len()).find(|&server| !has_it(server)) {
+            if is_late {
+                return Err(not_everywhere(volume, talk.name(), talks[without].name()));
+            }
+            is_late = true;
+            continue;
+        }
         match activate(talk, &oldest.identifier, left) {
             Ok(()) => {
                 wait();
@@ -245,6 +259,17 @@ fn too_slow(volume: &VolumeId) -> Refusal {
             "the KMIP server takes longer than {} ms to say which keys of volume {volume} there are, so none of them was \
              chosen: have its administrator see why it is slow to find objects by name",
             PROMPTLY.as_millis()
+        ),
+    )
+}
+
+/// What would be written with such a key is lost with the server that has it.
+fn not_everywhere(volume: &VolumeId, with: &str, without: &str) -> Refusal {
+    Refusal::new(
+        Reason::KeyManager,
+        format!(
+            "the KMIP server {without} does not have the new key of volume {volume} that {with} has, so it was not used: all \
+             servers of [kmip] have to hold the same keys, so have their administrator see to their replication, and repeat"
         ),
     )
 }

@@ -3,7 +3,7 @@
 # protected disk all the time; see guest/two.sh.
 # machines: two
 # limit: 1500
-# takes: 1700
+# takes: 2600
 
 # shellcheck disable=SC2034,SC2154 # The helpers read them, or set them.
 lab_portal=192.168.77.1:3260

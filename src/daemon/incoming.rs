@@ -30,7 +30,7 @@ use crate::volume::VolumeId;
 /// rule is about holds what looks like ciphertext: the guest would go on writing plaintext between it.
 pub fn admit(broker: &Broker, name: &str, xml: &str) -> Result<Option<String>, Refusal> {
     let unmapped = |domain: &Domain| inspect_domain(broker, name, domain, &HashMap::new()).map(|()| None);
-    inspect(broker, name, xml, &unmapped, &|domain| check_no_ciphertext(broker, domain))
+    inspect(broker, name, xml, &unmapped, &|xml| check_no_ciphertext(broker, xml))
 }
 
 /// The XML with which libvirt is to restore the domain in `xml` from a file, if it is another: as for [`admit`]. What
@@ -54,14 +54,14 @@ pub fn restore(
     }))
 }
 
-/// `unmapped` looks at a domain none of whose disks names a mapping, where the wrapper is used, and `at_last` at the one
+/// `unmapped` looks at a domain none of whose disks names a mapping, where the wrapper is used, and `at_last` at the XML
 /// that libvirt is to go on with.
 fn inspect(
     broker: &Broker,
     name: &str,
     xml: &str,
     unmapped: &dyn Fn(&Domain) -> Result<Option<String>, Refusal>,
-    at_last: &dyn Fn(&Domain) -> Result<(), Refusal>,
+    at_last: &dyn Fn(&str) -> Result<(), Refusal>,
 ) -> Result<Option<String>, Refusal> {
     let domain = Domain::parse(xml).map_err(unreadable);
     let uuid = domain.as_ref().ok().and_then(|domain| domain.uuid.clone());
@@ -78,7 +78,7 @@ fn inspect(
             }),
         };
         let looked_at = inspected.and_then(|admitted| {
-            at_last(&Domain::parse(admitted.as_deref().unwrap_or(xml)).map_err(unreadable)?)?;
+            at_last(admitted.as_deref().unwrap_or(xml))?;
             Ok(admitted)
         });
         looked_at.inspect_err(|refusal| broker.record_refusal(refusal))
@@ -159,7 +159,8 @@ fn inspect_domain(
     Ok(())
 }
 
-fn check_no_ciphertext(broker: &Broker, domain: &Domain) -> Result<(), Refusal> {
+fn check_no_ciphertext(broker: &Broker, xml: &str) -> Result<(), Refusal> {
+    let domain = Domain::parse(xml).map_err(unreadable)?;
     let facts = domain.facts();
     for disk in &domain.disks {
         for image in disk.images() {

@@ -299,8 +299,8 @@ impl KeyManager for KmipKeyManager {
         }
         let mut instead = instead.into_inner();
         // A no costs the key that is kept on this host, so what is none goes first.
-        let is_no = |said: &Result<Key, Refusal>| !matches!(said, Err(other) if other.reason() != Reason::WrongKey);
-        let place = instead.iter().position(|said| !is_no(said)).unwrap_or(0);
+        let is_none = |said: &Result<Key, Refusal>| matches!(said, Err(other) if other.reason() != Reason::WrongKey);
+        let place = instead.iter().position(is_none).unwrap_or(0);
         match instead.is_empty() {
             true => Err(no_key(volume)),
             false => instead.swap_remove(place),

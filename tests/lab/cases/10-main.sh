@@ -113,7 +113,7 @@ case_the_guest_sees_the_exact_size() {
     disk_attach vm "$(lun_path prot-main 0)" sda
     expect_eq "$(virsh domblkinfo vm sda | sed -n 's/^Capacity: *//p')" "$odd_size" 'capacity'
     expect_eq "$(disk_size vm prot-main 0)" "$odd_size" "the guest's size"
-    expect_eq "$(blockdev --getsize64 /dev/mapper/volcrypt-prot-main-0)" "$odd_size" "the mapping's size"
+    expect_eq "$(blockdev --getsize64 "$(mapping_device prot-main-0)")" "$odd_size" "the mapping's size"
     qemu_io vm sda "read -P 0xab $((odd_size - 512)) 512"
     expect_fails qemu_io vm sda "read $odd_size 512"
 }
@@ -129,7 +129,7 @@ case_the_command_shows_what_is_mapped() {
     expect_json "$mapping" .volume prot-main-0
     expect_json "$mapping" .name volcrypt-prot-main-0
     expect_json "$mapping" .backing "$(lun_device prot-main 0)"
-    expect_json "$mapping" .device "$(readlink -e /dev/mapper/volcrypt-prot-main-0)"
+    expect_json "$mapping" .device "$(mapping_device prot-main-0)"
     expect_json "$mapping" .format plain
     expect_json "$mapping" .cipher aes-xts-plain64
     expect_json "$mapping" .open_count 1
@@ -313,7 +313,7 @@ expect_only_mappings_open() {
     local domain=$1 lun
     shift
     expect_eq "$(open_devices "$domain")" \
-        "$(for lun; do stat -L -c %Hr:%Lr "/dev/mapper/volcrypt-prot-main-$lun"; done | sort -u)" 'what QEMU has open'
+        "$(for lun; do stat -c %Hr:%Lr "$(mapping_device "prot-main-$lun")"; done | sort -u)" 'what QEMU has open'
 }
 
 # disk_size DOMAIN NAME LUN: what QEMU tells the guest, in bytes.

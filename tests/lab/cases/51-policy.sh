@@ -96,6 +96,7 @@ case_a_mapping_is_for_those_who_may_have_its_volume() {
     local since mapping=/dev/mapper/volcrypt-prot-own-0
     disk_attach one "$(lun_path prot-own 0)" sdb
     qemu_io one sdb 'write -P 0xcd 0 64k' >/dev/null
+    wait_until 30 test -b "$mapping"
     since=$(date +%s)
     expect_fails disk_attach two "$mapping" sdb
     expect_contains "$OUTPUT" 'Permission denied' 'attaching the mapping to two'
@@ -112,6 +113,7 @@ case_a_mapping_is_for_those_who_may_have_its_volume() {
     disk_detach one sdb
     nothing_left
     attach_shared one "$(lun_path prot-own 0)" sdb
+    wait_until 30 test -b "$mapping"
     attach_shared two "$mapping" sdb
     qemu_io two sdb 'read -P 0xcd 0 64k' >/dev/null
     volcrypt audit show --volume prot-own-0 --kind key-used --json |

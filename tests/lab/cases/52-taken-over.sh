@@ -49,7 +49,7 @@ case_an_exchanged_path_leads_to_its_own_mapping_or_nowhere() {
         # All three were asked for: what is not protected is let through, and the other domain's volume refused.
         [ "$(count other)" -gt 0 ] || fail "$how: the harmless file was never opened"
         [ "$(count 'errno 13')" -gt 0 ] || fail "$how: nothing was refused"
-        expect_eq "$(devices_got)" "$(block /dev/mapper/volcrypt-prot-taken-0)" "$how"
+        expect_eq "$(devices_got)" "$(block "$(mapping_device prot-taken-0)")" "$how"
     done
     nothing_gained
 }
@@ -123,7 +123,7 @@ case_who_answers_his_own_opens_gets_nothing() {
     echo "steal: $TALLY"
     [ "$(count stolen)" -gt 0 ] || fail 'the daemon was always quicker'
     [ "$(count 'errno 1')" -gt 0 ] || fail 'the guard was never asked'
-    [[ $(devices_got) =~ ^("$(block /dev/mapper/volcrypt-prot-taken-0)")?$ ]] || fail "he has got $(devices_got)"
+    [[ $(devices_got) =~ ^("$(block "$(mapping_device prot-taken-0)")")?$ ]] || fail "he has got $(devices_got)"
     # While he is still there.
     qemu_io theirs sda 'read 0 64k'
     domain_define other

@@ -29,6 +29,12 @@ mappings() {
     dmsetup ls 2>/dev/null | sed -n 's/^\(volcrypt-[^[:space:]]*\).*/\1/p'
 }
 
+# mapping_device VOLUME: its mapping as the kernel names it, /dev/dm-N. The link under /dev/mapper is udev's, which may
+# make it seconds after the guest has got the mapping.
+mapping_device() {
+    echo "/dev/$(dmsetup info --columns --noheadings --options blkdevname "volcrypt-$1")"
+}
+
 # expect_mapped VOLUME: the guest works on a mapping of it.
 expect_mapped() {
     expect_contains "$(mappings)" "volcrypt-$1" mappings

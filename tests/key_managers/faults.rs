@@ -397,6 +397,27 @@ fn who_is_not_vouched_for_is_not_believed() {
 }
 
 #[test]
+fn a_certificate_that_comes_before_its_key_keeps_nobody_waiting() {
+    let server = PyKmip::start();
+    let authority = server.authority();
+    let manager = server.manager();
+    let id = volume("pair");
+    let key = create(&manager, &id).unwrap();
+    authority.issue("renewed", "clientAuth", 30);
+    std::fs::copy(authority.path("renewed.pem"), authority.path("client.pem")).unwrap();
+    assert!(manager.get(&id).unwrap().same_as(&key), "with the pair that was there before");
+    let authorities = std::fs::read(authority.path("ca.pem")).unwrap();
+    std::fs::write(authority.path("ca.pem"), &authorities[..authorities.len() / 2]).unwrap();
+    assert!(manager.get(&id).unwrap().same_as(&key), "half written");
+    // Who has read no others has none to go on with.
+    assert_eq!(refused(server.manager().get(&id)).0, Reason::Configuration);
+    std::fs::write(authority.path("ca.pem"), authorities).unwrap();
+    std::fs::copy(authority.path("renewed.key"), authority.path("client.key")).unwrap();
+    // It is in use at once: PyKMIP takes this one for another client, by its name.
+    assert!(matches!(manager.get(&id).map_err(|refusal| refusal.reason()), Err(Reason::NoKey | Reason::NotAllowed)));
+}
+
+#[test]
 fn files_that_cannot_be_used_are_named() {
     let authority = Authority::new("authority");
     let usable = config(&authority, "client", vec!["127.0.0.1:1".to_owned()]);

@@ -18,7 +18,15 @@ const DAY: u64 = 24 * 3600;
 /// Looks at this host's certificate, and at those of the authorities, of which an old one may be left.
 pub(super) fn certificates_hold(config: &KmipConfig) -> Vec<Finding> {
     let now = SystemTime::now();
-    vec![judge(&config.certificate, now, Iterator::min), judge(&config.ca, now, Iterator::max)]
+    let mut findings = vec![judge(&config.certificate, now, Iterator::min), judge(&config.ca, now, Iterator::max)];
+    if let Err(sentence) = config.tls()
+        && findings.iter().all(|finding| finding.sentence != sentence)
+    {
+        let remedy = "put a certificate and its own key there; a volcryptd that could use others since it started goes on \
+                      with those";
+        findings.push(Finding::fail(SUBJECT, sentence, remedy));
+    }
+    findings
 }
 
 /// Looks at the file that unwraps keys. Whether it is the key that the servers wrap by shows with the first one.
@@ -74,6 +82,8 @@ fn end(certificate: &[u8]) -> Result<Duration, x509_cert::der::Error> {
 mod tests {
     use super::super::Verdict;
     use super::*;
+    use crate::keys::kmip::KeyOrigin;
+    use crate::keys::kmip::message::Version;
 
     /// Issued on 2026-11-24 for 100 days, with `openssl req -x509 -newkey ec -days 100`.
     const CERTIFICATE: &str = include_str!("certificate.pem");
@@ -97,6 +107,28 @@ mod tests {
         std::fs::write(&path, "nothing").unwrap();
         assert_eq!(judge(&path, end, Iterator::min).verdict(), Verdict::Fail);
         assert_eq!(judge(&folder.path().join("nowhere"), end, Iterator::max).verdict(), Verdict::Fail);
+    }
+
+    #[test]
+    fn a_certificate_without_its_key_is_told_of() {
+        let folder = tempfile::tempdir().unwrap();
+        let (ca, key) = (folder.path().join("ca.pem"), folder.path().join("client.key"));
+        std::fs::write(&ca, CERTIFICATE).unwrap();
+        let config = KmipConfig {
+            servers: Vec::new(),
+            ca: ca.clone(),
+            certificate: ca,
+            key,
+            key_origin: KeyOrigin::Host,
+            wrapping_key: None,
+            newest_version: Version::NEWEST,
+            deadline: Duration::from_secs(1),
+        };
+        let failed = |config: &KmipConfig| {
+            let findings = certificates_hold(config).into_iter();
+            findings.filter(|finding| finding.sentence.contains("is not there")).collect::<Vec<_>>()
+        };
+        assert!(matches!(failed(&config).as_slice(), [key] if key.sentence.contains("client.key")));
     }
 
     #[test]

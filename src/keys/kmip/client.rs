@@ -2,8 +2,10 @@
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use rustls::ClientConfig;
 
 use super::KmipConfig;
 use super::connection::{Connection, Trouble};
@@ -21,6 +23,8 @@ pub struct Client {
     /// Which server answered last.
     preferred: AtomicUsize,
     idle: Mutex<Vec<Idle>>,
+    /// What the certificates and the key came to when they could last be used.
+    last_usable: Mutex<Option<Arc<ClientConfig>>>,
 }
 
 struct Idle {
@@ -37,7 +41,7 @@ type Identity = [FileIdentity; 3];
 impl Client {
     /// A client of the servers in `config`. Nothing is connected yet.
     pub fn new(config: KmipConfig) -> Self {
-        Client { config, preferred: AtomicUsize::new(0), idle: Mutex::default() }
+        Client { config, preferred: AtomicUsize::new(0), idle: Mutex::default(), last_usable: Mutex::default() }
     }
 
     /// What it works by.
@@ -80,6 +84,21 @@ impl Client {
 
     fn forget(&self, server: usize) {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner).retain(|kept| kept.server != server);
+    }
+
+    /// What a new connection shows and believes. While the files are being replaced, a new certificate stands beside the
+    /// old key: until they can be used again, those that could be used before are.
+    fn tls(&self) -> Result<Arc<ClientConfig>, Trouble> {
+        let read = self.config.tls();
+        let mut last = self.last_usable.lock().unwrap_or_else(PoisonError::into_inner);
+        match (read, &*last) {
+            (Ok(usable), _) => Ok(last.insert(usable).clone()),
+            (Err(sentence), Some(usable)) => {
+                tracing::warn!("the KMIP servers are shown the certificate that was read before: {sentence}");
+                Ok(usable.clone())
+            }
+            (Err(sentence), None) => Err(Trouble::Local(sentence)),
+        }
     }
 
     fn identity(&self) -> Identity {
@@ -137,9 +156,7 @@ impl Talk<'_> {
                 outcome => return self.done(identity, connection, outcome),
             }
         }
-        let KmipConfig { ca, certificate, key, .. } = &client.config;
-        let tls = tls::mutual_client(ca, certificate, key, "the KMIP client").map_err(Trouble::Local)?;
-        let mut connection = Connection::open(self.name(), &tls, client.config.newest_version, until)?;
+        let mut connection = Connection::open(self.name(), &client.tls()?, client.config.newest_version, until)?;
         let outcome = connection.ask(request, until);
         self.done(identity, connection, outcome)
     }

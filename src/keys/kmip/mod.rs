@@ -17,7 +17,10 @@ mod wrapping;
 
 use std::cell::{Cell, RefCell};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use rustls::ClientConfig;
 
 use self::client::{Client, Talk};
 use self::connection::Trouble;
@@ -27,7 +30,7 @@ use self::settle::{Found, activate, chosen, find, find_enrolled, settle};
 use self::ttlv::Malformed;
 use super::{
     Capabilities, Description, FIRST_VERSION, Imported, Key, KeyHandle, KeyInfo, KeyManager, Leaving, RecordedKey,
-    SealedDescription, other_key, tell,
+    SealedDescription, other_key, tell, tls,
 };
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
@@ -59,6 +62,16 @@ pub struct KmipConfig {
     pub newest_version: Version,
     /// How long all that is asked for one key may take, of all servers together: 1 to 60 seconds.
     pub deadline: Duration,
+}
+
+impl KmipConfig {
+    /// The certificates and the key as they are in the files now.
+    ///
+    /// # Errors
+    /// One sentence that names the file and says what is wrong with it.
+    pub fn tls(&self) -> Result<Arc<ClientConfig>, String> {
+        tls::mutual_client(&self.ca, &self.certificate, &self.key, "the KMIP client")
+    }
 }
 
 /// Who makes keys.

@@ -63,7 +63,10 @@ show "! grep -c aaaaaaaa $lun"
 
 say "Detached: the kernel has removed the mapping and forgotten the key."
 show "virsh detach-device guest /root/disk.xml --live"
-wait_until 20 test -z "$(dmsetup ls | grep volcrypt- || true)"
+no_mapping() {
+    ! dmsetup ls | grep volcrypt- >/dev/null
+}
+wait_until 20 no_mapping
 show "volcrypt status"
 show "dmsetup ls"
 show "volcrypt volume list"

@@ -9,7 +9,7 @@ case_kernel_has_dm_crypt_and_iscsi() {
     expect_contains "$(dmsetup targets)" crypt
     dmsetup create lab-probe --table '0 8 zero'
     expect_eq "$(blockdev --getsz /dev/mapper/lab-probe)" 8
-    dmsetup remove lab-probe
+    dmsetup remove --retry lab-probe
 }
 
 case_libvirtd_is_confined() {

@@ -6,7 +6,7 @@
 
 case_nothing_is_left_over_after_a_power_cut() {
     [ -e /root/late-volume.json ] || skip '11-reboot has to run before, and leaves the volumes that this file reads'
-    expect_eq "$(systemctl is-active volcryptd.service)" active 'state of volcryptd'
+    wait_until 60 units_are_active
     nothing_left
     expect_eq "$(volcrypt status --json | jq -c '[.mappings, .guests, .configuration_error, .key_store_error]')" \
         '[[],[],null,null]' status

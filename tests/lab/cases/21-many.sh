@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Many at once: four domains, eight protected volumes for each, all on one target, made at their first use.
-# limit: 900
+# limit: 1800
 # machine: second
 # takes: 720
 

@@ -16,6 +16,7 @@ ready() {
     volcrypt volume enrol "$(lun_path prot-au 0)" >/dev/null
     domain_define au
     domain_start au
+    newest >/run/lab-au.from
 }
 
 # records [OPTION...]: each record as one line: number, kind, volume, domain, pid, who, outcome.
@@ -68,7 +69,8 @@ case_a_started_domain_is_recorded() {
 case_the_journal_is_the_second_witness() {
     ready
     journalctl --sync
-    volcrypt audit show --limit 1000000 --json | jq --raw-output '.[] | "\(.seq) \(.hash)"' | sort >/run/lab-au.log
+    volcrypt audit show --limit 1000000 --json | jq --raw-output --argjson from "$(cat /run/lab-au.from)" \
+        '.[] | select(.seq > $from) | "\(.seq) \(.hash)"' | sort >/run/lab-au.log
     journalctl --unit volcryptd --output json --boot |
         jq --raw-output 'select(.VOLCRYPT_AUDIT_SEQ) | .VOLCRYPT_AUDIT_SEQ + " " + .VOLCRYPT_AUDIT_HASH' |
         sort >/run/lab-au.journal

@@ -111,7 +111,7 @@ case_the_search_finds_a_key() {
     # A key in a table.
     dmsetup create lab-key --table "0 8 crypt aes-xts-plain64 $(xxd -plain -cols 64 "$key") 0 $(blank_loop) 0"
     expect_eq "$(dmsetup table --showkeys | key_in - || true)" - 'search in tables'
-    dmsetup remove lab-key
+    dmsetup remove --retry lab-key
     losetup --detach-all
 }
 
@@ -141,7 +141,7 @@ case_volumes_are_used_with_the_known_key() {
     cryptsetup open --readonly --shared --type plain --cipher aes-xts-plain64 --key-size 512 --key-file "$key" \
         --keyfile-size 64 "$(readlink -e "$(lun_loop)")" opened
     cmp <(head -c 65536 /dev/zero | tr '\0' '\253') <(head -c 65536 /dev/mapper/opened)
-    cryptsetup close opened
+    wait_until 30 cryptsetup close opened
     losetup --detach-all
 
     # The operator's command, as a process of its own; the daemon's trace holds its other end.

@@ -101,10 +101,14 @@ case_a_domain_cannot_open_anothers_volume_by_its_path() {
     nothing_gained
 }
 
+opened_twice() {
+    [ "$(volcrypt status --json | jq '.mappings[] | select(.volume == "prot-access-0").open_count')" = 2 ]
+}
+
 # Its own disk it may open, as often as it likes.
 case_a_domain_opens_its_own_volume_again() {
     expect_eq "$(blockdev_add mine "$(lun_device prot-access 0)")" '' "the domain's own volume"
-    expect_eq "$(volcrypt status --json | jq '.mappings[] | select(.volume == "prot-access-0").open_count')" 2
+    wait_until 30 opened_twice
     virsh --quiet qemu-monitor-command mine '{"execute": "blockdev-del", "arguments": {"node-name": "x"}}' >/dev/null
     wait_until 20 nothing_gained
     qemu_io theirs sda 'read -P 0xab 0 64k'

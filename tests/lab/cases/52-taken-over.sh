@@ -5,7 +5,6 @@
 # in its /dev is a node of the other domain's LUN for that group.
 # LUNs of prot-taken: 0 is mine's, 1 is theirs'.
 # machine: second
-# limit: 600
 # takes: 320
 
 emulators=/run/lab-emulators

@@ -2,7 +2,6 @@
 # shellcheck disable=SC2154 # The helpers that are sourced first assign what is not assigned here.
 # No way around: a guest that runs without the wrapper cannot open a protected volume, whatever became of the
 # daemon, and its domain is given the wrapper and released from it again.
-# limit: 600
 # takes: 410
 # LUNs of prot-guard: 0 and 1, both enrolled. Target `free` is not protected. Domain `plain` runs without the
 # wrapper, as one that was started before the package was installed; domain `wrapped` runs with it.
@@ -123,11 +122,11 @@ case_what_leads_to_a_protected_volume_is_shut_too() {
     done
     dmsetup create lab-stack --table "0 8192 linear $device 0"
     wait_until 10 is_shut /dev/mapper/lab-stack
-    dmsetup remove lab-stack
+    dmsetup remove --retry lab-stack
     # The same number, but another device.
     dmsetup create lab-stack --table "0 8192 linear $(lun_device free) 0"
     wait_until 10 is_open /dev/mapper/lab-stack
-    dmsetup remove lab-stack
+    dmsetup remove --retry lab-stack
     # A node can be made all the same: libvirt makes them for its guests.
     below_the_guard mknod /run/lab-guard-node b 8 0
     rm /run/lab-guard-node
@@ -140,17 +139,18 @@ case_a_volume_that_comes_is_guarded_at_once() {
     target_create prot-late 8
     target_login prot-late
     device=$(lun_device prot-late)
-    is_shut "$device"
+    wait_until 30 is_shut "$device"
     kept_out prot-late
     [ "$(guard_status .devices)" -gt "$before" ] || fail 'no device more is shut'
     target_logout prot-late
     wait_until 10 test ! -e "$device"
     wait_until 10 devices_are "$before"
-    # Its number goes to the next one, which is not protected.
+    # Its number goes to the next one, which is not protected, once nobody has the old one open.
+    udevadm settle --timeout 180
     target_create other 8
     target_login other
     expect_eq "$(lun_device other)" "$device" 'the name of the next device'
-    is_open "$device"
+    wait_until 30 is_open "$device"
     target_logout other
     target_delete other
     target_delete prot-late

@@ -1,7 +1,6 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2154 # The helpers that are sourced first assign what is not assigned here.
 # A volume is what the kernel says of its device, never the path or the number it has at the moment.
-# limit: 600
 # takes: 480
 
 # domain NAME: runs, without disks.
@@ -44,6 +43,7 @@ wwid() {
 writes() {
     local block
     for ((block = 0; block < 24; block++)); do
+        [ "$block" -ne 20 ] || wait_until 300 test -e /run/lab-mp.gone
         qemu_io "$1" sdb "write -P $((block + 1)) $((block * 64))k 64k" || return
         : >"/run/lab-mp.$block"
     done
@@ -63,7 +63,7 @@ case_one_lun_over_two_portals() {
     wait_until 30 multipath_map "$second"
     map=$(multipath_map "$first")
     expect_eq "$(multipath_map "$second")" "$map" 'map of the other path'
-    udevadm settle --timeout 30
+    udevadm settle --timeout 180
 
     identified "$map" "WWID:            $(wwid "$first")" "iSCSI target:    $lab_iqn:prot-mp" \
         "dm UUID:         mpath-3$(wwid "$first" | sed 's/^naa.//')" '  portal:          127.0.0.1:3260' \
@@ -87,6 +87,7 @@ case_one_lun_over_two_portals() {
     wait_until 60 test -e /run/lab-mp.3
     portal_logout prot-mp 127.0.0.1
     [ ! -e /run/lab-mp.23 ] || fail 'the path went when everything was written'
+    : >/run/lab-mp.gone
     wait "$writer" || fail "writing without one path: $(cat /run/lab-mp.log)"
     for block in 0 3 12 23; do
         qemu_io mp sdb "read -P $((block + 1)) $((block * 64))k 64k" >/dev/null
@@ -119,7 +120,7 @@ alone() {
     for name in prot-na prot-nb nc; do
         [ ! -e "$(lun_path "$name")" ] || target_logout "$name"
     done
-    udevadm settle --timeout 30
+    udevadm settle --timeout 180
     target_login "$1"
     device=$(lun_device "$1")
 }
@@ -252,5 +253,5 @@ case_logical_volumes() {
     expect_eq "$(volcrypt volume identify "$(lun_device prot-lv)" --json | jq --raw-output '.device.policy.outcome.protected.volume')" \
         prot-lv-0 'volume in the JSON'
     domain_undefine_running lv
-    lvm_quiet vgchange --quiet --activate n plain protected
+    wait_until 30 lvm_quiet vgchange --quiet --activate n plain protected
 }

@@ -2,7 +2,7 @@
 # Live migration between two hypervisors, of which the first also is the storage server. A guest writes and verifies its
 # protected disk all the time; see guest/two.sh.
 # machines: two
-# limit: 1500
+# limit: 3000
 # takes: 2600
 
 # shellcheck disable=SC2034,SC2154 # The helpers read them, or set them.
@@ -96,6 +96,7 @@ case_a_guest_comes_from_a_host_that_names_mappings() {
     expect_contains "$(second virsh dumpxml vm)" "<source dev='$(lun_path prot-move)'" 'disk'
     expect_contains "$(second virsh dumpxml vm)" '<emulator>/usr/libexec/volcrypt/emulators/' 'emulator'
     second migrate_to hv1
+    second nothing_here
     expect_fails first migrate_with_path hv2 "/dev/mapper/volcrypt-$volume"
     expect_contains "$OUTPUT" "volcrypt: host hv2: disk sda: it is on /dev/mapper/volcrypt-$volume, and no note"
     stays
@@ -196,7 +197,7 @@ in_clear() {
     cryptsetup open --type plain --cipher aes-xts-plain64 --key-size 512 --key-file "$key" --keyfile-size 64 \
         "$(lun_device prot-move)" clear
     "$1" /dev/mapper/clear
-    cryptsetup close clear
+    wait_until 30 cryptsetup close clear
 }
 
 # guest_start CACHE
@@ -232,18 +233,18 @@ migrate_without_wrapper() {
 intercept() {
     sed -i '/^\[hook\]$/,$d' "$volcrypt_config"
     printf '%s\n' '[hook]' "intercept = \"$1\"" >>"$volcrypt_config"
-    systemctl reload volcryptd
+    reload
 }
 
 rules_away() {
     cp "$volcrypt_config" /root/rules.toml
     sed -i '/^\[\[rules\]\]$/,$d' "$volcrypt_config"
-    systemctl reload volcryptd
+    reload
 }
 
 rules_back() {
     cp /root/rules.toml "$volcrypt_config"
-    systemctl reload volcryptd
+    reload
 }
 
 # is_here: the guest works here, on the one mapping there is.

@@ -2,7 +2,6 @@
 # Two hypervisors ask one KMIP server: what the one has enrolled the other opens, and no key is carried between them. The
 # first also is the storage server.
 # machines: two
-# limit: 600
 # takes: 200
 
 # shellcheck disable=SC2034,SC2154 # The helpers read them, or set them.

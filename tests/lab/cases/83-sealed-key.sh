@@ -2,7 +2,6 @@
 # The key-encryption key as a credential that systemd has sealed to the machine's TPM (swtpm, one for each machine) or to
 # the host's key, in the way of the README.
 # machines: two
-# limit: 600
 # takes: 250
 
 sealed=/etc/volcrypt/volcrypt.kek

@@ -3,7 +3,6 @@
 # ones get them for keys. LUNs of prot-cinder: 0 and 1 are encrypted as os-brick does it, 2 is blank. Domain `vm` uses
 # them.
 # machines: one
-# limit: 600
 # takes: 300
 # shellcheck disable=SC2154 # Variables of guest/lib.sh.
 
@@ -64,7 +63,7 @@ encrypted_as_os_brick_does() {
     os_brick "$2" "$(lun_device prot-cinder "$1")" os-brick "${@:3}"
     mkswap --quiet /dev/mapper/os-brick
     head -c 65536 /dev/zero | tr '\0' "\\24$1" | dd of=/dev/mapper/os-brick bs=64k seek=256 conv=fsync status=none
-    cryptsetup close os-brick
+    wait_until 30 cryptsetup close os-brick
 }
 
 # os_brick_reads LUN DIGITS BYTE [OPTION...]: what the guest wrote, beside the swap space.
@@ -73,7 +72,7 @@ os_brick_reads() {
     expect_eq "$(blkid --probe --output value --match-tag TYPE /dev/mapper/os-brick)" swap 'what os-brick sees'
     expect_eq "$(dd if=/dev/mapper/os-brick bs=64k skip=257 count=1 iflag=direct status=none | tr -d "\\26$1" | wc -c)" 0 \
         "bytes that are not $3"
-    cryptsetup close os-brick
+    wait_until 30 cryptsetup close os-brick
 }
 
 # What stands on the LUN.
@@ -109,7 +108,7 @@ nothing_else_is_taken_for_it() {
     printf '0 2048 linear %s 0\n' "$device" | dmsetup create held
     expect_fails volcrypt volume adopt "$device" --secret "$2"
     expect_contains "$OUTPUT" 'in use by the host itself'
-    dmsetup remove held
+    dmsetup remove --retry held
     not_adopted "$1"
 }
 

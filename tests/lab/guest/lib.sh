@@ -31,15 +31,23 @@ expect_fails() {
     [ "$CODE" -ne 0 ] || fail "'$*' was expected to fail, it printed '$OUTPUT'"
 }
 
-# wait_until SECONDS COMMAND...: repeats the command until it succeeds. Its output is dropped.
+# wait_until SECONDS COMMAND...: repeats the command until it succeeds. Its output is dropped. It is never less than 90
+# seconds: a machine that a busy host emulates may stand still for a while, and only who waits in vain learns of it later.
 wait_until() {
     local limit=$1 end
     shift
+    [ "$limit" -ge 90 ] || limit=90
     end=$((SECONDS + limit))
-    until "$@" >/dev/null 2>&1; do
+    # In a process of its own, which a helper that fails ends.
+    until ("$@") >/dev/null 2>&1; do
         [ "$SECONDS" -lt "$end" ] || fail "still not so after $limit seconds: $*"
         sleep 0.1
     done
+}
+
+# traced PID TRACER: all its threads are.
+traced() {
+    [ -z "$(grep -L "^TracerPid:[[:space:]]*$2\$" "/proc/$1/task/"*/status || true)" ]
 }
 
 # skip REASON: ends the case as skipped.
@@ -122,7 +130,7 @@ target_login() {
     for file in "$lab_store/$name"/*; do
         wait_until 30 test -b "$(lun_path "$name" "${file##*/}")"
     done
-    udevadm settle --timeout 30
+    udevadm settle --timeout 180
 }
 
 # target_logout NAME
@@ -239,7 +247,7 @@ volume_group() {
     lvm_quiet vgcreate --quiet "$1" "$2"
     lvm_quiet lvcreate --quiet --yes --wipesignatures n --zero n --name lv --size 4M "$1"
     wait_until 20 test -b "/dev/$1/lv"
-    udevadm settle --timeout 30
+    udevadm settle --timeout 180
 }
 
 # lvm_quiet COMMAND...: LVM complains of descriptors that others left open.

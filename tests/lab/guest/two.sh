@@ -28,7 +28,7 @@ target_join() {
     iscsi_node "$1" --op new >/dev/null
     iscsi_node "$1" --login >/dev/null
     wait_until 30 test -b "$(lun_path "$1")"
-    udevadm settle --timeout 30
+    udevadm settle --timeout 180
 }
 
 # keys_show: all that a host needs to open its volumes, as text.

@@ -66,14 +66,28 @@ keys_listed() {
     volcrypt key list --json | jq 'map(del(.last_use, .hosts, .age_days))'
 }
 
-# journal_since TIME: what volcryptd said since then (as `date +@%s` gives it).
+# journal_since TIME: what volcryptd said since then (as `date +@%s` gives it), once all that it has said is there.
 journal_since() {
+    journalctl --sync
     journalctl --unit volcryptd --no-pager --quiet --output cat --since "$1"
 }
 
 # said_since SECONDS TEXT: whether volcryptd has said that since then (as `date +%s` gives it).
 said_since() {
-    journal_since "@$1" | grep -qF "$2"
+    [[ $(journal_since "@$1") == *"$2"* ]]
+}
+
+# reload: has the daemon read its configuration anew, and waits until it has.
+reload() {
+    local since
+    since=$(date +%s.%6N)
+    systemctl reload volcryptd
+    wait_until 90 said_since "$since" "the configuration in $volcrypt_config is in force"
+}
+
+# units_are_active: those of the daemon.
+units_are_active() {
+    [ "$(systemctl is-active volcryptd.service volcryptd.socket volcryptd-control.socket | sort -u)" = active ]
 }
 
 stop_daemon() {

@@ -118,7 +118,7 @@ mod tests {
     use std::sync::mpsc;
     use std::time::Duration;
 
-    const LONG: Duration = Duration::from_secs(10);
+    const LONG: Duration = Duration::from_secs(60);
 
     /// Turns for `at_a_time` calls, of which those up to 999 still wait for their answer.
     fn turns(at_a_time: usize) -> Arc<Turns> {

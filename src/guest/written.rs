@@ -293,6 +293,7 @@ mod tests {
         let mut writer = writer.args(["--mount", "sh", "-c", &script]).spawn().expect("run the tests as root");
         let ready = format!("/proc/{}/root{}/ready", writer.id(), folder.path().display());
         while !Path::new(&ready).exists() {
+            assert_eq!(writer.try_wait().unwrap(), None, "it has ended");
             std::thread::sleep(std::time::Duration::from_millis(10));
         }
         let named = |xml: &str| {

@@ -48,8 +48,9 @@ pub use volumes::{EnrolledDevice, VolumeRecord, VolumeState};
 use files::FileIdentity;
 use schema::Migration;
 
-/// How long a call waits for another process that holds the database.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a call waits for another process that holds the database. Tests may run on a machine that is busy with
+/// other things.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(if cfg!(test) { 30 } else { 5 });
 /// How often a database is opened of which another takes the place meanwhile.
 const OPENING_ATTEMPTS: u32 = 3;
 

@@ -121,7 +121,7 @@ mod tests {
             let outcome = interrupt_after(Duration::from_millis(20), || read(&mut waiting)).unwrap();
             assert_eq!(outcome, Err(io::ErrorKind::Interrupted));
         }
-        assert!((Duration::from_millis(40)..Duration::from_secs(10)).contains(&began.elapsed()));
+        assert!((Duration::from_millis(40)..Duration::from_secs(60)).contains(&began.elapsed()));
 
         let closes = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_millis(100));

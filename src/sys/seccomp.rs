@@ -258,7 +258,7 @@ mod tests {
         let listener = receive.recv().unwrap();
         let (send, receive) = std::sync::mpsc::channel();
         std::thread::spawn(move || send.send(listener.receive().map_err(|error| error.kind())));
-        let received = receive.recv_timeout(Duration::from_secs(10)).expect("receiving has to end");
+        let received = receive.recv_timeout(Duration::from_secs(60)).expect("receiving has to end");
         assert_eq!(received.unwrap_err(), io::ErrorKind::TimedOut);
         drop(keep);
         guest.join().unwrap();

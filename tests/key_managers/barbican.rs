@@ -1,7 +1,7 @@
 //! A real Barbican with a real Keystone, which `tests/prerequisites` installs.
 
 use std::fs;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use volcrypt::keys::barbican::{BarbicanConfig, BarbicanKeyManager, Credential};
 
+use super::pykmip::free_port;
 use super::scripted::{Reply, Request, Scripted, forward};
 
 /// What Barbican says with 404.
@@ -39,7 +40,7 @@ impl Barbican {
             servers.processes.push(process);
         }
         for (name, port) in [("keystone", keystone), ("barbican", barbican)] {
-            let up = (0..1200).any(|_| {
+            let up = (0..3600).any(|_| {
                 std::thread::sleep(Duration::from_millis(50));
                 TcpStream::connect(("127.0.0.1", port)).is_ok()
             });
@@ -123,10 +124,6 @@ impl Drop for Barbican {
 
 fn target() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("target/openstack")
-}
-
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
 fn run(folder: &Path, name: &str, port: u16, other: &str) -> Child {

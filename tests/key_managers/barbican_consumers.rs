@@ -120,13 +120,13 @@ fn what_a_killed_daemon_left_is_put_right(servers: &Barbican) {
 
 fn a_barbican_that_does_not_answer_is_told_later(servers: &Barbican) {
     let kept = Kept::new(servers, "silent");
-    let config = BarbicanConfig { deadline: Duration::from_secs(1), ..servers.config("host1") };
+    let config = BarbicanConfig { deadline: Duration::from_secs(8), ..servers.config("host1") };
     let manager = BarbicanKeyManager::new(config);
     let silent = || servers.spoil(|request| request.target.contains("/consumers").then_some(Reply::Hang));
     silent();
     let started = Instant::now();
     assert_eq!(refused(manager.note_uses(&kept.in_use())).0, Reason::TimedOut);
-    assert!(started.elapsed() < Duration::from_secs(4));
+    assert!(started.elapsed() < Duration::from_secs(40));
     servers.spoil(|_| None);
     manager.note_uses(&kept.in_use()).unwrap();
     assert_eq!(kept.consumers(), ["volcrypt"]);

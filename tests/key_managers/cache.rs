@@ -21,9 +21,9 @@ use super::pykmip::PyKmip;
 use super::scripted::Reply;
 
 const LOCATE: u8 = 0x08;
-const DEADLINE: Duration = Duration::from_secs(2);
+const DEADLINE: Duration = Duration::from_secs(8);
 /// On a busy machine a deadline may be noticed late.
-const IN_TIME: Duration = Duration::from_secs(6);
+const IN_TIME: Duration = Duration::from_secs(30);
 const LONG: Duration = Duration::from_secs(3600);
 
 /// A host that keeps keys; its folder outlives its daemons.
@@ -101,7 +101,7 @@ fn a_server_that_hangs_is_waited_for_once() {
 
 #[test]
 fn what_the_server_has_destroyed_is_unusable_at_once_where_it_is_reached_and_elsewhere_after_the_lifetime() {
-    let lifetime = Duration::from_secs(4);
+    let lifetime = Duration::from_secs(20);
     let mut server = PyKmip::start();
     let proxy = Proxy::start(server.authority(), "server", server.address());
     let id = volume("destroyed");
@@ -119,7 +119,7 @@ fn what_the_server_has_destroyed_is_unusable_at_once_where_it_is_reached_and_els
     while far_manager.get_enrolled(&known).is_ok() {
         assert!(fetched.elapsed() < lifetime + IN_TIME, "a key outlives its lifetime");
     }
-    assert!(fetched.elapsed() + Duration::from_secs(1) >= lifetime, "{:?}", fetched.elapsed());
+    assert!(fetched.elapsed() + DEADLINE >= lifetime, "{:?}", fetched.elapsed());
     assert_eq!(reason(far_host().get_enrolled(&known)), Reason::TimedOut);
     proxy.spoil(LOCATE, Fault::None);
     assert_eq!(reason(far_host().get_enrolled(&known)), Reason::NoKey);

@@ -228,7 +228,7 @@ fn two_hosts_that_take_a_secret_at_once_do_not_mix_what_they_note(servers: &Barb
     });
     let outcomes = std::thread::scope(|scope| {
         let first = scope.spawn(|| take_at(7, &servers.manager("host1"), &id, &foreign));
-        while written.load(Ordering::SeqCst) == 0 {
+        while written.load(Ordering::SeqCst) == 0 && !first.is_finished() {
             std::thread::sleep(Duration::from_millis(5));
         }
         let second = take_at(8, &servers.manager("host2"), &id, &foreign);

@@ -70,7 +70,7 @@ fn a_host_that_ends_while_a_key_is_being_made_leaves_none_that_could_be_used() {
     let id = volume("ended");
     for (operation, fault) in [(GET, Fault::Hang), (MODIFY_ATTRIBUTE, Fault::Hang)] {
         proxy.spoil(operation, fault);
-        assert!(create(&host(&server, &proxy, Duration::from_millis(1500)), &id).is_err());
+        assert!(create(&host(&server, &proxy, Duration::from_secs(8)), &id).is_err());
     }
     assert_eq!(server.objects(), 2, "unfinished");
     // The hanging proxy handed on what it was asked: the second was described, and has no name yet.
@@ -83,7 +83,7 @@ fn a_host_that_ends_while_a_key_is_being_made_leaves_none_that_could_be_used() {
     // Destroying a volume takes what is unfinished with it.
     proxy.spoil(GET, Fault::Hang);
     let other = volume("ended.too");
-    assert!(create(&host(&server, &proxy, Duration::from_millis(1500)), &other).is_err());
+    assert!(create(&host(&server, &proxy, Duration::from_secs(8)), &other).is_err());
     assert_eq!(server.objects(), 2);
     assert_eq!(direct(&server).destroy(&other).err().unwrap().reason(), Reason::NoKey);
     assert_eq!(server.objects(), 1);
@@ -98,7 +98,7 @@ fn a_host_whose_unfinished_key_was_cleared_away_takes_the_other_ones() {
         let id = volume(&format!("cleared-{number}"));
         let (slow, quick) = std::thread::scope(|scope| {
             let slow = scope.spawn(|| create(&host(&server, &proxy, Duration::from_secs(60)), &id).unwrap());
-            while server.objects() == number {
+            while server.objects() == number && !slow.is_finished() {
                 std::thread::sleep(Duration::from_millis(10));
             }
             let quick = create(&direct(&server), &id).unwrap();

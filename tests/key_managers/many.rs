@@ -142,5 +142,5 @@ fn barbican() {
     let value = "CASE \"key\" WHEN 'volcrypt-volume' THEN 'other-' || i ELSE value END";
     copies.copy("secret_user_metadata", template, &[("id", own), ("secret_id", id), ("value", value)]);
     copies.done();
-    keeps_its_promises(&servers.manager("host1"), "Barbican", Duration::from_secs(5), true);
+    keeps_its_promises(&servers.manager("host1"), "Barbican", Duration::from_secs(30), true);
 }

@@ -5,6 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Duration;
 
 use rusqlite::Connection;
@@ -39,7 +40,7 @@ impl PyKmip {
     }
 
     fn of(authority: Authority) -> Self {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = free_port();
         let process = run(&authority, port);
         PyKmip { authority, port, process }
     }
@@ -85,6 +86,18 @@ impl PyKmip {
     }
 }
 
+/// A port that nobody has. The kernel gives those above 32767 to whoever asks for any, which may be before the server that
+/// is to have it is there.
+pub fn free_port() -> u16 {
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    loop {
+        let port = 20_000 + (std::process::id() % 80) as u16 * 150 + NEXT.fetch_add(1, Ordering::Relaxed) % 150;
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
+}
+
 /// How the client `name` reaches `servers` that `authority` vouches for.
 pub fn config(authority: &Authority, name: &str, servers: Vec<String>) -> KmipConfig {
     KmipConfig {
@@ -121,7 +134,7 @@ fn run(authority: &Authority, port: u16) -> Child {
         .process_group(0)
         .spawn()
         .unwrap_or_else(|error| panic!("{}: {error}; run tests/prerequisites", program.display()));
-    let up = (0..600).any(|_| {
+    let up = (0..3600).any(|_| {
         std::thread::sleep(Duration::from_millis(50));
         TcpStream::connect(("127.0.0.1", port)).is_ok()
     });

@@ -19,11 +19,11 @@ use crate::store::{AuditQuery, Store};
 
 const CONTINUE: &str = "[audit]\nwhen_unwritable = \"continue\"\n";
 const EXPORT: &str = "[policy]\nexport_keys = true\n";
-const DEADLINE: Duration = Duration::from_secs(5);
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// The log of a world, the oldest record first, as soon as it has so many.
 fn log(world: &World, number: usize) -> Vec<Record> {
-    let end = Instant::now() + Duration::from_secs(10);
+    let end = Instant::now() + Duration::from_secs(60);
     loop {
         let records = present(world);
         if records.len() >= number || Instant::now() > end {
@@ -82,7 +82,7 @@ fn a_guest_that_opens_its_disk_in_a_loop_is_counted() {
     let world = World::new();
     let node = Node::new("/dev", world.add_volume("looped", 49));
     let path = node.0.clone();
-    let broker = world.broker(true).limiting_uses(UseLimit::new(Duration::from_secs(1), 4));
+    let broker = world.broker(true).limiting_uses(UseLimit::new(Duration::from_secs(5), 4));
     let errnos = as_guest(broker, DEADLINE, move || (0..30).map(|_| open_errno(&path)).collect::<Vec<_>>());
     assert!(errnos.iter().all(Option::is_none), "every one gets its mapping");
     // Nobody opens it any more, and still every open is told of.
@@ -94,7 +94,7 @@ fn a_guest_that_opens_its_disk_in_a_loop_is_counted() {
         None => 1,
     };
     let used = |records: &[Record]| records.iter().skip(1).map(number).sum::<u32>();
-    let end = Instant::now() + Duration::from_secs(10);
+    let end = Instant::now() + Duration::from_secs(60);
     loop {
         let records = present(&world);
         assert!(records.len() < 15, "{:#?}", texts(&records));
@@ -121,15 +121,15 @@ fn what_was_counted_is_not_lost_either_if_keys_may_be_used_without_a_record() {
 fn unwritten(configuration: &str, minor: u32, refused: bool) {
     let world = World::new();
     let device = world.add_volume("unwritten", minor);
-    // The first three uses have to come within that time, also where a disk is slow.
+    // Three of these uses have to come within that time, also where a disk is slow.
     let every = Duration::from_secs(3);
     let broker = world.broker_saying(true, configuration).limiting_uses(UseLimit::new(every, 2));
     broker.enrol(device, None).unwrap();
     let volume = "unwritten".parse().unwrap();
     let use_it = || broker.record_use(Kind::KeyUsed, &volume, "");
-    (0..3).for_each(|_| use_it().unwrap());
+    (0..20).for_each(|_| use_it().unwrap());
     fill(&broker);
-    let end = Instant::now() + Duration::from_secs(60);
+    let end = Instant::now() + Duration::from_secs(120);
     while refused && use_it().is_ok() {
         assert!(Instant::now() < end, "the log is full");
         std::thread::sleep(Duration::from_millis(10));
@@ -157,7 +157,7 @@ fn records_come_into_the_file_by_themselves() {
         broker.record_use(Kind::KeyUsed, &"merged".parse().unwrap(), "").unwrap();
         assert!(length() > 0);
         broker.merge_audit_soon();
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + Duration::from_secs(60);
         while length() > 0 {
             assert!(Instant::now() < end, "the log is not merged");
             std::thread::sleep(Duration::from_millis(10));
@@ -179,7 +179,7 @@ fn records_come_into_the_file_once_nobody_reads_it_any_more() {
     let length = || std::fs::metadata(world.path().join("state/volcrypt.db-wal")).unwrap().len();
     assert!(length() > 0, "the reader was not in the way");
     drop(reader);
-    let end = Instant::now() + Duration::from_secs(15);
+    let end = Instant::now() + Duration::from_secs(60);
     while length() > 0 {
         assert!(Instant::now() < end, "nobody has tried it again");
         std::thread::sleep(Duration::from_millis(10));

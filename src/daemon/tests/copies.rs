@@ -10,7 +10,7 @@ use crate::audit::{Entry, Kind};
 use crate::guest::{OpenRequest, Written, written_file};
 use crate::store::{AuditQuery, Store};
 
-const DEADLINE: Duration = Duration::from_secs(10);
+const DEADLINE: Duration = Duration::from_secs(60);
 
 /// A guest that has the protected volume `one`, and its files, which are on a disk.
 struct Copier {
@@ -66,7 +66,7 @@ impl Copier {
 
     /// The refusals in the audit log, the oldest first. There has to be one; it comes after the answer.
     fn refusals(&self) -> Vec<String> {
-        (0..1000)
+        (0..6000)
             .find_map(|_| {
                 std::thread::sleep(Duration::from_millis(10));
                 Some(self.recorded()).filter(|refusals| !refusals.is_empty())
@@ -190,6 +190,7 @@ fn an_overlay_of_a_volume_that_only_the_guest_sees_is_given_to_nobody() {
         Command::new("unshare").args(["--mount", "sh", "-c", &script]).spawn().expect("run the tests as root");
     let ready = format!("/proc/{}/root{}", guest.id(), at("ready").display());
     while !Path::new(&ready).exists() {
+        assert_eq!(guest.try_wait().unwrap(), None, "it has ended");
         std::thread::sleep(Duration::from_millis(10));
     }
     assert!(!at("lun").exists() && !at("base").exists());
@@ -368,7 +369,7 @@ fn lookups_that_hang_take_no_attach_with_them() {
     let (file, dead) = (copier.file("file"), DeadServer::new());
     copier.gives_devices(&dead.disk());
     let (volume, other) = (copier.node.0.clone(), node.0.clone());
-    let (attach, writes) = as_guest(copier.world.broker(true), Duration::from_secs(3), move || {
+    let (attach, writes) = as_guest(copier.world.broker(true), Duration::from_secs(20), move || {
         let _volume = OpenOptions::new().read(true).write(true).open(volume).unwrap();
         let writers: Vec<_> = (0..40)
             .map(|_| {

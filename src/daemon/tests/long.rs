@@ -12,8 +12,8 @@ use crate::keys::tell;
 use crate::protocol::{CallError, ControlClient, GuardStatus, Reply, Request};
 
 /// How long it takes, and how long a client waits without a word.
-const TAKES: Duration = Duration::from_millis(3500);
-const PATIENCE: Duration = Duration::from_millis(2500);
+const TAKES: Duration = Duration::from_secs(12);
+const PATIENCE: Duration = Duration::from_secs(8);
 
 /// Looks for keys, and says in between how far it is, or not.
 fn looks(says_so: bool) {
@@ -55,7 +55,8 @@ fn a_client_waits_as_long_as_it_is_told_and_others_do_not_wait_at_all() {
         match says_so {
             true => {
                 assert!(matches!(reply, Ok(Reply::Keys(_))), "{reply:?}");
-                assert!((2..=3).contains(&told.len()) && told.is_sorted(), "once a second: {told:?}");
+                let most = TAKES.as_secs() as usize;
+                assert!((2..=most).contains(&told.len()) && told.is_sorted(), "once a second: {told:?}");
             }
             false => assert!(matches!(reply, Err(CallError::Broken(_))) && told.is_empty(), "{reply:?}"),
         }

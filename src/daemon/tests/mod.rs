@@ -24,7 +24,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -308,7 +308,9 @@ struct Node(PathBuf);
 
 impl Node {
     fn new(folder: &str, device: DeviceNumber) -> Self {
-        let path = PathBuf::from(format!("{folder}/volcrypt-test-{}-{}", std::process::id(), device.minor));
+        static NODES: AtomicU32 = AtomicU32::new(0);
+        let number = NODES.fetch_add(1, Ordering::Relaxed);
+        let path = PathBuf::from(format!("{folder}/volcrypt-test-{}-{number}", std::process::id()));
         let raw = rustix::fs::makedev(device.major, device.minor);
         rustix::fs::mknodat(CWD, &path, FileType::BlockDevice, Mode::RUSR | Mode::WUSR, raw)
             .expect("run the tests as root");

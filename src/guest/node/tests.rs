@@ -99,7 +99,7 @@ fn a_proc_of_other_processes_is_not_believed() {
         .spawn()
         .unwrap();
     let children = format!("/proc/{0}/task/{0}/children", unshare.id());
-    let caller = (0..1000).find_map(|_| {
+    let caller = (0..6000).find_map(|_| {
         std::thread::sleep(std::time::Duration::from_millis(10));
         let child: u32 = fs::read_to_string(&children).ok()?.trim().parse().ok()?;
         (fs::read_to_string(format!("/proc/{child}/comm")).ok()? == "sleep\n").then_some(child)

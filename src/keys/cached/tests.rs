@@ -50,7 +50,7 @@ impl Script {
     }
 
     fn wait_until_asked(&self, times: usize) {
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + Duration::from_secs(60);
         while self.asked() < times {
             assert!(Instant::now() < end, "asked {} times", self.asked());
             std::thread::sleep(Duration::from_millis(1));
@@ -191,7 +191,7 @@ fn refused(manager: &CachedKeyManager) -> Reason {
 /// Has the server give the key once, and be silent from then on.
 /// Nobody asks for the key of volume one behind those who do not wait.
 fn wait_until_nobody_asks(manager: &CachedKeyManager) {
-    let end = Instant::now() + Duration::from_secs(10);
+    let end = Instant::now() + Duration::from_secs(60);
     while manager.shared.jobs.is_asked_for(&one()) {
         assert!(Instant::now() < end, "somebody asks for ever");
         std::thread::sleep(Duration::from_millis(1));
@@ -231,7 +231,7 @@ fn every_no_to_a_key_wipes_the_kept_one_and_nothing_else_that_goes_wrong_has_it_
         host.script.say(Answer::No(reason));
         let before = Instant::now();
         while get(&manager, &one()).is_ok_and(|key| key.from_cache().is_some()) {
-            assert!(before.elapsed() < Duration::from_secs(5));
+            assert!(before.elapsed() < Duration::from_secs(60));
         }
         host.script.say(Answer::Silence);
         for manager in [&manager, &host.start()] {
@@ -521,7 +521,7 @@ fn a_server_that_was_just_silent_is_not_waited_for_and_its_no_counts_when_it_com
     host.script.wait_until_asked(asked + 1);
     assert_eq!(host.script.asked(), asked + 1, "it is asked behind them, once at a time");
     host.script.say(Answer::No(Reason::KeyDestroyed));
-    let end = Instant::now() + Duration::from_secs(10);
+    let end = Instant::now() + Duration::from_secs(60);
     while !host.store().cached_keys().unwrap().is_empty() {
         assert!(Instant::now() < end, "the server's no was not heard");
         std::thread::sleep(Duration::from_millis(1));
@@ -747,7 +747,7 @@ fn who_meets_a_silent_server_first_waits_for_it_a_moment() {
     // For as long as its question has no answer, which in this test comes never.
     assert!(get(&manager, &one()).unwrap().from_cache().is_some());
     host.script.say(Answer::No(Reason::KeyDestroyed));
-    let end = Instant::now() + Duration::from_secs(10);
+    let end = Instant::now() + Duration::from_secs(60);
     while !host.store().cached_keys().unwrap().is_empty() {
         assert!(Instant::now() < end, "the no that came late was not heard");
         std::thread::sleep(Duration::from_millis(1));

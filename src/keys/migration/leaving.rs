@@ -41,8 +41,9 @@ use crate::keys::{Key, Leaving};
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
-/// How long it may take from the look that there is no mark until there is one that can be taken back.
-const PROMPTLY: Duration = Duration::from_secs(1);
+/// How long it may take from the look that there is no mark until there is one that can be taken back. In tests hosts
+/// wait for their turns in between.
+const PROMPTLY: Duration = Duration::from_secs(if cfg!(test) { 60 } else { 1 });
 
 /// A mark that this host has set.
 struct Mark {

@@ -596,7 +596,8 @@ fn a_run_that_is_killed_over_and_over_comes_to_its_end() {
             .stdout(Stdio::null())
             .spawn()
             .unwrap();
-        std::thread::sleep(Duration::from_millis(30 + 37 * kills % 600));
+        // Longer each time: on a busy machine it takes a while until the child begins.
+        std::thread::sleep(Duration::from_millis(30 + 37 * kills % 600 + 10 * kills));
         child.kill().unwrap();
         let ended = child.wait().unwrap().success();
         let (old, new) = (host.embedded(), embedded(target.path()));

@@ -17,7 +17,7 @@ fn a_new_database_is_private_and_durable() {
     for (name, value) in [("synchronous", 2), ("foreign_keys", 1), ("secure_delete", 1), ("trusted_schema", 0)] {
         assert_eq!(pragma(name), format!("Integer({value})"), "{name}");
     }
-    assert_eq!(pragma("busy_timeout"), "Integer(5000)");
+    assert_eq!(pragma("busy_timeout"), format!("Integer({})", BUSY_TIMEOUT.as_millis()));
     assert!(!store.is_read_only().unwrap());
 }
 

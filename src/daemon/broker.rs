@@ -36,6 +36,7 @@ use super::devices::Devices;
 use super::holds::{HELD_FOR, Holds};
 use super::in_use::InUse;
 use super::pool::while_waiting;
+use super::restoring::Restoring;
 use super::uses::UseLimit;
 use crate::audit::Asker;
 use crate::domain::{Facts, Requester};
@@ -64,6 +65,7 @@ pub struct Broker {
     merging: Arc<AtomicBool>,
     holds: Arc<Holds>,
     in_use: InUse,
+    restoring: Restoring,
 }
 
 /// The database and the key manager, once both could be opened.
@@ -107,7 +109,7 @@ impl Broker {
         let (vault, enrolling, migrating) = (Mutex::default(), VolumeLocks::default(), Mutex::default());
         let (refusals, uses, merging) = (RefusalLimit::default(), Arc::default(), Arc::default());
         let holds = Arc::new(Holds::new(HELD_FOR));
-        let in_use = InUse::default();
+        let (in_use, restoring) = (InUse::default(), Restoring::default());
         Broker {
             policy,
             devices,
@@ -121,7 +123,13 @@ impl Broker {
             merging,
             holds,
             in_use,
+            restoring,
         }
+    }
+
+    /// The domains that are being restored from files.
+    pub fn restoring(&self) -> &Restoring {
+        &self.restoring
     }
 
     /// The maker of mappings.

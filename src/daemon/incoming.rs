@@ -3,11 +3,12 @@
 //!
 //! libvirt asks for its start as well once it has begun to take the domain. Only then is the use of a key recorded. A
 //! domain that comes from a file is left to that, because libvirt would delete the file of one that is refused before
-//! (see the hook).
+//! (see the hook); what that may have been on another host is looked at then.
 
 use std::collections::HashMap;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use super::broker::{Broker, Ready, no_such_device};
 use super::by_xml;
@@ -21,6 +22,9 @@ use crate::protocol::EMULATOR_DIRECTORY;
 use crate::refusal::{Reason, Refusal};
 use crate::volume::VolumeId;
 
+/// A folder of the libvirt that runs the host's domains.
+const MANAGED_SAVES: &str = "/var/lib/libvirt/qemu/save";
+
 /// Whether the domain in `xml`, which comes from another host, can run here. What comes back, if anything does, is
 /// the XML that libvirt is to go on with: the same with the disks on their volumes that the other host had pointed to
 /// their mappings, or on their mappings if this host goes by the XML. A refusal is recorded.
@@ -30,21 +34,29 @@ use crate::volume::VolumeId;
 /// rule is about holds what looks like ciphertext: the guest would go on writing plaintext between it.
 pub fn admit(broker: &Broker, name: &str, xml: &str) -> Result<Option<String>, Refusal> {
     let unmapped = |domain: &Domain| inspect_domain(broker, name, domain, &HashMap::new()).map(|()| None);
-    inspect(broker, name, xml, &unmapped, &|xml| check_no_ciphertext(broker, xml))
+    inspect(broker, name, xml, &unmapped, &|xml| check_no_ciphertext(broker, &Domain::parse(xml).map_err(unreadable)?))
 }
 
 /// The XML with which libvirt is to restore the domain in `xml` from a file, if it is another: as for [`admit`]. What
 /// names no mapping is looked at when it starts, with the wrapper if it was saved before that was its emulator: what an
-/// operator defines since then is not what it is restored from. `is_there` says whether a program can be run.
+/// operator defines since then is not what it is restored from. `is_there` says whether there is a file.
+///
+/// The start that follows is refused if a disk holds what looks like ciphertext and no rule is about it, because the domain
+/// may have been saved on another host. A managed save was made on this one, which knows what is enrolled here.
 ///
 /// # Errors
-/// As for [`admit`].
+/// As for [`admit`], but for that.
 pub fn restore(
     broker: &Broker,
     name: &str,
     xml: &str,
     is_there: &dyn Fn(&Path) -> bool,
 ) -> Result<Option<String>, Refusal> {
+    if let Ok(domain) = Domain::parse(xml)
+        && !is_there(&managed_save_of(name))
+    {
+        broker.restoring().begin(&domain.facts(), Instant::now());
+    }
     let restored = inspect(broker, name, xml, &|domain| Ok(adopted(broker, name, domain, xml)), &|_| Ok(()))?;
     // XML that libvirt does not take has it delete a managed save as well. What names no such emulator is refused when the
     // domain starts.
@@ -52,6 +64,11 @@ pub fn restore(
         let emulator = Domain::parse(xml).ok().and_then(|domain| domain.emulator);
         emulator.is_none_or(|emulator| is_there(&emulator))
     }))
+}
+
+/// Where libvirt keeps what `virsh managedsave` saves, and `virsh start` restores.
+fn managed_save_of(name: &str) -> PathBuf {
+    Path::new(MANAGED_SAVES).join(format!("{name}.save"))
 }
 
 /// `unmapped` looks at a domain none of whose disks names a mapping, where the wrapper is used, and `at_last` at the XML
@@ -159,8 +176,8 @@ fn inspect_domain(
     Ok(())
 }
 
-fn check_no_ciphertext(broker: &Broker, xml: &str) -> Result<(), Refusal> {
-    let domain = Domain::parse(xml).map_err(unreadable)?;
+/// Whether none of its disks may be protected on the host that `domain` comes from, and is not here.
+pub(super) fn check_no_ciphertext(broker: &Broker, domain: &Domain) -> Result<(), Refusal> {
     let facts = domain.facts();
     for disk in &domain.disks {
         for image in disk.images() {

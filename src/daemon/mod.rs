@@ -21,6 +21,7 @@ mod prepare;
 mod receivers;
 mod refused;
 mod registrar;
+mod restoring;
 mod rewrite;
 mod server;
 mod service_manager;

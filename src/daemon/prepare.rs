@@ -1,10 +1,12 @@
 //! Before a domain starts: everything it needs is there, or the start is refused with a sentence.
 
 use std::path::Path;
+use std::time::Instant;
 
 use super::auditing::with_source;
 use super::broker::{Broker, Ready, no_such_device};
 use super::by_xml;
+use super::incoming::check_no_ciphertext;
 use super::inspection::{Inspection, by_adopting};
 use crate::audit::{Asker, Kind};
 use crate::domain::{Domain, Facts, Source, in_disk, quoted, sources_before};
@@ -17,16 +19,22 @@ use crate::volume::VolumeId;
 /// recorded.
 ///
 /// # Errors
-/// When a protected disk could not be opened, or would be opened past its mapping.
+/// When a protected disk could not be opened, or would be opened past its mapping; and when the domain is restored from a
+/// file, and one that no rule is about holds what looks like ciphertext.
 pub fn prepare(broker: &Broker, name: &str, xml: &str) -> Result<(), Refusal> {
     let domain = Domain::parse(xml).map_err(|error| Refusal::new(Reason::Configuration, error.to_string()));
     let uuid = domain.as_ref().ok().and_then(|domain| domain.uuid.clone());
     Asker::hook(name, uuid.as_deref()).ask(|| {
-        let prepared = domain.and_then(|domain| match broker.config() {
-            Ok(config) if config.hook.intercept == Intercept::Xml => {
-                by_xml::prepare(broker, &config, name, &domain, &sources_before(xml).unwrap_or_default())
+        let prepared = domain.and_then(|domain| {
+            if broker.restoring().ends(&domain.facts(), Instant::now()) {
+                check_no_ciphertext(broker, &domain)?;
             }
-            _ => prepare_domain(broker, name, &domain),
+            match broker.config() {
+                Ok(config) if config.hook.intercept == Intercept::Xml => {
+                    by_xml::prepare(broker, &config, name, &domain, &sources_before(xml).unwrap_or_default())
+                }
+                _ => prepare_domain(broker, name, &domain),
+            }
         });
         prepared.inspect_err(|refusal| broker.record_refusal(refusal))
     })

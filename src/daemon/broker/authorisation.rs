@@ -85,13 +85,17 @@ pub(super) fn known<'a>(guest: &'a dyn Requester, volume: &VolumeId) -> Result<&
     })
 }
 
-/// Whether `device` is an iSCSI volume or stands on one, and passes only because no rule is about it.
+/// Whether `device` passes, in whole or in part, only because no rule is about it. A rule that lets a disk pass is about its
+/// partitions too; a logical volume is one that rules name by itself, unless it stands on a mapping.
 fn passes_unsaid(config: &Config, device: &Identity, requester: &dyn Requester) -> bool {
     if device.own_volume().is_some() || !matches!(config.decide(device, requester), Decision::Pass) {
         return false;
     }
+    let is_named_by_itself = || enrolled_device(device).dm_uuid.is_some() && device.own_mappings().is_empty();
     !config.lets_pass(device, requester)
-        && (device.iscsi.is_some() || device.underlying.iter().any(|below| passes_unsaid(config, below, requester)))
+        && (device.underlying.is_empty()
+            || is_named_by_itself()
+            || device.underlying.iter().any(|below| passes_unsaid(config, below, requester)))
 }
 
 impl Broker {
@@ -124,8 +128,8 @@ impl Broker {
         device.underlying.iter().try_for_each(|below| self.check_not_enrolled(config, below, requester))
     }
 
-    /// Refuses an iSCSI device of which no rule says anything and that holds what looks like ciphertext, to a domain that
-    /// comes from another host: that host's rules may protect it.
+    /// Refuses a device of which no rule says anything and that holds what looks like ciphertext, to a domain that comes
+    /// from another host: that host's rules may protect it. What a disk of this host holds is in some format mostly.
     pub fn check_no_ciphertext(&self, device: &Identity, requester: &dyn Requester) -> Result<(), Refusal> {
         if !passes_unsaid(&*self.config()?, device, requester) {
             return Ok(());

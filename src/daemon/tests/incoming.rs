@@ -241,3 +241,97 @@ fn what_was_saved_before_it_was_adopted_is_restored_with_the_wrapper() {
     assert_eq!(with(&broker, &domain("", "")), None);
     assert_eq!(with(&broker, &domain("/usr/bin/..", "")), None);
 }
+
+fn noise() -> Vec<u8> {
+    let mut noise = vec![0; SIZE as usize];
+    aws_lc_rs::rand::fill(&mut noise).unwrap();
+    noise
+}
+
+#[test]
+fn ciphertext_keeps_its_domain_where_it_is_whatever_brings_the_device() {
+    let world = World::new();
+    let namespace = world.add_volume("namespace", 901);
+    world.change(namespace, |identity| (identity.iscsi, identity.lun) = (None, None));
+    let on = |below: DeviceNumber, minor: u32, change: fn(&mut Identity)| {
+        let (below, number) = (world.identify(below).unwrap(), world.add_volume("none", minor));
+        world.change(number, |identity| {
+            (identity.iscsi, identity.lun, identity.wwid) = (None, None, None);
+            identity.underlying = vec![below];
+            change(identity);
+        });
+        number
+    };
+    let logical = |identity: &mut Identity| {
+        let (name, uuid) = ("vg-lv".to_owned(), "LVM-x".to_owned());
+        identity.mapping = Some(crate::volume::Mapping { name, uuid });
+    };
+    let (partition, logical_volume) =
+        (on(namespace, 902, |identity| identity.partition = Some(1)), on(namespace, 903, logical));
+    let mine = world.add_volume("mine", 904);
+    let on_a_mapping = on(world.add_mapping("mine", mine, 905), 906, logical);
+    let devices = [namespace, partition, logical_volume, on_a_mapping];
+    let nodes = devices.map(|device| Node::new("/dev", device));
+    let xmls = nodes.each_ref().map(|node| domain(WRAPPER, &disk("sda", &node.0)));
+    world.broker(false).enrol(mine, None).unwrap();
+    // Which of them come, and which are refused for what is on them.
+    let come = |more: &str| {
+        let broker = world.broker_saying(false, more);
+        xmls.each_ref().map(|xml| match admit(&broker, "vm", xml) {
+            Ok(None) => true,
+            Err(refusal) => {
+                let sentence = refusal.to_string();
+                assert!(sentence.contains(" holds what looks like ciphertext, and no rule here says"), "{sentence}");
+                false
+            }
+            admitted => panic!("{admitted:?}"),
+        })
+    };
+    assert_eq!(come(""), [true; 4], "they are blank");
+    devices.iter().for_each(|device| world.write(*device, &noise()));
+    assert_eq!(come(""), [false, false, false, true], "what stands on a mapping is encrypted");
+    let by_wwid = "[[rules]]\nname = \"local\"\nwwid = 'naa\\.901'\naction = \"pass\"\n";
+    assert_eq!(come(by_wwid), [true, true, false, true], "a rule may be about a logical volume by itself");
+    let by_uuid = "[[rules]]\nname = \"logical\"\ndm_uuid = 'LVM-x'\naction = \"pass\"\n";
+    assert_eq!(come(by_uuid), [false, false, true, true]);
+    // A partition table makes a disk of it, as of every disk of the host.
+    let mut table = [0; 512];
+    table[446..462].copy_from_slice(&[0, 0, 2, 0, 0x83, 0, 0, 0, 8, 0, 0, 0, 0, 16, 0, 0]);
+    table[510..].copy_from_slice(&[0x55, 0xaa]);
+    world.write(namespace, &table);
+    assert_eq!(come(""), [true, false, false, true]);
+}
+
+#[test]
+fn ciphertext_that_no_rule_is_about_keeps_a_saved_domain_in_its_file() {
+    let world = World::new();
+    let device = world.add_volume("saved", 907);
+    world.change(device, |identity| (identity.iscsi, identity.lun) = (None, None));
+    world.write(device, &noise());
+    let node = Node::new("/dev", device);
+    let called = |uuid: &str| {
+        domain(WRAPPER, &disk("sda", &node.0)).replace("<devices>", &format!("<uuid>{uuid}</uuid><devices>"))
+    };
+    let xml = called("0b1f7c1e-0000-4000-8000-000000000001");
+    let other = called("0b1f7c1e-0000-4000-8000-000000000002");
+    for more in ["", "[hook]\nintercept = \"xml\"\n"] {
+        let broker = world.broker_saying(false, more);
+        prepare(&broker, "vm", &xml).expect("one that is not restored starts");
+        for _ in 0..2 {
+            assert_eq!(restore(&broker, "vm", &xml, &|_| false).unwrap(), None, "libvirt would delete a managed save");
+            prepare(&broker, "vm", &other).expect("it is the start of another domain");
+            let sentence = prepare(&broker, "vm", &xml).unwrap_err().to_string();
+            assert!(sentence.starts_with("disk sda: /dev/sd907 holds what looks like ciphertext"), "{sentence}");
+            assert_eq!(recorded(&broker)[0], "refused");
+            prepare(&broker, "vm", &xml).expect("it was asked for one start");
+        }
+        // What is in a managed save has run on this host, whose own database knows its volumes.
+        let managed = |path: &Path| path == Path::new("/var/lib/libvirt/qemu/save/vm.save");
+        restore(&broker, "vm", &xml, &managed).unwrap();
+        prepare(&broker, "vm", &xml).unwrap();
+        let pass = "[[rules]]\nname = \"own\"\nwwid = 'naa\\.907'\naction = \"pass\"\n";
+        let broker = world.broker_saying(false, &format!("{more}{pass}"));
+        restore(&broker, "vm", &xml, &|_| false).unwrap();
+        prepare(&broker, "vm", &xml).unwrap();
+    }
+}

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::{Broker, Vault, enrolled_device};
+use crate::daemon::pool::while_waiting;
 use crate::domain::{Disk, Facts, Given, Requester, quoted};
 use crate::guest::{Domains, block_device_seen_by, process_of};
 use crate::policy::{Config, Decision};
@@ -134,10 +135,11 @@ impl Broker {
         if !passes_unsaid(&*self.config()?, device, requester) {
             return Ok(());
         }
+        // Its storage may never answer.
+        let read = || looks_encrypted(&self.devices.open_exclusively(device).ok()?, device.size).ok();
         // What cannot be read now, or is claimed by the host itself, is not opened by QEMU either.
-        let Ok(file) = self.devices.open_exclusively(device) else { return Ok(()) };
-        match looks_encrypted(&file, device.size) {
-            Ok(true) => Err(Refusal::new(
+        match while_waiting(read) {
+            Some(true) => Err(Refusal::new(
                 Reason::NotAllowed,
                 format!(
                     "{device} holds what looks like ciphertext, and no rule here says whether it is protected, as it may be \

@@ -1,4 +1,7 @@
+use std::sync::mpsc;
+
 use super::super::incoming::{admit, restore};
+use super::super::pool::Pool;
 use super::super::prepare::prepare;
 use super::super::rewrite::rewrite;
 use super::*;
@@ -334,4 +337,24 @@ fn ciphertext_that_no_rule_is_about_keeps_a_saved_domain_in_its_file() {
         restore(&broker, "vm", &xml, &|_| false).unwrap();
         prepare(&broker, "vm", &xml).unwrap();
     }
+}
+
+#[test]
+fn a_device_that_does_not_answer_takes_no_thread_from_other_requests() {
+    let world = World::new();
+    let device = world.add_volume("hung", 908);
+    world.change(device, |identity| identity.iscsi.as_mut().unwrap().target = "iqn.2026-11.org.lab:hung".to_owned());
+    let (node, file) = (Node::new("/dev", device), world.path().join("sd908"));
+    // Opening it waits for somebody who opens it for writing.
+    std::fs::remove_file(&file).unwrap();
+    rustix::fs::mknodat(CWD, &file, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    let (broker, xml) = (world.broker(false), domain(WRAPPER, &disk("sda", &node.0)));
+    let (pool, (done, finished)) = (Pool::new(1), mpsc::channel());
+    let admitted = done.clone();
+    pool.run(move || admitted.send(format!("{:?}", admit(&broker, "vm", &xml).unwrap())).unwrap());
+    pool.run(move || done.send("another request".to_owned()).unwrap());
+    assert_eq!(finished.recv_timeout(Duration::from_secs(5)).unwrap(), "another request");
+    assert!(finished.try_recv().is_err(), "the device has not answered yet");
+    drop(OpenOptions::new().write(true).open(&file).unwrap());
+    assert_eq!(finished.recv_timeout(Duration::from_secs(5)).unwrap(), "None");
 }

@@ -144,7 +144,9 @@ impl Broker {
                 format!(
                     "{device} holds what looks like ciphertext, and no rule here says whether it is protected, as it may be \
                      on the host that the domain comes from: have the same rules here ('volcrypt policy test --device \
-                     {device}' tries them), or one with action = \"pass\" if the guest itself encrypts what it writes there"
+                     {device}' tries them), or one with action = \"pass\" for this device alone, if the guest itself \
+                     encrypts what it writes there; if these are remains of an earlier volume that nobody needs, this guest \
+                     included, zero all of the device"
                 ),
             )),
             _ => Ok(()),

@@ -443,6 +443,23 @@ fn what_a_killed_daemon_left_of_a_database_that_was_moved_away_does_not_touch_th
 }
 
 #[test]
+fn a_log_whose_database_was_moved_away_outlives_a_start_of_the_daemon_and_is_kept_by_a_restore() {
+    let Killed { killed, backup, keys, later, _host } = Killed::new();
+    fs::rename(killed.database(), killed.path("moved-away")).unwrap();
+    let before = contents(&killed.state());
+    let sentence = Store::open(&killed.state()).err().unwrap().to_string();
+    assert!(sentence.contains("'volcrypt key restore'"), "{sentence}");
+    assert_eq!(contents(&killed.state()), before);
+    killed.restore(&backup);
+    killed.assert_has(&keys);
+    let (database, log) = (killed.database(), killed.state().join("volcrypt.db-wal"));
+    fs::remove_file(&database).unwrap();
+    fs::rename(killed.path("moved-away"), &database).unwrap();
+    fs::rename(&killed.kept()[0], &log).unwrap();
+    killed.assert_has(&keys.into_iter().chain([("two".to_owned(), later)]).collect());
+}
+
+#[test]
 fn a_journal_that_was_left_does_not_touch_the_new_database() {
     let host = Host::new();
     let keys = host.enrol(&["one"]);

@@ -22,13 +22,22 @@ pub(super) const INDEX: &str = "-shm";
 /// Checks `directory` and the database in it, makes an empty file if there is none, and returns
 /// the file's path without symbolic links.
 ///
-/// SQLite gives the log beside the database the mode of the database.
+/// SQLite gives the log beside the database the mode of the database, and removes one that stands beside an empty file.
 pub(super) fn prepare(directory: &Path) -> Result<PathBuf, Refusal> {
     let directory = check_directory(directory)?;
     let path = directory.join(FILE_NAME);
-    if let Err(error) = fs::symlink_metadata(&path)
-        && error.kind() == io::ErrorKind::NotFound
-    {
+    if is_missing(&path) {
+        // A process that makes the database just now has a log as well.
+        if let Some(log) = unmerged(&path)?
+            && is_missing(&path)
+        {
+            return Err(refusal(format!(
+                "{} has the last changes of {}, which is not there: put that back beside it, or run 'volcrypt key restore' \
+                 with a backup, which keeps what is there",
+                log.display(),
+                path.display()
+            )));
+        }
         make(&directory, &path).map_err(|error| {
             refusal(format!("{} cannot be made ({error}): make its directory writable for volcryptd", path.display()))
         })?;
@@ -118,6 +127,11 @@ pub(super) struct FileIdentity(u64, u64);
 pub(super) fn identity(path: &Path) -> Result<FileIdentity, Refusal> {
     let metadata = fs::symlink_metadata(path).map_err(|error| unusable(path, &error))?;
     Ok(FileIdentity(metadata.dev(), metadata.ino()))
+}
+
+/// Whether nothing has the name `path`.
+pub(super) fn is_missing(path: &Path) -> bool {
+    path.symlink_metadata().is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
 
 /// Whether a write-ahead log with something in it stands beside the database at `path`.

@@ -73,7 +73,7 @@ impl Store {
     /// # Errors
     /// [`Reason::StoreUnavailable`], each with its remedy, when the directory or the file belongs to
     /// somebody else or is open to others, when the file is no database of volcrypt, is damaged or
-    /// was written by a newer version (it is then left as it is), and when SQLite fails.
+    /// was written by a newer version (it is then left as it is), when only its log is there, and when SQLite fails.
     pub fn open(directory: &Path) -> Result<Self, Refusal> {
         Store::open_with(directory, schema::MIGRATIONS)
     }
@@ -180,13 +180,16 @@ pub(crate) fn seconds_now() -> i64 {
 }
 
 fn check_identity(path: &Path, expected: FileIdentity) -> Result<(), Refusal> {
-    match files::identity(path) {
-        Ok(identity) if identity == expected => Ok(()),
-        _ => Err(Refusal::new(
-            Reason::StoreUnavailable,
-            format!("{} was replaced while volcryptd had it open: run 'systemctl restart volcryptd'", path.display()),
-        )),
-    }
+    let name = path.display();
+    let sentence = match files::identity(path) {
+        Ok(identity) if identity == expected => return Ok(()),
+        // Its last changes may be in the log alone.
+        Err(_) if files::is_missing(path) => format!(
+            "{name} is gone while volcryptd has it open: put that very file back, and do not restart volcryptd before"
+        ),
+        _ => format!("{name} was replaced while volcryptd had it open: run 'systemctl restart volcryptd'"),
+    };
+    Err(Refusal::new(Reason::StoreUnavailable, sentence))
 }
 
 /// A connection that can write to the file with this identity, or `None` when the file system is read-only.

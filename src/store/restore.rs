@@ -171,7 +171,7 @@ impl Staged {
         File::open(&copy).and_then(|copy| copy.sync_all()).map_err(failed)?;
 
         let kept = unused(&beside(&path, &format!("{REPLACED}{stamp}")));
-        let is_lost = path.symlink_metadata().is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
+        let is_lost = files::is_missing(&path);
         let (replaced, in_use) = match is_lost {
             false => {
                 // What somebody else uses is left as it is.

@@ -112,6 +112,57 @@ fn a_restore_that_was_broken_off_leaves_the_database_its_journal() {
 }
 
 #[test]
+fn a_log_without_its_database_is_refused_and_kept() {
+    let directory = private_directory();
+    let store = Store::open(directory.path()).unwrap();
+    let _reader = store.keep_log();
+    store.enrol(&record("in-the-log")).unwrap();
+    let (copy, away) = (after_power_cut(directory.path()), private_directory());
+    let (database, moved) = (copy.path().join("volcrypt.db"), away.path().join("moved"));
+    fs::rename(&database, &moved).unwrap();
+    refused_untouched(copy.path(), "volcrypt.db-wal has the last changes of ");
+    assert!(!database.exists());
+    fs::rename(&moved, &database).unwrap();
+    assert_eq!(names(&Store::open(copy.path()).unwrap()), ["in-the-log"]);
+}
+
+#[test]
+fn a_journal_without_its_database_is_refused_and_kept() {
+    let (directory, copy) = (private_directory(), private_directory());
+    // As a process leaves it that was killed amid a transaction.
+    let other = Connection::open(directory.path().join("other.db")).unwrap();
+    other
+        .execute_batch(
+            "CREATE TABLE t (a); WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300)
+             INSERT INTO t SELECT zeroblob(4000) FROM n; PRAGMA cache_size = 1; BEGIN; UPDATE t SET a = zeroblob(4001)",
+        )
+        .unwrap();
+    let journal = copy.path().join("volcrypt.db-journal");
+    fs::copy(directory.path().join("other.db-journal"), &journal).unwrap();
+    refused_untouched(copy.path(), "volcrypt.db-journal has the last changes of ");
+    assert!(!copy.path().join("volcrypt.db").exists());
+    // An empty one has nothing.
+    fs::write(&journal, "").unwrap();
+    assert_eq!(names(&Store::open(copy.path()).unwrap()), [] as [&str; 0]);
+}
+
+#[test]
+fn a_database_that_is_gone_is_told_from_one_that_was_replaced() {
+    let (directory, away) = (private_directory(), private_directory());
+    let store = Store::open(directory.path()).unwrap();
+    let (path, moved) = (directory.path().join("volcrypt.db"), away.path().join("moved"));
+    fs::rename(&path, &moved).unwrap();
+    let sentence = refused(store.enrol(&record("one")));
+    assert!(sentence.contains("volcrypt.db is gone"), "{sentence}");
+    assert!(sentence.contains("do not restart volcryptd before"), "{sentence}");
+    fs::copy(&moved, &path).unwrap();
+    let sentence = refused(store.enrol(&record("one")));
+    assert!(sentence.contains("was replaced while volcryptd had it open"), "{sentence}");
+    fs::rename(&moved, &path).unwrap();
+    store.enrol(&record("one")).unwrap();
+}
+
+#[test]
 fn a_directory_or_file_that_others_can_enter_is_refused() {
     let directory = private_directory();
     for mode in [0o755, 0o701, 0o770, 0o702] {

@@ -450,9 +450,12 @@ fn a_log_whose_database_was_moved_away_outlives_a_start_of_the_daemon_and_is_kep
     let sentence = Store::open(&killed.state()).err().unwrap().to_string();
     assert!(sentence.contains("'volcrypt key restore'"), "{sentence}");
     assert_eq!(contents(&killed.state()), before);
-    killed.restore(&backup);
+    let text = killed.restore(&backup);
     killed.assert_has(&keys);
+    // The way back that it names.
     let (database, log) = (killed.database(), killed.state().join("volcrypt.db-wal"));
+    let said = format!("put both back, as {} and {}", database.display(), log.display());
+    assert!(text.contains(&said), "{text}");
     fs::remove_file(&database).unwrap();
     fs::rename(killed.path("moved-away"), &database).unwrap();
     fs::rename(&killed.kept()[0], &log).unwrap();

@@ -240,11 +240,14 @@ fn lone_log(kept: &Path) -> String {
         true => "-journal",
         false => "-wal",
     };
+    // Elsewhere they are no backup: that has to be one file.
+    let place = kept.with_file_name("volcrypt.db");
     format!(
         "A log was there without its database and is kept as {0}. Without it that database lacks its last changes: to use \
-         that again, put the log beside it as NAME{end} first; once it is not needed, overwrite it ('shred -u {0}'), for it \
-         may hold keys.\n",
-        kept.display()
+         that again, stop volcryptd, move {1} and what has the same name with -wal, -shm or -journal away, and put both back, \
+         as {1} and {1}{end}; once it is not needed, overwrite it ('shred -u {0}'), for it may hold keys.\n",
+        kept.display(),
+        place.display()
     )
 }
 

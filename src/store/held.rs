@@ -1,6 +1,7 @@
 //! Which keys a database holds, and which of them another one lacks.
 
 use std::collections::BTreeMap;
+use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -67,7 +68,8 @@ pub(super) fn read_unused<T>(path: &Path, read: impl FnOnce(&Connection) -> rusq
 
 impl Store {
     /// A database beside this one, whose place a backup has taken, with keys that are not in this one and that the
-    /// key-encryption key `kek` opens; and the volumes whose keys those are, or why that cannot be told.
+    /// key-encryption key `kek` opens; and the volumes whose keys those are, or why that cannot be told. That may be the log
+    /// alone of one that was not there.
     ///
     /// # Errors
     /// [`Reason::StoreUnavailable`] when this database or its directory cannot be read.
@@ -81,8 +83,18 @@ impl Store {
         let prefix = format!("{FILE_NAME}{REPLACED}");
         for entry in fs::read_dir(directory).map_err(failed)? {
             let (path, name) = entry.map(|entry| (entry.path(), entry.file_name())).map_err(failed)?;
-            let is_log = LOGS.iter().chain([&INDEX]).any(|end| name.as_bytes().ends_with(end.as_bytes()));
-            if !name.as_bytes().starts_with(prefix.as_bytes()) || is_log {
+            if !name.as_bytes().starts_with(prefix.as_bytes()) || name.as_bytes().ends_with(INDEX.as_bytes()) {
+                continue;
+            }
+            if let Some(database) = LOGS.iter().find_map(|end| name.as_bytes().strip_suffix(end.as_bytes())) {
+                // Where its database is, that is looked at.
+                let database = directory.join(OsStr::from_bytes(database));
+                if files::is_missing(&database)
+                    && let Some(log) = files::unmerged(&database)?
+                {
+                    let what = "is the log of a database that is not there and may have keys that are in it alone";
+                    return Ok(Some((log, what.to_owned())));
+                }
                 continue;
             }
             match Held::in_file(&path) {

@@ -556,6 +556,31 @@ fn the_key_that_opens_a_database_kept_by_a_restore_is_not_dropped() {
 }
 
 #[test]
+fn the_key_that_a_log_kept_without_its_database_needs_is_not_dropped() {
+    let place = Place::new();
+    let manager = place.open();
+    manager.make(&id("one"), size(512)).unwrap();
+    let old = fs::read(place.kek()).unwrap();
+    for end in ["-wal", "-journal"] {
+        let kept = place.path().join(format!("volcrypt.db.replaced-x{end}"));
+        fs::write(&kept, "a log").unwrap();
+        let sentence = refused(next(&RotationStep::Begin, &manager), Reason::Configuration);
+        assert!(sentence.contains(&format!("{} is the log of a database", kept.display())), "{sentence}");
+        assert!(sentence.contains("with a copy of that key-encryption key"), "{sentence}");
+        assert!(!place.kek_new().exists());
+        fs::remove_file(&kept).unwrap();
+    }
+    assert_eq!(fs::read(place.kek()).unwrap(), old);
+    // What is empty, or has nothing of its own.
+    for end in ["-wal", "-shm"] {
+        let content = if end == "-wal" { "" } else { "an index" };
+        fs::write(place.path().join(format!("volcrypt.db.replaced-x{end}")), content).unwrap();
+    }
+    rotate(&manager).unwrap();
+    assert_ne!(fs::read(place.kek()).unwrap(), old);
+}
+
+#[test]
 fn a_key_from_before_is_taken_up_where_there_is_no_other_and_nothing_is_wrapped() {
     let place = Place::new();
     let manager = place.open();

@@ -244,6 +244,24 @@ fn an_upgrade_by_rpm_takes_nothing_away() {
 }
 
 #[test]
+fn a_libvirt_whose_profile_apparmor_refuses_keeps_no_other_package_from_being_installed() {
+    let host = Host::installed();
+    host.program(&format!("{STAND_INS}/aa-enabled"), "#!/bin/sh\n");
+    host.program(&format!("{STAND_INS}/apparmor_parser"), "#!/bin/sh\nexit 1\n");
+    fs::remove_dir_all(host.path("usr/libexec/volcrypt/emulators")).unwrap();
+    let output = host.output("debian/postinst", &["triggered", "/usr/bin/qemu-system-x86_64"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{said}");
+    assert!(
+        said.contains("AppArmor refused") && said.contains("run '/usr/libexec/volcrypt/apparmor-rules add'"),
+        "{said}"
+    );
+    assert_eq!(host.links().len(), 1);
+    host.program(&format!("{STAND_INS}/apparmor_parser"), "#!/bin/sh\n");
+    host.run("debian/postinst", &["triggered", "/usr/bin/qemu-system-x86_64"]);
+}
+
+#[test]
 fn an_rpm_has_its_daemon_but_no_hook_if_apparmor_refuses() {
     let host = Host::installed().with_systemd();
     fs::remove_file(host.path(HOOK)).unwrap();

@@ -135,3 +135,78 @@ fn a_new_key_is_used_only_when_every_server_has_it() {
     create(&asking(&[&server, &other]), &id).unwrap();
     assert_eq!((server.objects(), state(&server)), (1, ACTIVE));
 }
+
+/// A server whose key of the volume was damaged is asked by hosts that have not used the volume yet.
+#[test]
+fn a_damaged_key_hides_none_that_another_server_has_from_a_host_that_is_new_to_the_volume() {
+    for damage in [
+        "UPDATE managed_objects SET value = randomblob(64)",
+        "UPDATE app_specific_info SET application_data = 'damaged' WHERE length(application_data) > 40",
+    ] {
+        let damaged = PyKmip::start();
+        let (good, empty) = (damaged.twin(), damaged.twin());
+        let id = volume("damaged");
+        let key = create(&damaged.manager(), &id).unwrap();
+        good.manager().import(&id, &key, &wanted()).unwrap();
+        change(&damaged, damage);
+        let alone = damaged.manager().described(&id).err().unwrap();
+        let fresh = || asking(&[&damaged, &good]);
+        assert!(fresh().get(&id).unwrap().same_as(&key));
+        let (found, said) = fresh().described(&id).unwrap().unwrap();
+        assert!(found.same_as(&key) && said == wanted());
+        assert!(create(&fresh(), &id).unwrap().same_as(&key), "no second one");
+        // One that has none, and one that does not say, do not make up for what is damaged.
+        for servers in [[&damaged, &empty], [&empty, &damaged]] {
+            for refusal in [asking(&servers).described(&id).err(), create(&asking(&servers), &id).err()] {
+                assert_eq!(refusal.unwrap(), alone);
+            }
+        }
+        let refusal = create(&asking_with_one_down(&damaged), &id).err().unwrap();
+        assert_eq!(refusal.reason(), Reason::TimedOut, "{refusal}");
+        let is_told = refusal.to_string().contains(NOBODY) && refusal.to_string().contains(&alone.to_string());
+        assert!(is_told && !refusal.is_unanswered(), "{refusal}");
+        // The damaged one was chosen, and may be another one: none is chosen in its place.
+        change(&good, "UPDATE crypto_objects SET state = 1");
+        for refusal in [fresh().described(&id).err(), create(&fresh(), &id).err()] {
+            assert_eq!(refusal.unwrap(), alone);
+        }
+        assert_eq!(state(&good), PRE_ACTIVE);
+        change(&good, "UPDATE crypto_objects SET state = 3");
+        assert_eq!(fresh().get(&id).err().unwrap().reason(), Reason::KeyRevoked);
+        assert_eq!([&damaged, &good, &empty].map(PyKmip::objects), [1, 1, 0]);
+    }
+}
+
+#[test]
+fn two_keys_that_were_chosen_are_not_used_where_one_is_damaged() {
+    let damaged = PyKmip::start();
+    let other = damaged.twin();
+    let id = volume("two");
+    create(&damaged.manager(), &id).unwrap();
+    create(&other.manager(), &id).unwrap();
+    change(&damaged, "UPDATE managed_objects SET value = randomblob(64)");
+    let manager = asking(&[&damaged, &other]);
+    for refusal in [manager.described(&id).err(), create(&manager, &id).err(), manager.get(&id).err()] {
+        assert_eq!(refusal.unwrap().reason(), Reason::WrongKey, "nothing tells which one the volume was written with");
+    }
+}
+
+#[test]
+fn a_key_that_one_of_two_servers_has_lost_is_given_by_the_other() {
+    let one = PyKmip::start();
+    let other = one.twin();
+    let id = volume("lost");
+    let key = create(&one.manager(), &id).unwrap();
+    other.manager().import(&id, &key, &wanted()).unwrap();
+    let (manager, recorded) = (asking(&[&one, &other]), recorded(&id, &key));
+    assert!(manager.get_enrolled(&recorded).unwrap().same_as(&key));
+    let lose = |server| change(server, "PRAGMA foreign_keys = OFF; DELETE FROM managed_objects");
+    lose(&one);
+    for manager in [&manager, &asking(&[&one, &other]), &asking(&[&other, &one])] {
+        assert!(manager.get_enrolled(&recorded).unwrap().same_as(&key));
+    }
+    lose(&other);
+    for manager in [&manager, &asking(&[&one, &other])] {
+        assert_eq!(manager.get_enrolled(&recorded).err().unwrap().reason(), Reason::NoKey);
+    }
+}

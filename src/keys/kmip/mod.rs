@@ -29,8 +29,8 @@ use self::message::{Failure, Request, State, Version};
 use self::settle::{Found, activate, chosen, find, find_enrolled, settle};
 use self::ttlv::Malformed;
 use super::{
-    Capabilities, Description, FIRST_VERSION, Imported, Key, KeyHandle, KeyInfo, KeyManager, Leaving, RecordedKey,
-    SealedDescription, other_key, tell, tls,
+    Capabilities, CheckValue, Description, FIRST_VERSION, Imported, Key, KeyHandle, KeyInfo, KeyManager, Leaving,
+    RecordedKey, SealedDescription, other_key, tell, tls,
 };
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
@@ -234,28 +234,49 @@ impl KmipKeyManager {
     }
 
     /// The key of `volume` that counts, and what is known of the volume. Any server may say which one was chosen; none is
-    /// chosen unless every one of them answers.
+    /// chosen unless every one of them answers, with objects that are whole.
     fn fetch(&self, volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {
         let (what, deadline) = (key_of(volume), self.deadline());
         let is_unchosen = Cell::new(false);
+        // What is wrong with objects, and which key was chosen there, where that can be told.
+        let damaged = RefCell::new(Vec::new());
         let fetched = self.with_any(&what, |talk| {
-            let mut found = find(talk, volume)?;
-            match chosen(volume, &mut found)? {
-                Some(chosen) => hand_out(talk, volume, &chosen).map(Some),
-                None => {
-                    is_unchosen.set(is_unchosen.get() || !found.is_empty());
-                    Ok(None)
+            let mut found = match find(talk, volume) {
+                Ok(found) => found,
+                Err(Fault::Final(refusal)) => return pass_over(talk, volume, &damaged, refusal, None),
+                Err(fault) => return Err(fault),
+            };
+            let Some(chosen) = chosen(volume, &mut found)? else {
+                is_unchosen.set(is_unchosen.get() || !found.is_empty());
+                return Ok(None);
+            };
+            let says = chosen.sealed.check_value;
+            match hand_out(talk, volume, &chosen) {
+                Err(Fault::Final(refusal)) if refusal.reason() == Reason::WrongKey => {
+                    pass_over(talk, volume, &damaged, refusal, Some(says))
                 }
+                Ok(handed_out) => {
+                    // Where two were chosen, nothing here tells which one the volume was written with.
+                    let damaged = damaged.borrow();
+                    let other = damaged.iter().find(|(_, said)| said.is_some_and(|said| said != says));
+                    other.map_or(Ok(Some(handed_out)), |(refusal, _)| Err(refusal.clone().into()))
+                }
+                Err(fault) => Err(fault),
             }
         });
-        match fetched {
-            Ok(None) if is_unchosen.get() => {}
-            Err(refusal) if is_unchosen.get() && refusal.reason() == Reason::TimedOut => {
+        let damaged = damaged.into_inner().into_iter().next().map(|(refusal, _)| refusal);
+        match (fetched, damaged) {
+            (Ok(None), Some(damaged)) => return Err(damaged),
+            (Err(refusal), Some(damaged)) if refusal.reason() == Reason::TimedOut => {
+                return Err(refusal.and(&damaged.to_string()));
+            }
+            (Ok(None), None) if is_unchosen.get() => {}
+            (Err(refusal), None) if is_unchosen.get() && refusal.reason() == Reason::TimedOut => {
                 return Err(refusal.and(
                     "another server has one that nobody has used yet, which is used only if every server answers",
                 ));
             }
-            fetched => return fetched,
+            (fetched, _) => return fetched,
         }
         let talks: Vec<_> = self.client.order().map(|server| self.client.talk(server, deadline)).collect();
         let talks: Vec<&Talk<'_>> = talks.iter().collect();
@@ -481,6 +502,24 @@ fn enrolled_on(talk: &Talk<'_>, key: &RecordedKey, version: u32) -> Result<Optio
         own if own == version => Ok(Some(found)),
         other => Err(key.other_version(PLACE, other).into()),
     }
+}
+
+/// Notes what is wrong with an object of one server, which answers for no other one, and which key was chosen by what the
+/// object `says`.
+fn pass_over<T>(
+    talk: &Talk<'_>,
+    volume: &VolumeId,
+    damaged: &RefCell<Vec<(Refusal, Option<CheckValue>)>>,
+    refusal: Refusal,
+    says: Option<CheckValue>,
+) -> Result<Option<T>, Fault> {
+    tracing::warn!(
+        server = talk.name(),
+        "KMIP server {} does not give the key of volume {volume}: {refusal}",
+        talk.name()
+    );
+    damaged.borrow_mut().push((refusal, says));
+    Ok(None)
 }
 
 /// Has a key handed out that was found, if it is the one that its description was written for.

@@ -36,8 +36,9 @@ pub(super) struct Registered(Mutex<Book>);
 
 #[derive(Default)]
 struct Book {
-    /// Whether Barbican was asked where else this host is registered: by an earlier daemon, or in what it was restored from.
-    is_complete: bool,
+    /// As whom Barbican was asked where else this host is registered: by an earlier daemon, or in what it was restored from.
+    /// A host may get its name only after this runs.
+    complete_as: Option<Host>,
     entries: BTreeMap<VolumeId, Vec<Entry>>,
     /// When Barbican last said that those of a volume are there.
     seen: BTreeMap<VolumeId, Instant>,
@@ -105,8 +106,20 @@ impl Registered {
         let mut book = self.book();
         book.entries.remove(volume);
         book.seen.clear();
-        book.is_complete = false;
+        book.complete_as = None;
         book.asked.clear();
+    }
+
+    /// Whether Barbican has not said yet where `host` is registered. What it has said of a host of another name does not
+    /// count.
+    fn is_to_be_learned_as(&self, host: &Host) -> bool {
+        let mut book = self.book();
+        let is_unknown = book.complete_as.as_ref() != Some(host);
+        if is_unknown {
+            book.complete_as = None;
+            book.asked.clear();
+        }
+        is_unknown
     }
 
     fn remove(&self, volume: &VolumeId, entry: &Entry) {
@@ -215,9 +228,10 @@ impl BarbicanKeyManager {
         first
     }
 
-    /// Has Barbican say where this host is registered: once, and again when it turns out that it has forgotten something.
+    /// Has Barbican say where this host is registered: once, and again when it turns out that it has forgotten something, or
+    /// when the host is called otherwise.
     fn learn(&self, host: &Host) -> Result<(), Refusal> {
-        if self.registered.book().is_complete {
+        if !self.registered.is_to_be_learned_as(host) {
             return Ok(());
         }
         self.each_page(|secrets| {
@@ -229,7 +243,7 @@ impl BarbicanKeyManager {
             }
             Ok(())
         })?;
-        self.registered.book().is_complete = true;
+        self.registered.book().complete_as = Some(host.clone());
         Ok(())
     }
 

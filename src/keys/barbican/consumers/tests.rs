@@ -245,3 +245,29 @@ fn not_all_keys_are_asked_about_at_once() {
     }
     assert_eq!(counts, [100, 100, 49], "that of one that is not in use does not matter");
 }
+
+/// As at boot, when a daemon may run before the host has its name.
+#[test]
+fn a_host_that_is_renamed_takes_back_what_it_had_registered_under_its_new_name() {
+    let servers = Servers::start();
+    let own = servers.add(1, "own");
+    let foreign: VolumeId = "foreign".parse().unwrap();
+    let kept = Kept { name: "Cinder's".to_owned(), metadata: BTreeMap::new(), consumers: Vec::new() };
+    servers.world().secrets.insert(id(2), kept);
+    let other = Consumer { resource_type: "another host".to_owned(), ..Host::this().consumer() };
+    for secret in servers.world().secrets.values_mut() {
+        secret.consumers = vec![Host::this().consumer(), other.clone()];
+    }
+    let manager = servers.manager();
+    manager.registered.knows(BTreeMap::from([(foreign, id(2).parse().unwrap())]));
+    let before = Host { name: format!("before-{}", Host::this().name), ..Host::this() };
+    manager.learn(&before).unwrap();
+    manager.learn_foreign(&before).unwrap();
+    assert!(manager.registered.book().entries.is_empty(), "that is another host");
+
+    manager.settle_uses(&HashSet::new(), Instant::now()).unwrap();
+    assert_eq!([1, 2].map(|number| servers.consumers(number)), [(); 2].map(|()| vec![other.clone()]), "{own} is free");
+    servers.asked();
+    manager.settle_uses(&HashSet::new(), Instant::now()).unwrap();
+    assert_eq!(servers.asked(), [""; 0], "it was asked as this host");
+}

@@ -132,9 +132,12 @@ impl Broker {
     /// Refuses a device of which no rule says anything and that holds what looks like ciphertext, to a domain that comes
     /// from another host: that host's rules may protect it. What a disk of this host holds is in some format mostly.
     pub fn check_no_ciphertext(&self, device: &Identity, requester: &dyn Requester) -> Result<(), Refusal> {
-        if !passes_unsaid(&*self.config()?, device, requester) {
+        let config = self.config()?;
+        if !passes_unsaid(&config, device, requester) {
             return Ok(());
         }
+        // What is enrolled here has a sentence of its own.
+        self.check_not_enrolled(&config, device, requester)?;
         // Its storage may never answer.
         let read = || looks_encrypted(&self.devices.open_exclusively(device).ok()?, device.size).ok();
         // What cannot be read now, or is claimed by the host itself, is not opened by QEMU either.

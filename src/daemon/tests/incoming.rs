@@ -337,6 +337,19 @@ fn ciphertext_that_no_rule_is_about_keeps_a_saved_domain_in_its_file() {
         restore(&broker, "vm", &xml, &|_| false).unwrap();
         prepare(&broker, "vm", &xml).unwrap();
     }
+    // One whose rule was lost on this host is named.
+    let enrolled = world.add_volume("enrolled", 909);
+    world.broker(false).enrol(enrolled, None).unwrap();
+    world.write(enrolled, &noise());
+    let node = Node::new("/dev", enrolled);
+    let xml = domain(WRAPPER, &disk("sda", &node.0));
+    let broker = world.broker_with(&format!("[key_manager]\ndirectory = {:?}\n", world.path().join("state")));
+    restore(&broker, "vm", &xml, &|_| false).unwrap();
+    let sentence = prepare(&broker, "vm", &xml).unwrap_err().to_string();
+    assert!(
+        sentence.starts_with("disk sda: /dev/sd909 holds the volume enrolled, and no rule protects it"),
+        "{sentence}"
+    );
 }
 
 #[test]

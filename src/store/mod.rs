@@ -78,9 +78,10 @@ impl Store {
         Store::open_with(directory, schema::MIGRATIONS)
     }
 
-    /// Whether there is a database in `directory`.
+    /// Whether there is a database in `directory`, or was: its log may be all that is left of it.
     pub fn is_in(directory: &Path) -> bool {
-        directory.join(files::FILE_NAME).exists()
+        let path = directory.join(files::FILE_NAME);
+        path.exists() || !matches!(files::unmerged(&path), Ok(None))
     }
 
     fn open_with(directory: &Path, migrations: &[Migration]) -> Result<Self, Refusal> {

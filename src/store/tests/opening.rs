@@ -122,6 +122,7 @@ fn a_log_without_its_database_is_refused_and_kept() {
     fs::rename(&database, &moved).unwrap();
     refused_untouched(copy.path(), "volcrypt.db-wal has the last changes of ");
     assert!(!database.exists());
+    assert!(Store::is_in(copy.path()) && !Store::is_in(away.path()));
     fs::rename(&moved, &database).unwrap();
     assert_eq!(names(&Store::open(copy.path()).unwrap()), ["in-the-log"]);
 }

@@ -43,6 +43,12 @@ pub trait Devices: Send + Sync {
     /// `EBUSY` when something on the host has claimed it, `ENXIO` when its name is another device's.
     fn open_exclusively(&self, identity: &Identity) -> io::Result<File>;
 
+    /// Opens a device for reading, whoever has claimed it.
+    ///
+    /// # Errors
+    /// `ENXIO` when its name is another device's, `ENOMEDIUM` for a drive that is empty.
+    fn open_for_reading(&self, identity: &Identity) -> io::Result<File>;
+
     /// The block devices that process `pid` has open, each as often as it has.
     ///
     /// # Errors
@@ -101,16 +107,11 @@ impl Devices for HostDevices {
     }
 
     fn open_exclusively(&self, identity: &Identity) -> io::Result<File> {
-        let file = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(identity.to_string())?;
-        match DeviceNumber::from_raw(file.metadata()?.rdev()) == identity.number {
-            true => {
-                // What the host's cache holds may be older than what another host wrote. It only can
-                // be dropped as long as nobody changes it here, and that was made sure of.
-                rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
-                Ok(file)
-            }
-            false => Err(io::Error::from_raw_os_error(libc::ENXIO)),
-        }
+        open(identity, libc::O_EXCL)
+    }
+
+    fn open_for_reading(&self, identity: &Identity) -> io::Result<File> {
+        open(identity, 0)
     }
 
     fn open_by(&self, pid: u32) -> io::Result<Vec<DeviceNumber>> {
@@ -172,6 +173,19 @@ impl Devices for HostDevices {
             }
             std::thread::sleep(Duration::from_millis(100));
         }
+    }
+}
+
+fn open(identity: &Identity, flags: i32) -> io::Result<File> {
+    let file = OpenOptions::new().read(true).custom_flags(flags).open(identity.to_string())?;
+    match DeviceNumber::from_raw(file.metadata()?.rdev()) == identity.number {
+        true => {
+            // What the host's cache holds may be older than what another host wrote. What somebody here has changed
+            // stays in it.
+            rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+            Ok(file)
+        }
+        false => Err(io::Error::from_raw_os_error(libc::ENXIO)),
     }
 }
 

@@ -86,17 +86,29 @@ pub(super) fn known<'a>(guest: &'a dyn Requester, volume: &VolumeId) -> Result<&
     })
 }
 
-/// Whether `device` passes, in whole or in part, only because no rule is about it. A rule that lets a disk pass is about its
-/// partitions too; a logical volume is one that rules name by itself, unless it stands on a mapping.
+/// Whether `device` passes, in whole or in part, only because no rule is about it, and one could be. A rule that lets a disk
+/// pass is about its partitions too; a logical volume is one that rules name by itself, unless it stands on a mapping.
 fn passes_unsaid(config: &Config, device: &Identity, requester: &dyn Requester) -> bool {
     if device.own_volume().is_some() || !matches!(config.decide(device, requester), Decision::Pass) {
         return false;
     }
-    let is_named_by_itself = || enrolled_device(device).dm_uuid.is_some() && device.own_mappings().is_empty();
+    let is_named_by_itself = || {
+        let named = enrolled_device(device);
+        let is_partition = |uuid: &String| device.partition.is_some() || is_of_kpartx(uuid);
+        match device.underlying.is_empty() {
+            // No host has a rule for what has none of these.
+            true => named.iscsi_target.is_some() || named.wwid.is_some() || named.dm_uuid.is_some(),
+            false => named.dm_uuid.is_some_and(|uuid| !is_partition(&uuid)) && device.own_mappings().is_empty(),
+        }
+    };
     !config.lets_pass(device, requester)
-        && (device.underlying.is_empty()
-            || is_named_by_itself()
-            || device.underlying.iter().any(|below| passes_unsaid(config, below, requester)))
+        && (is_named_by_itself() || device.underlying.iter().any(|below| passes_unsaid(config, below, requester)))
+}
+
+/// Whether a mapping is a partition that kpartx has made: `part1-mpath-…`.
+fn is_of_kpartx(uuid: &str) -> bool {
+    let number = uuid.strip_prefix("part").and_then(|rest| rest.split_once('-')).map(|(number, _)| number);
+    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 impl Broker {
@@ -138,11 +150,15 @@ impl Broker {
         }
         // What is enrolled here has a sentence of its own.
         self.check_not_enrolled(&config, device, requester)?;
-        // Its storage may never answer.
-        let read = || looks_encrypted(&self.devices.open_exclusively(device).ok()?, device.size).ok();
-        // What cannot be read now, or is claimed by the host itself, is not opened by QEMU either.
-        match while_waiting(read) {
-            Some(true) => Err(Refusal::new(
+        // Its storage may never answer. Who has claimed it keeps no QEMU from opening it.
+        let looked = while_waiting(|| match self.devices.open_for_reading(device) {
+            Ok(file) if device.size > 0 => looks_encrypted(&file, device.size),
+            Ok(_) => Ok(false),
+            Err(error) if error.raw_os_error() == Some(libc::ENOMEDIUM) => Ok(false),
+            Err(error) => Err(Refusal::new(Reason::DeviceGone, format!("it cannot be opened: {error}"))),
+        });
+        match looked {
+            Ok(true) => Err(Refusal::new(
                 Reason::NotAllowed,
                 format!(
                     "{device} holds what looks like ciphertext, and no rule here says whether it is protected, as it may be \
@@ -152,7 +168,15 @@ impl Broker {
                      included, zero all of the device"
                 ),
             )),
-            _ => Ok(()),
+            Ok(false) => Ok(()),
+            // What cannot be read now may be written later.
+            Err(why) => Err(Refusal::new(
+                why.reason(),
+                format!(
+                    "{device} is one that no rule here is about, and whether it holds ciphertext of the host that the domain \
+                     comes from cannot be seen: {why}"
+                ),
+            )),
         }
     }
 

@@ -273,7 +273,13 @@ fn ciphertext_keeps_its_domain_where_it_is_whatever_brings_the_device() {
         (on(namespace, 902, |identity| identity.partition = Some(1)), on(namespace, 903, logical));
     let mine = world.add_volume("mine", 904);
     let on_a_mapping = on(world.add_mapping("mine", mine, 905), 906, logical);
-    let devices = [namespace, partition, logical_volume, on_a_mapping];
+    let by_kpartx = on(namespace, 912, |identity| {
+        let (name, uuid) = ("mpatha-part1".to_owned(), "part1-mpath-x".to_owned());
+        identity.mapping = Some(crate::volume::Mapping { name, uuid });
+    });
+    let nameless = world.add_volume("nameless", 913);
+    world.change(nameless, |identity| (identity.iscsi, identity.lun, identity.wwid) = (None, None, None));
+    let devices = [namespace, partition, logical_volume, by_kpartx, on_a_mapping, nameless];
     let nodes = devices.map(|device| Node::new("/dev", device));
     let xmls = nodes.each_ref().map(|node| domain(WRAPPER, &disk("sda", &node.0)));
     world.broker(false).enrol(mine, None).unwrap();
@@ -290,19 +296,20 @@ fn ciphertext_keeps_its_domain_where_it_is_whatever_brings_the_device() {
             admitted => panic!("{admitted:?}"),
         })
     };
-    assert_eq!(come(""), [true; 4], "they are blank");
+    assert_eq!(come(""), [true; 6], "they are blank");
     devices.iter().for_each(|device| world.write(*device, &noise()));
-    assert_eq!(come(""), [false, false, false, true], "what stands on a mapping is encrypted");
+    let encrypted = "what stands on a mapping is encrypted, and no host has a rule about what has no name";
+    assert_eq!(come(""), [false, false, false, false, true, true], "{encrypted}");
     let by_wwid = "[[rules]]\nname = \"local\"\nwwid = 'naa\\.901'\naction = \"pass\"\n";
-    assert_eq!(come(by_wwid), [true, true, false, true], "a rule may be about a logical volume by itself");
+    assert_eq!(come(by_wwid), [true, true, false, true, true, true], "a rule may be about a logical volume by itself");
     let by_uuid = "[[rules]]\nname = \"logical\"\ndm_uuid = 'LVM-x'\naction = \"pass\"\n";
-    assert_eq!(come(by_uuid), [false, false, true, true]);
+    assert_eq!(come(by_uuid), [false, false, true, false, true, true]);
     // A partition table makes a disk of it, as of every disk of the host.
     let mut table = [0; 512];
     table[446..462].copy_from_slice(&[0, 0, 2, 0, 0x83, 0, 0, 0, 8, 0, 0, 0, 0, 16, 0, 0]);
     table[510..].copy_from_slice(&[0x55, 0xaa]);
     world.write(namespace, &table);
-    assert_eq!(come(""), [true, false, false, true]);
+    assert_eq!(come(""), [true, false, false, false, true, true]);
 }
 
 #[test]
@@ -364,10 +371,39 @@ fn a_device_that_does_not_answer_takes_no_thread_from_other_requests() {
     let (broker, xml) = (world.broker(false), domain(WRAPPER, &disk("sda", &node.0)));
     let (pool, (done, finished)) = (Pool::new(1), mpsc::channel());
     let admitted = done.clone();
-    pool.run(move || admitted.send(format!("{:?}", admit(&broker, "vm", &xml).unwrap())).unwrap());
+    pool.run(move || admitted.send(admit(&broker, "vm", &xml).unwrap_err().to_string()).unwrap());
     pool.run(move || done.send("another request".to_owned()).unwrap());
-    assert_eq!(finished.recv_timeout(Duration::from_secs(5)).unwrap(), "another request");
+    assert_eq!(finished.recv_timeout(Duration::from_secs(60)).unwrap(), "another request");
     assert!(finished.try_recv().is_err(), "the device has not answered yet");
     drop(OpenOptions::new().write(true).open(&file).unwrap());
-    assert_eq!(finished.recv_timeout(Duration::from_secs(5)).unwrap(), "None");
+    let sentence = finished.recv_timeout(Duration::from_secs(60)).unwrap();
+    assert!(
+        sentence.contains("whether it holds ciphertext of the host that the domain comes from cannot be seen"),
+        "{sentence}"
+    );
+}
+
+/// As a second attempt while the first one waits for the device, or another guest that comes with the same disk.
+#[test]
+fn ciphertext_is_seen_on_what_somebody_has_claimed() {
+    let mut world = World::new();
+    world.is_claimed = true;
+    let device = world.add_volume("claimed", 910);
+    world.change(device, |identity| identity.iscsi.as_mut().unwrap().target = "iqn.2026-11.org.lab:other".to_owned());
+    world.write(device, &noise());
+    let node = Node::new("/dev", device);
+    let sentence = admit(&world.broker(false), "vm", &domain(WRAPPER, &disk("sda", &node.0))).unwrap_err().to_string();
+    assert!(sentence.contains("holds what looks like ciphertext"), "{sentence}");
+}
+
+#[test]
+fn a_drive_whose_medium_cannot_be_read_comes_without_one() {
+    let world = World::new();
+    let device = world.add_volume("medium", 911);
+    world.change(device, |identity| identity.iscsi.as_mut().unwrap().target = "iqn.2026-11.org.lab:other".to_owned());
+    std::fs::remove_file(world.path().join("sd911")).unwrap();
+    let node = Node::new("/dev", device);
+    let xml = |kind: &str| domain(WRAPPER, &disk("sda", &node.0).replace("device='disk'", &format!("device='{kind}'")));
+    assert!(admit(&world.broker(false), "vm", &xml("cdrom")).is_ok());
+    assert!(admit(&world.broker(false), "vm", &xml("disk")).is_err());
 }

@@ -87,6 +87,8 @@ struct World {
     readable: Arc<Mutex<Option<CheckValue>>>,
     /// Whether every mapping is there already, made with nobody knows which key.
     reuses_mappings: bool,
+    /// Whether somebody has claimed every device.
+    is_claimed: bool,
 }
 
 impl World {
@@ -111,6 +113,7 @@ impl World {
             ended: Arc::default(),
             readable: Arc::default(),
             reuses_mappings: false,
+            is_claimed: false,
         }
     }
 
@@ -202,6 +205,13 @@ impl Devices for World {
     }
 
     fn open_exclusively(&self, identity: &Identity) -> io::Result<File> {
+        match self.is_claimed {
+            true => Err(io::Error::from_raw_os_error(libc::EBUSY)),
+            false => self.open_for_reading(identity),
+        }
+    }
+
+    fn open_for_reading(&self, identity: &Identity) -> io::Result<File> {
         File::open(self.folder.path().join(&identity.name))
     }
 

@@ -192,6 +192,27 @@ fn two_keys_that_were_chosen_are_not_used_where_one_is_damaged() {
 }
 
 #[test]
+fn an_object_that_only_has_its_name_hides_no_key_beside_it() {
+    let first = PyKmip::start();
+    let other = first.twin();
+    let id = volume("beside");
+    create(&first.manager(), &id).unwrap();
+    create(&other.manager(), &id).unwrap();
+    create(&first.manager(), &volume("strange")).unwrap();
+    change(&first, "UPDATE managed_object_names SET name = 'volcrypt/beside' WHERE name = 'volcrypt/strange'");
+    let manager = || asking(&[&first, &other]);
+    for refusal in [manager().described(&id).err(), create(&manager(), &id).err(), manager().get(&id).err()] {
+        let refusal = refusal.unwrap();
+        assert_eq!(refusal.reason(), Reason::KeyManager, "another key was chosen there: {refusal}");
+        assert!(refusal.to_string().contains("was not made for that volume"), "{refusal}");
+    }
+    change(&first, "UPDATE crypto_objects SET state = 3 WHERE uid = 1");
+    for refusal in [manager().described(&id).err(), create(&manager(), &id).err(), manager().get(&id).err()] {
+        assert_eq!(refusal.unwrap().reason(), Reason::KeyRevoked, "it was ended there");
+    }
+}
+
+#[test]
 fn a_key_that_one_of_two_servers_has_lost_is_given_by_the_other() {
     let one = PyKmip::start();
     let other = one.twin();

@@ -64,8 +64,9 @@ impl EmbeddedKeyManager {
             Some((path, what)) => Err(Refusal::new(
                 Reason::Configuration,
                 format!(
-                    "{0} {what}, and the key-encryption key in use ({old}), which would be replaced and removed, opens it: move \
-                     {0} elsewhere, with a copy of that key-encryption key, or remove it if none of it is needed, and repeat",
+                    "{0} {what}, and the key-encryption key in use ({old}), which would be replaced and removed, may be the one \
+                     that opens it: move {0} elsewhere, with a copy of that key-encryption key, or remove it if none of it \
+                     is needed, and repeat",
                     path.display()
                 ),
             )),

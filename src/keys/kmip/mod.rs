@@ -26,11 +26,11 @@ use self::client::{Client, Talk};
 use self::connection::Trouble;
 use self::making::clear_unfinished;
 use self::message::{Failure, Request, State, Version};
-use self::settle::{Found, activate, chosen, find, find_enrolled, settle};
+use self::settle::{Found, activate, chosen, find, find_enrolled, find_whole, settle, undecided};
 use self::ttlv::Malformed;
 use super::{
-    Capabilities, CheckValue, Description, FIRST_VERSION, Imported, Key, KeyHandle, KeyInfo, KeyManager, Leaving,
-    RecordedKey, SealedDescription, other_key, tell, tls,
+    Capabilities, Description, FIRST_VERSION, Imported, Key, KeyHandle, KeyInfo, KeyManager, Leaving, RecordedKey,
+    SealedDescription, other_key, tell, tls,
 };
 use crate::policy::KeySize;
 use crate::refusal::{Reason, Refusal};
@@ -238,34 +238,44 @@ impl KmipKeyManager {
     fn fetch(&self, volume: &VolumeId) -> Result<Option<(Key, Description)>, Refusal> {
         let (what, deadline) = (key_of(volume), self.deadline());
         let is_unchosen = Cell::new(false);
-        // What is wrong with objects, and which key was chosen there, where that can be told.
-        let damaged = RefCell::new(Vec::new());
+        // What is wrong with the first object that cannot be read, and which keys were chosen by servers that gave none.
+        let (damaged, said) = (RefCell::new(None), RefCell::new(Vec::new()));
+        let pass_over = |talk: &Talk<'_>, refusal: Refusal| {
+            let server = talk.name();
+            tracing::warn!(server, "KMIP server {server} does not give the key of volume {volume}: {refusal}");
+            damaged.borrow_mut().get_or_insert(refusal);
+            Ok(None)
+        };
         let fetched = self.with_any(&what, |talk| {
-            let mut found = match find(talk, volume) {
-                Ok(found) => found,
-                Err(Fault::Final(refusal)) => return pass_over(talk, volume, &damaged, refusal, None),
-                Err(fault) => return Err(fault),
-            };
+            let (mut found, fault) = find_whole(talk, volume)?;
             let Some(chosen) = chosen(volume, &mut found)? else {
                 is_unchosen.set(is_unchosen.get() || !found.is_empty());
-                return Ok(None);
+                return fault.map_or(Ok(None), |refusal| pass_over(talk, refusal));
             };
             let says = chosen.sealed.check_value;
-            match hand_out(talk, volume, &chosen) {
-                Err(Fault::Final(refusal)) if refusal.reason() == Reason::WrongKey => {
-                    pass_over(talk, volume, &damaged, refusal, Some(says))
+            let handed_out = match fault {
+                None => hand_out(talk, volume, &chosen),
+                Some(refusal) => Err(refusal.into()),
+            };
+            match handed_out {
+                // Where two were chosen, nothing here tells which one the volume was written with.
+                Ok(_) if said.borrow().iter().any(|other| *other != says) => {
+                    let refusal = damaged.borrow_mut().take();
+                    let of_two =
+                        || undecided(volume, "one server has chosen one and another server another".to_owned());
+                    Err(refusal.unwrap_or_else(of_two).into())
                 }
-                Ok(handed_out) => {
-                    // Where two were chosen, nothing here tells which one the volume was written with.
-                    let damaged = damaged.borrow();
-                    let other = damaged.iter().find(|(_, said)| said.is_some_and(|said| said != says));
-                    other.map_or(Ok(Some(handed_out)), |(refusal, _)| Err(refusal.clone().into()))
+                Ok(handed_out) => Ok(Some(handed_out)),
+                Err(fault) => {
+                    said.borrow_mut().push(says);
+                    match fault {
+                        Fault::Final(refusal) if !refusal.reason().is_about_an_ended_key() => pass_over(talk, refusal),
+                        fault => Err(fault),
+                    }
                 }
-                Err(fault) => Err(fault),
             }
         });
-        let damaged = damaged.into_inner().into_iter().next().map(|(refusal, _)| refusal);
-        match (fetched, damaged) {
+        match (fetched, damaged.into_inner()) {
             (Ok(None), Some(damaged)) => return Err(damaged),
             (Err(refusal), Some(damaged)) if refusal.reason() == Reason::TimedOut => {
                 return Err(refusal.and(&damaged.to_string()));
@@ -502,24 +512,6 @@ fn enrolled_on(talk: &Talk<'_>, key: &RecordedKey, version: u32) -> Result<Optio
         own if own == version => Ok(Some(found)),
         other => Err(key.other_version(PLACE, other).into()),
     }
-}
-
-/// Notes what is wrong with an object of one server, which answers for no other one, and which key was chosen by what the
-/// object `says`.
-fn pass_over<T>(
-    talk: &Talk<'_>,
-    volume: &VolumeId,
-    damaged: &RefCell<Vec<(Refusal, Option<CheckValue>)>>,
-    refusal: Refusal,
-    says: Option<CheckValue>,
-) -> Result<Option<T>, Fault> {
-    tracing::warn!(
-        server = talk.name(),
-        "KMIP server {} does not give the key of volume {volume}: {refusal}",
-        talk.name()
-    );
-    damaged.borrow_mut().push((refusal, says));
-    Ok(None)
 }
 
 /// Has a key handed out that was found, if it is the one that its description was written for.

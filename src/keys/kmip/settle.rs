@@ -47,6 +47,14 @@ pub(super) struct Found {
 
 /// The keys of `volume` that the server has or remembers.
 pub(super) fn find(talk: &Talk<'_>, volume: &VolumeId) -> Result<Vec<Found>, Fault> {
+    match find_whole(talk, volume)? {
+        (found, None) => Ok(found),
+        (_, Some(fault)) => Err(fault.into()),
+    }
+}
+
+/// Those among them that can be read, and what is wrong with the first that cannot.
+pub(super) fn find_whole(talk: &Talk<'_>, volume: &VolumeId) -> Result<(Vec<Found>, Option<Refusal>), Fault> {
     let name = name_of(volume);
     let identifiers = talk.ask(&Request::locate_name(&name))?.identifiers()?;
     if identifiers.len() > MOST {
@@ -56,7 +64,7 @@ pub(super) fn find(talk: &Talk<'_>, volume: &VolumeId) -> Result<Vec<Found>, Fau
         );
         return Err(Refusal::new(Reason::KeyManager, sentence).into());
     }
-    let mut found = Vec::new();
+    let (mut found, mut fault) = (Vec::new(), None);
     for identifier in identifiers {
         let attributes = match talk.ask(&Request::get_attributes(&identifier)) {
             Ok(answer) => answer.attributes(&identifier)?,
@@ -64,9 +72,12 @@ pub(super) fn find(talk: &Talk<'_>, volume: &VolumeId) -> Result<Vec<Found>, Fau
             Err(Trouble::Refused(failure)) if failure.is_not_found() => continue,
             Err(trouble) => return Err(trouble.into()),
         };
-        found.push(read(volume, &name, identifier, attributes)?);
+        match read(volume, &name, identifier, attributes) {
+            Ok(whole) => found.push(whole),
+            Err(refusal) => drop(fault.get_or_insert(refusal)),
+        }
     }
-    Ok(found)
+    Ok((found, fault))
 }
 
 /// What `hand_out` makes of the key in `state` that a record names, by its version and its check value, whatever else has its
@@ -274,7 +285,7 @@ fn not_everywhere(volume: &VolumeId, with: &str, without: &str) -> Refusal {
     )
 }
 
-fn undecided(volume: &VolumeId, what: String) -> Refusal {
+pub(super) fn undecided(volume: &VolumeId, what: String) -> Refusal {
     Refusal::new(
         Reason::KeyManager,
         format!(

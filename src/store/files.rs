@@ -18,6 +18,8 @@ pub(super) const REPLACED: &str = ".replaced-";
 pub(super) const LOGS: [&str; 2] = ["-wal", "-journal"];
 /// The same of the log's index, which has nothing of its own.
 pub(super) const INDEX: &str = "-shm";
+/// The folder beside the database in which a backup is made ready to take its place.
+pub(super) const STAGING: &str = ".restore";
 
 /// Checks `directory` and the database in it, makes an empty file if there is none, and returns
 /// the file's path without symbolic links.
@@ -33,9 +35,19 @@ pub(super) fn prepare(directory: &Path) -> Result<PathBuf, Refusal> {
         {
             return Err(refusal(format!(
                 "{} has the last changes of {}, which is not there: put that back beside it, or run 'volcrypt key restore' \
-                 with a backup, which keeps what is there",
+                 with a backup, which keeps what is there, or, if there is neither, move the log elsewhere",
                 log.display(),
                 path.display()
+            )));
+        }
+        // One that moved a log away, which was alone, is not seen by anything else.
+        let staging = directory.join(STAGING);
+        if !is_missing(&staging.join(FILE_NAME)) && is_missing(&path) {
+            return Err(refusal(format!(
+                "{} is not there, and a restore of it is under way or was broken off: run 'volcrypt key restore' with the \
+                 backup again, or remove {} if none is to be restored",
+                path.display(),
+                staging.display()
             )));
         }
         make(&directory, &path).map_err(|error| {

@@ -11,7 +11,7 @@ use rusqlite::{Connection, ErrorCode, OpenFlags};
 use rustix::fs::{FlockOperation, fcntl_lock, flock};
 
 use super::backup::{connect_immutable, contents};
-use super::files::{FILE_NAME, INDEX, LOGS, REPLACED, beside};
+use super::files::{FILE_NAME, INDEX, LOGS, REPLACED, STAGING, beside};
 use super::schema::{self, Found};
 use super::{Contents, Held, Store, Terms, common_flags, cut_log, files, harden};
 use crate::refusal::{Reason, Refusal};
@@ -82,7 +82,7 @@ impl Staged {
         let directory = files::check_directory(directory)?;
         let turn = take_turn(&directory)?;
         take_back(&directory.join(FILE_NAME))?;
-        let folder = directory.join(".restore");
+        let folder = directory.join(STAGING);
         let mut staged = Staged { folder, directory, store: None, _turn: turn };
         staged.copy(backup).map_err(|error| {
             refusal(format!(

@@ -148,6 +148,21 @@ fn a_journal_without_its_database_is_refused_and_kept() {
 }
 
 #[test]
+fn where_a_restore_without_a_database_was_broken_off_none_is_made() {
+    let (directory, backup) = (private_directory(), private_directory());
+    Store::open(backup.path()).unwrap().enrol(&record("one")).unwrap();
+    let staged = Staged::new(&backup.path().join("volcrypt.db"), directory.path()).unwrap();
+    let sentence = refused(Store::open(directory.path()));
+    assert!(
+        sentence.contains("a restore of it is under way or was broken off: run 'volcrypt key restore'"),
+        "{sentence}"
+    );
+    assert!(!directory.path().join("volcrypt.db").exists());
+    staged.put_in_place("now").unwrap();
+    assert_eq!(names(&Store::open(directory.path()).unwrap()), ["one"]);
+}
+
+#[test]
 fn a_database_that_is_gone_is_told_from_one_that_was_replaced() {
     let (directory, away) = (private_directory(), private_directory());
     let store = Store::open(directory.path()).unwrap();

@@ -99,22 +99,25 @@ pub(super) fn with_separator(attribute: &Attribute<'_, '_>) -> Range<usize> {
     start - 1..end
 }
 
-/// A text as an attribute's value in quotes of either kind.
-pub(super) fn escaped(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for character in text.chars() {
-        match character {
-            '&' => escaped.push_str("&amp;"),
-            '<' => escaped.push_str("&lt;"),
-            '>' => escaped.push_str("&gt;"),
-            '"' => escaped.push_str("&quot;"),
-            '\'' => escaped.push_str("&apos;"),
+/// Adds `value` to `text`, as an attribute's value in quotes of either kind.
+pub(super) fn escape(text: &mut String, value: &str) {
+    let mut done = 0;
+    for (at, byte) in value.bytes().enumerate() {
+        let reference = match byte {
+            b'&' => "&amp;",
+            b'<' => "&lt;",
+            b'>' => "&gt;",
+            b'"' => "&quot;",
+            b'\'' => "&apos;",
             // These would be read as spaces.
-            '\t' => escaped.push_str("&#9;"),
-            '\n' => escaped.push_str("&#10;"),
-            '\r' => escaped.push_str("&#13;"),
-            other => escaped.push(other),
-        }
+            b'\t' => "&#9;",
+            b'\n' => "&#10;",
+            b'\r' => "&#13;",
+            _ => continue,
+        };
+        text.push_str(&value[done..at]);
+        text.push_str(reference);
+        done = at + 1;
     }
-    escaped
+    text.push_str(&value[done..]);
 }

@@ -139,17 +139,18 @@ impl Facts {
 
 impl Disk {
     pub(super) fn read(disk: &Node<'_, '_>) -> Self {
-        let target = child(disk, "target").and_then(|target| target.attribute("dev")).unwrap_or("without a target");
+        let [target, source, format, layer, readonly, shareable] =
+            first(disk, ["target", "source", "driver", "backingStore", "readonly", "shareable"]);
+        let target = target.and_then(|target| target.attribute("dev")).unwrap_or("without a target");
+        let device = disk.attribute("device");
         Disk {
             target: target.to_owned(),
-            device: disk.attribute("device").unwrap_or(disk.tag_name().name()).to_owned(),
-            source: source_of(disk),
-            is_written_alone: disk.attribute("device") != Some("cdrom")
-                && child(disk, "readonly").is_none()
-                && child(disk, "shareable").is_none(),
-            is_looked_into: is_looked_into(disk, "driver"),
-            is_device: is_device(disk),
-            beneath: std::iter::successors(layer(disk), layer).map(|layer| Layer::read(&layer)).collect(),
+            device: device.unwrap_or(disk.tag_name().name()).to_owned(),
+            source: Source::of(source),
+            is_written_alone: device != Some("cdrom") && readonly.is_none() && shareable.is_none(),
+            is_looked_into: is_looked_into(format, layer),
+            is_device: is_device(disk, source),
+            beneath: layer.map(|layer| Layer::from_the_top(&layer)).unwrap_or_default(),
         }
     }
 
@@ -172,32 +173,38 @@ impl Disk {
 }
 
 impl Layer {
-    fn read(layer: &Node<'_, '_>) -> Self {
-        Layer { source: source_of(layer), is_looked_into: is_looked_into(layer, "format"), is_device: is_device(layer) }
+    /// The image in the element `<backingStore>`, and those beneath it. An empty element says that there is none.
+    fn from_the_top(layer: &Node<'_, '_>) -> Vec<Self> {
+        let mut layers = Vec::new();
+        let mut next = Some(*layer);
+        while let Some(layer) = next {
+            let [source, format, beneath] = first(&layer, ["source", "format", "backingStore"]);
+            if source.is_none() {
+                break;
+            }
+            layers.push(Layer {
+                source: Source::of(source),
+                is_looked_into: is_looked_into(format, beneath),
+                is_device: is_device(&layer, source),
+            });
+            next = beneath;
+        }
+        layers
     }
 }
 
-fn source_of(image: &Node<'_, '_>) -> Source {
-    child(image, "source").map_or(Source::Other, |source| Source::read(&source))
-}
-
 /// libvirt reads `dev` of a block device, and `file` of everything else that has a path.
-fn is_device(image: &Node<'_, '_>) -> bool {
-    image.attribute("type") == Some("block") || child(image, "source").is_some_and(|source| source.has_attribute("dev"))
-}
-
-/// The image beneath a disk or another image. An empty element says that there is none.
-fn layer<'a, 'input>(image: &Node<'a, 'input>) -> Option<Node<'a, 'input>> {
-    child(image, "backingStore").filter(|layer| child(layer, "source").is_some())
+fn is_device(image: &Node<'_, '_>, source: Option<Node<'_, '_>>) -> bool {
+    image.attribute("type") == Some("block") || source.is_some_and(|source| source.has_attribute("dev"))
 }
 
 /// The formats in which an image says on which other one it stands (libvirt's src/storage_file/storage_file_probe.c).
 const STANDING_ON_OTHERS: [&str; 5] = ["cow", "qcow", "qcow2", "qed", "vmdk"];
 
-/// `format` is the element whose `type` says the image's format.
-fn is_looked_into(image: &Node<'_, '_>, format: &'static str) -> bool {
-    let format = child(image, format).and_then(|format| format.attribute("type")).unwrap_or("raw");
-    STANDING_ON_OTHERS.contains(&format) && child(image, "backingStore").is_none()
+/// `format` is the element whose `type` says the image's format, and `layer` that of the image beneath.
+fn is_looked_into(format: Option<Node<'_, '_>>, layer: Option<Node<'_, '_>>) -> bool {
+    let format = format.and_then(|format| format.attribute("type")).unwrap_or("raw");
+    STANDING_ON_OTHERS.contains(&format) && layer.is_none()
 }
 
 impl Source {
@@ -207,6 +214,10 @@ impl Source {
             Source::Path(path) => VolumeId::of_mapping(path),
             _ => None,
         }
+    }
+
+    fn of(source: Option<Node<'_, '_>>) -> Self {
+        source.map_or(Source::Other, |source| Source::read(&source))
     }
 
     pub(super) fn read(source: &Node<'_, '_>) -> Self {
@@ -262,6 +273,23 @@ pub(super) fn children<'a, 'input>(
 
 pub(super) fn child<'a, 'input>(node: &Node<'a, 'input>, name: &'static str) -> Option<Node<'a, 'input>> {
     children(*node, name).next()
+}
+
+/// The first child of each of these names, found in one pass: a domain may have a thousand disks.
+fn first<'a, 'input, const N: usize>(
+    node: &Node<'a, 'input>,
+    names: [&'static str; N],
+) -> [Option<Node<'a, 'input>>; N] {
+    let mut found = [None; N];
+    for child in node.children().filter(Node::is_element) {
+        let tag = child.tag_name();
+        if tag.namespace().is_none()
+            && let Some(place) = names.iter().position(|name| *name == tag.name())
+        {
+            found[place].get_or_insert(child);
+        }
+    }
+    found
 }
 
 fn text_of(node: &Node<'_, '_>, name: &'static str) -> Option<String> {

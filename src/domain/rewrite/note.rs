@@ -15,7 +15,7 @@
 use roxmltree::Node;
 
 use super::super::splice::{
-    Edit, deeper, escaped, indentation_after, indentation_before, is_space, start_tag_end, with_space_before,
+    Edit, deeper, escape, indentation_after, indentation_before, is_space, start_tag_end, with_space_before,
 };
 use super::super::xml::child;
 use crate::refusal::{Reason, Refusal};
@@ -25,6 +25,8 @@ use crate::volume::VolumeId;
 const NAMESPACE: &str = "https://volcrypt.org/xmlns/libvirt/disks/1";
 const NOTE: &str = "disks";
 const ENTRY: &str = "disk";
+/// How long an entry is without what stood in the source.
+const USUAL_ENTRY: usize = 100;
 
 /// The note of a domain.
 pub(super) struct Note {
@@ -125,7 +127,8 @@ pub(super) fn with(xml: &str, domain: &Node<'_, '_>, entries: Vec<Entry>) -> Res
         note.entries.retain(|old| entries.iter().all(|new| new.volume != old.volume));
         note.entries.extend(entries);
         let range = element.range();
-        let text = note.written(indentation_before(xml, range.start));
+        let mut text = String::new();
+        note.write(&mut text, indentation_before(xml, range.start));
         return Ok(Some((range, text)));
     }
     let Some(metadata) = child(domain, "metadata") else {
@@ -142,8 +145,9 @@ pub(super) fn with(xml: &str, domain: &Node<'_, '_>, entries: Vec<Entry>) -> Res
         }
         false => {
             let indentation = indentation_after(xml, end);
-            let note = Note { metadata: Metadata::Present, entries }.written(indentation);
-            (end..end, format!("{indentation}{note}"))
+            let mut text = indentation.to_owned();
+            Note { metadata: Metadata::Present, entries }.write(&mut text, indentation);
+            (end..end, text)
         }
     }))
 }
@@ -185,26 +189,30 @@ impl Note {
         Ok(Note { metadata, entries: entries.map(|entry| Entry::read(&entry)).collect::<Result<_, _>>()? })
     }
 
-    /// The element, for a place that is indented so.
-    fn written(&self, indentation: &str) -> String {
+    /// Adds the element, for a place that is indented so.
+    fn write(&self, text: &mut String, indentation: &str) {
         let metadata = match self.metadata {
             Metadata::Present => "",
             Metadata::Empty => r#" metadata="empty""#,
             Metadata::Absent => r#" metadata="absent""#,
         };
-        let mut text = format!(r#"<volcrypt:{NOTE} xmlns:volcrypt="{NAMESPACE}"{metadata}>"#);
         let inner = deeper(indentation);
+        let length = |entry: &Entry| inner.len() + entry.before.path().len() + USUAL_ENTRY;
+        text.reserve(self.entries.iter().map(length).sum());
+        *text += &format!(r#"<volcrypt:{NOTE} xmlns:volcrypt="{NAMESPACE}"{metadata}>"#);
         for entry in &self.entries {
-            text.push_str(&inner);
-            entry.write(&mut text);
+            *text += &inner;
+            entry.write(text);
         }
-        text + indentation + &format!("</volcrypt:{NOTE}>")
+        *text += &format!("{indentation}</volcrypt:{NOTE}>");
     }
 
     /// The element in a new `<metadata>`, of which `start` is the start tag or what is missing of it.
     fn enclosed(&self, start: &str, indentation: &str) -> String {
         let inner = deeper(indentation);
-        format!("{start}{inner}{}{indentation}</metadata>", self.written(&inner))
+        let mut text = format!("{start}{inner}");
+        self.write(&mut text, &inner);
+        text + indentation + "</metadata>"
     }
 }
 
@@ -230,11 +238,16 @@ impl Entry {
     }
 
     fn write(&self, text: &mut String) {
-        let (attribute, path) = (self.before.attribute(), escaped(self.before.path()));
-        text.push_str(&format!(r#"<volcrypt:{ENTRY} volume="{}" {attribute}="{path}""#, self.volume));
+        for part in ["<volcrypt:", ENTRY, " volume=\"", self.volume.as_str(), "\" ", self.before.attribute(), "=\""] {
+            text.push_str(part);
+        }
+        escape(text, self.before.path());
+        text.push('"');
         if let Before::File { kind, driver, .. } = &self.before {
             if let Some(kind) = kind {
-                text.push_str(&format!(r#" type="{}""#, escaped(kind)));
+                text.push_str(" type=\"");
+                escape(text, kind);
+                text.push('"');
             }
             text.push_str(match driver {
                 Driver::Kept => "",

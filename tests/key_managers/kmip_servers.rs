@@ -208,8 +208,21 @@ fn an_object_that_only_has_its_name_hides_no_key_beside_it() {
     }
     change(&first, "UPDATE crypto_objects SET state = 3 WHERE uid = 1");
     for refusal in [manager().described(&id).err(), create(&manager(), &id).err(), manager().get(&id).err()] {
-        assert_eq!(refusal.unwrap().reason(), Reason::KeyRevoked, "it was ended there");
+        let refusal = refusal.unwrap();
+        assert_eq!(refusal.reason(), Reason::KeyManager, "what is not read may be the same key, made anew: {refusal}");
+        let said = refusal.to_string();
+        assert!(said.contains("was not made for that volume") && said.contains("was revoked"), "{said}");
     }
+    // The other server knows of both, and its own is whole.
+    let again = other.manager().get(&id).unwrap();
+    change(
+        &other,
+        "UPDATE crypto_objects SET state = 3;
+         UPDATE managed_object_names SET name = 'volcrypt/ended' WHERE name = 'volcrypt/beside'",
+    );
+    other.manager().import(&id, &again, &wanted()).unwrap();
+    change(&other, "UPDATE managed_object_names SET name = 'volcrypt/beside' WHERE name = 'volcrypt/ended'");
+    assert!(manager().get(&id).unwrap().same_as(&again));
 }
 
 #[test]

@@ -246,9 +246,19 @@ impl KmipKeyManager {
             damaged.borrow_mut().get_or_insert(refusal);
             Ok(None)
         };
+        // Whether one was ended on a server where another object cannot be read: it may be the same one, registered anew.
+        let was_ended = Cell::new(false);
         let fetched = self.with_any(&what, |talk| {
             let (mut found, fault) = find_whole(talk, volume)?;
-            let Some(chosen) = chosen(volume, &mut found)? else {
+            let has_ended = found.iter().any(|found| found.is_ended());
+            let chosen = match (chosen(volume, &mut found), &fault) {
+                (Err(ended), Some(fault)) if ended.reason().is_about_an_ended_key() => {
+                    was_ended.set(true);
+                    return pass_over(talk, fault.clone().and(&ended.to_string()));
+                }
+                (chosen, _) => chosen?,
+            };
+            let Some(chosen) = chosen else {
                 is_unchosen.set(is_unchosen.get() || !found.is_empty());
                 return fault.map_or(Ok(None), |refusal| pass_over(talk, refusal));
             };
@@ -259,7 +269,8 @@ impl KmipKeyManager {
             };
             match handed_out {
                 // Where two were chosen, nothing here tells which one the volume was written with.
-                Ok(_) if said.borrow().iter().any(|other| *other != says) => {
+                // The same goes for a server that does not know yet what was ended.
+                Ok(_) if said.borrow().iter().any(|other| *other != says) || (was_ended.get() && !has_ended) => {
                     let refusal = damaged.borrow_mut().take();
                     let of_two =
                         || undecided(volume, "one server has chosen one and another server another".to_owned());

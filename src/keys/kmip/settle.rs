@@ -45,6 +45,13 @@ pub(super) struct Found {
     pub(super) on: Vec<usize>,
 }
 
+impl Found {
+    /// Whether it was revoked or destroyed.
+    pub(super) fn is_ended(&self) -> bool {
+        matches!(self.attributes.state, State::Revoked | State::Destroyed)
+    }
+}
+
 /// The keys of `volume` that the server has or remembers.
 pub(super) fn find(talk: &Talk<'_>, volume: &VolumeId) -> Result<Vec<Found>, Fault> {
     match find_whole(talk, volume)? {

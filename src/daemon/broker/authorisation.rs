@@ -87,28 +87,22 @@ pub(super) fn known<'a>(guest: &'a dyn Requester, volume: &VolumeId) -> Result<&
 }
 
 /// Whether `device` passes, in whole or in part, only because no rule is about it, and one could be. A rule that lets a disk
-/// pass is about its partitions too; a logical volume is one that rules name by itself, unless it stands on a mapping.
+/// pass is about its partitions too; a logical volume, or a partition that kpartx has made, is one that rules name by itself,
+/// unless it stands on a mapping.
 fn passes_unsaid(config: &Config, device: &Identity, requester: &dyn Requester) -> bool {
     if device.own_volume().is_some() || !matches!(config.decide(device, requester), Decision::Pass) {
         return false;
     }
     let is_named_by_itself = || {
         let named = enrolled_device(device);
-        let is_partition = |uuid: &String| device.partition.is_some() || is_of_kpartx(uuid);
         match device.underlying.is_empty() {
             // No host has a rule for what has none of these.
             true => named.iscsi_target.is_some() || named.wwid.is_some() || named.dm_uuid.is_some(),
-            false => named.dm_uuid.is_some_and(|uuid| !is_partition(&uuid)) && device.own_mappings().is_empty(),
+            false => named.dm_uuid.is_some() && device.own_mappings().is_empty(),
         }
     };
     !config.lets_pass(device, requester)
         && (is_named_by_itself() || device.underlying.iter().any(|below| passes_unsaid(config, below, requester)))
-}
-
-/// Whether a mapping is a partition that kpartx has made: `part1-mpath-…`.
-fn is_of_kpartx(uuid: &str) -> bool {
-    let number = uuid.strip_prefix("part").and_then(|rest| rest.split_once('-')).map(|(number, _)| number);
-    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
 }
 
 impl Broker {
@@ -174,7 +168,8 @@ impl Broker {
                 why.reason(),
                 format!(
                     "{device} is one that no rule here is about, and whether it holds ciphertext of the host that the domain \
-                     comes from cannot be seen: {why}"
+                     comes from cannot be seen: {why}; mend that, or have a rule with action = \"pass\" for this device \
+                     alone, or for what it stands on"
                 ),
             )),
         }

@@ -41,13 +41,12 @@ pub(super) fn prepare(directory: &Path) -> Result<PathBuf, Refusal> {
             )));
         }
         // One that moved a log away, which was alone, is not seen by anything else.
-        let staging = directory.join(STAGING);
-        if !is_missing(&staging.join(FILE_NAME)) && is_missing(&path) {
+        if is_being_restored(&directory) && is_missing(&path) {
             return Err(refusal(format!(
                 "{} is not there, and a restore of it is under way or was broken off: run 'volcrypt key restore' with the \
                  backup again, or remove {} if none is to be restored",
                 path.display(),
-                staging.display()
+                directory.join(STAGING).display()
             )));
         }
         make(&directory, &path).map_err(|error| {
@@ -139,6 +138,11 @@ pub(super) struct FileIdentity(u64, u64);
 pub(super) fn identity(path: &Path) -> Result<FileIdentity, Refusal> {
     let metadata = fs::symlink_metadata(path).map_err(|error| unusable(path, &error))?;
     Ok(FileIdentity(metadata.dev(), metadata.ino()))
+}
+
+/// Whether a backup is made ready to take the place of the database in `directory`, or was by a restore that was broken off.
+pub(super) fn is_being_restored(directory: &Path) -> bool {
+    !is_missing(&directory.join(STAGING).join(FILE_NAME))
 }
 
 /// Whether nothing has the name `path`.

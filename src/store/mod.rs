@@ -78,10 +78,11 @@ impl Store {
         Store::open_with(directory, schema::MIGRATIONS)
     }
 
-    /// Whether there is a database in `directory`, or was: its log may be all that is left of it.
+    /// Whether there is a database in `directory`, or was: its log may be all that is left of it, or a backup that was to
+    /// take its place.
     pub fn is_in(directory: &Path) -> bool {
         let path = directory.join(files::FILE_NAME);
-        path.exists() || !matches!(files::unmerged(&path), Ok(None))
+        path.exists() || !matches!(files::unmerged(&path), Ok(None)) || files::is_being_restored(directory)
     }
 
     fn open_with(directory: &Path, migrations: &[Migration]) -> Result<Self, Refusal> {

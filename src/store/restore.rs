@@ -171,6 +171,7 @@ impl Staged {
         File::open(&copy).and_then(|copy| copy.sync_all()).map_err(failed)?;
 
         let kept = unused(&beside(&path, &format!("{REPLACED}{stamp}")));
+        let kept_as = kept.clone();
         let is_lost = files::is_missing(&path);
         let (replaced, in_use) = match is_lost {
             false => {
@@ -191,7 +192,7 @@ impl Staged {
         placed.map_err(|error| {
             let why = undone(&path, failed(error));
             match &replaced {
-                Some(Replaced::Logs(logs)) => {
+                Some(Replaced::Logs(logs)) if put_back(logs, &kept_as, &path).is_err() => {
                     why.and(&format!("what was there without its database is kept as {}", list(logs)))
                 }
                 _ => why,
@@ -314,6 +315,17 @@ fn keep_logs(path: &Path, kept: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(logs)
 }
 
+/// Gives what [`keep_logs`] has taken away without its database its place again, where still no database is there.
+fn put_back(logs: &[PathBuf], kept: &Path, path: &Path) -> io::Result<()> {
+    if !files::is_missing(path) {
+        return Err(io::ErrorKind::AlreadyExists.into());
+    }
+    for end in LOGS.into_iter().filter(|end| logs.contains(&beside(kept, end))) {
+        files::name_anew(&beside(kept, end), &beside(path, end))?;
+    }
+    sync(path.parent().ok_or(io::ErrorKind::InvalidInput)?)
+}
+
 /// Takes back what [`keep`] has done to the database at `path`, if whoever called it came no further: the second name is
 /// the very file that is in use, and whoever wipes that wipes the database.
 ///
@@ -384,4 +396,23 @@ fn sync(directory: &Path) -> io::Result<()> {
 
 fn refusal(sentence: String) -> Refusal {
     Refusal::new(Reason::StoreUnavailable, sentence)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_that_was_taken_away_in_vain_gets_its_place_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, kept) = (directory.path().join(FILE_NAME), directory.path().join("kept"));
+        fs::write(beside(&path, "-wal"), "a log").unwrap();
+        let logs = keep_logs(&path, &kept).unwrap();
+        assert!(logs == [beside(&kept, "-wal")] && files::is_missing(&beside(&path, "-wal")));
+        fs::write(&path, "another database").unwrap();
+        assert!(put_back(&logs, &kept, &path).is_err(), "it would be written into that");
+        fs::remove_file(&path).unwrap();
+        put_back(&logs, &kept, &path).unwrap();
+        assert_eq!(fs::read(beside(&path, "-wal")).unwrap(), b"a log");
+    }
 }

@@ -158,6 +158,7 @@ fn where_a_restore_without_a_database_was_broken_off_none_is_made() {
         "{sentence}"
     );
     assert!(!directory.path().join("volcrypt.db").exists());
+    assert!(Store::is_in(directory.path()), "what is enrolled is not told yet");
     staged.put_in_place("now").unwrap();
     assert_eq!(names(&Store::open(directory.path()).unwrap()), ["one"]);
 }

@@ -209,8 +209,9 @@ case_the_daemons_memory_is_locked_and_its_own() {
     done
 }
 
-# The kernel is made to swap out all it can, of the daemon's control group and of all others, while the key is used.
-# A process that keeps another key in its memory shows that the search would find one.
+# The kernel is made to swap out all it can, of the daemon's control group all the time that the key is used, and of all
+# others afterwards: those that answer would do nothing but come back from there. A process that keeps another key in its
+# memory shows that the search would find one.
 case_swap_holds_no_key() {
     # Also where this fails, and then before the machine goes on.
     trap swap_off EXIT
@@ -218,17 +219,18 @@ case_swap_holds_no_key() {
     head -c 64 /dev/urandom >/root/bait.key
     systemd-run --quiet --unit lab-bait python3 -c 'import sys, time
 kept = [open(sys.argv[1], "rb").read() * 64 for _ in range(4096)]
-time.sleep(600)' /root/bait.key
+time.sleep(86400)' /root/bait.key
     (while :; do
         reclaim volcryptd.service
-        reclaim .
-        sleep 0.2
+        reclaim lab-bait.service
+        sleep 0.5
     done) &
     reclaiming=$!
     disk_detach vm sdb
     nothing_left
     disk_attach vm "$(lun_path prot-secret)" sdb
     qemu_io vm sdb 'read -P 0xab 0 64k'
+    reclaim .
     wait_until 60 is_swapped_out "$(systemctl show --property MainPID --value lab-bait)"
     expect_mapped prot-secret-0
     kill "$reclaiming"

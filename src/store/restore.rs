@@ -171,7 +171,6 @@ impl Staged {
         File::open(&copy).and_then(|copy| copy.sync_all()).map_err(failed)?;
 
         let kept = unused(&beside(&path, &format!("{REPLACED}{stamp}")));
-        let kept_as = kept.clone();
         let is_lost = files::is_missing(&path);
         let (replaced, in_use) = match is_lost {
             false => {
@@ -180,7 +179,7 @@ impl Staged {
                 let not_wiped = leave_out_cache(&path).err();
                 let lock = lock(&path)?;
                 keep(&path, &kept).map_err(|error| undone(&path, failed(error)))?;
-                (Some(Replaced::Database { path: kept, not_wiped }), Some(lock))
+                (Some(Replaced::Database { path: kept.clone(), not_wiped }), Some(lock))
             }
             true => {
                 let logs = keep_logs(&path, &kept).map_err(failed)?;
@@ -192,7 +191,7 @@ impl Staged {
         placed.map_err(|error| {
             let why = undone(&path, failed(error));
             match &replaced {
-                Some(Replaced::Logs(logs)) if put_back(logs, &kept_as, &path).is_err() => {
+                Some(Replaced::Logs(logs)) if put_back(logs, &kept, &path).is_err() => {
                     why.and(&format!("what was there without its database is kept as {}", list(logs)))
                 }
                 _ => why,
